@@ -1,0 +1,305 @@
+"""Every setting of mor_jax: frozen dataclasses, made from an ml_collections ConfigDict.
+
+A config file (`configs/*.py`) starts from `default()`, changes what it wants and
+returns the ConfigDict; absl flags override single fields (`--config.model.num_recursions=3`);
+`resolve()` turns the result into a `Config`, which is immutable, typed and validated.
+Nothing below reads flags or ConfigDicts.
+
+Symbols used in code and docstrings all over the package, as suffixes of array names:
+
+  B  batch (rows)                 H  query heads          U  unique layers (parameter slots)
+  T  tokens in a row              K  key/value heads      R  recursions (`num_recursions`)
+  S  keys attended to             E  head width           C  tokens selected at a recursion step
+  D  model width                  F  MLP width            V  vocabulary
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from typing import Any
+
+from ml_collections import config_dict
+
+SHARING_SCHEMES = ('cycle', 'sequence', 'middle_cycle', 'middle_sequence')
+
+
+class ConfigError(ValueError):
+  """A setting that cannot work. The message names the flag, its value and the remedy."""
+
+
+def setting(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
+  """A dataclass field with the text that `--help` shows and, optionally, its allowed values."""
+  return dataclasses.field(default=default, metadata={'help': help_text, 'choices': choices})
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The architecture. Defaults are the paper's MoR at 360M (arXiv 2507.10524, Tables 3 and 6)."""
+
+  kind: str = setting('mor', 'what to build', ('vanilla', 'recursive', 'mor'))
+  vocab_size: int | None = setting(None, 'entries of the vocabulary; none: the tokenizer decides')
+  num_layers: int = setting(32, 'unrolled depth: layers a token passes when it takes every recursion')
+  d_model: int = setting(960, 'width D of the residual stream')
+  num_heads: int = setting(15, 'query heads H')
+  num_kv_heads: int = setting(5, 'key/value heads K (grouped-query attention)')
+  head_dim: int | None = setting(None, 'width E of a head; none: d_model / num_heads')
+  mlp_dim: int = setting(2560, 'hidden width F of the SwiGLU MLP')
+  rope_theta: float = setting(10000.0, 'base of the rotary position embedding')
+  norm_epsilon: float = setting(1e-5, 'epsilon of RMSNorm')
+  tie_embeddings: bool = setting(True, 'use the embedding matrix as output head')
+  init_std: float = setting(0.02, 'standard deviation of initial weights')
+
+  num_recursions: int = setting(2, 'times R the shared block is applied (recursive and mor)')
+  sharing: str = setting('middle_cycle', 'which layers share parameters (recursive and mor)', SHARING_SCHEMES)
+
+  router: str = setting('expert_choice', 'how tokens are matched with depths (mor)', ('expert_choice',))
+  router_alpha: float = setting(0.1, 'scale of the gate: w = alpha * sigmoid(router logit)')
+  router_temperature: float = setting(1.0, 'divides the router input')
+  gating: str = setting(
+    'weighted',
+    "update of a selected token: weighted x + w*f(x), the authors' code, where f has residuals of "
+    'its own; residual x + w*(f(x) - x), the paper',
+    ('weighted', 'residual'),
+  )
+  capacities: tuple[float, ...] | None = setting(
+    None, 'fraction of tokens that enter each recursion, not rising; none: (R - r) / R'
+  )
+  aux_loss_weight: float = setting(
+    0.001, 'weight of the loss that teaches the router its own top-k decision (causal routing)'
+  )
+  dispatch: str = setting(
+    'gather',
+    'gather: run a step on its selected tokens only; mask: on all, the reference',
+    ('gather', 'mask'),
+  )
+  threshold_slack: float = setting(
+    1.25, 'places of a step under threshold routing: ceil(capacity * max_len * slack)'
+  )
+  kv: str = setting('recursion_wise', 'what a recursion step attends to', ('recursion_wise',))
+
+  dtype: str = setting('bfloat16', 'activations and matrix products', ('bfloat16', 'float32'))
+  remat: str = setting(
+    'none',
+    'recomputed in the backward pass: nothing; all but matrix products (dots); every layer (full); '
+    'every layer and every recursion step (block)',
+    ('none', 'dots', 'full', 'block'),
+  )
+  attention: str = setting(
+    'auto', 'attention backend; auto: the fastest for the platform', ('auto', 'reference', 'xla')
+  )
+  unroll_layers: bool = setting(
+    False, 'compile every layer separately instead of scanning (exact XLA FLOP counts, slow compile)'
+  )
+
+  @property
+  def head_width(self) -> int:
+    """Width E of one head."""
+    return self.head_dim or self.d_model // self.num_heads
+
+  @property
+  def recursions(self) -> int:
+    """Recursions R; 1 for vanilla, which has no shared block."""
+    return 1 if self.kind == 'vanilla' else self.num_recursions
+
+  @property
+  def unique_ends(self) -> int:
+    """Layers before and after the recursions that share nothing: 1 each under middle_*, else 0."""
+    return 1 if self.sharing.startswith('middle') else 0
+
+  @property
+  def shared_depth(self) -> int:
+    """Layers in the shared block, that is per recursion."""
+    return (self.num_layers - 2 * self.unique_ends) // self.recursions
+
+  @property
+  def num_unique_layers(self) -> int:
+    """Parameter slots U."""
+    return self.shared_depth + 2 * self.unique_ends
+
+  @property
+  def step_capacities(self) -> tuple[float, ...]:
+    """Fraction of the tokens that enters each recursion (FACTS 1.2: (R - r) / R unless set)."""
+    steps = self.recursions
+    if self.kind != 'mor':
+      return (1.0,) * steps
+    return self.capacities or tuple((steps - r) / steps for r in range(steps))
+
+  def selected_tokens(self, seq_len: int) -> tuple[int, ...]:
+    """Tokens C_r that enter each recursion of a row of `seq_len`: max(1, floor(c_r * T))."""
+    return tuple(max(1, int(c * seq_len)) for c in self.step_capacities)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Text, tokenizer and rows."""
+
+  source: str = setting(
+    'embedded', "where documents come from: the running Python's documentation and sources", ('embedded',)
+  )
+  tokenizer: str = setting('bpe', 'bpe: trained on the corpus; bytes: one token a byte', ('bpe', 'bytes'))
+  vocab_size: int = setting(4096, 'entries of the trained tokenizer, special tokens included')
+  seq_len: int = setting(2048, 'tokens T in a row')
+  segment_mask: bool = setting(
+    True, 'tokens attend within their document only, positions restart with it; false: as in the paper'
+  )
+  validation_fraction: float = setting(0.05, 'share of the source files held out for validation')
+  max_documents: int | None = setting(None, 'stop after this many documents; none: the whole corpus')
+  seed: int = setting(0, 'shuffles the rows, anew in every epoch')
+  cache_dir: str | None = setting(
+    None, 'folder for prepared datasets; none: $XDG_CACHE_HOME/mor_jax or ~/.cache/mor_jax'
+  )
+  prefetch: int = setting(2, 'batches read ahead on threads')
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """Optimisation. Defaults are those of the released 360M runs."""
+
+  steps: int = setting(10000, 'optimiser steps')
+  global_batch: int = setting(1024, 'rows in an optimiser step, over all devices')
+  accumulation: int = setting(1, 'micro-batches an optimiser step is split into')
+  learning_rate: float = setting(3e-3, 'peak learning rate')
+  schedule: str = setting('wsd', 'wsd: warm-up, stable, linear decay; cosine', ('wsd', 'cosine'))
+  warmup_steps: int = setting(500, 'steps of linear warm-up')
+  decay_fraction: float = setting(0.2, 'wsd: share of the steps spent in the final decay')
+  final_learning_rate: float = setting(0.0, 'learning rate at the last step')
+  weight_decay: float = setting(0.1, 'decoupled weight decay, on matrices only')
+  beta1: float = setting(0.9, 'AdamW: decay of the first moment')
+  beta2: float = setting(0.95, 'AdamW: decay of the second moment')
+  adam_epsilon: float = setting(1e-8, 'AdamW: epsilon')
+  clip_norm: float = setting(1.0, 'largest global norm of the gradient')
+  seed: int = setting(0, 'initial parameters')
+  log_every: int = setting(10, 'steps between two lines of metrics')
+  eval_every: int = setting(1000, 'steps between two validations; 0: at the end only')
+  eval_rows: int | None = setting(None, 'rows of the validation split to use; none: all')
+  sample_tokens: int = setting(64, 'length of the text sampled at the end; 0: none')
+  sample_prompt: str = setting('The ', 'beginning of the text sampled at the end')
+  sample_temperature: float = setting(0.7, 'temperature of the sampled text; 0: greedy')
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """When to save and what to keep."""
+
+  every_steps: int = setting(1000, 'steps between two checkpoints; the last step is always saved')
+  keep: int = setting(2, 'newest checkpoints kept')
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A run: `resolve` makes it, `validate` has passed on it."""
+
+  name: str = setting('default', 'names the run and its folder, runs/NAME')
+  model: ModelConfig = ModelConfig()
+  data: DataConfig = DataConfig()
+  train: TrainConfig = TrainConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+
+  def replace(self, **sections: dict[str, Any]) -> 'Config':
+    """A validated copy with single settings changed: `config.replace(model={'dtype': 'float32'})`."""
+    changed = {name: dataclasses.replace(getattr(self, name), **fields) for name, fields in sections.items()}
+    config = dataclasses.replace(self, **changed)
+    config.validate()
+    return config
+
+  def to_dict(self) -> dict[str, Any]:
+    """Plain nested dict, as written to config.json; `resolve` reads it back."""
+    return dataclasses.asdict(self)
+
+  def validate(self) -> None:
+    """Raises ConfigError at the first setting that cannot work."""
+    from mor_jax import validation  # the rules are long; they live in a file of their own
+
+    validation.validate(self)
+
+
+def default() -> config_dict.ConfigDict:
+  """A locked ConfigDict with every setting at its default, for config files to start from."""
+  return _to_config_dict(Config())
+
+
+def resolve(settings: config_dict.ConfigDict | dict[str, Any]) -> Config:
+  """The validated `Config` of a ConfigDict or of the dict in a run's config.json.
+
+  Raises:
+    ConfigError: unknown setting, wrong type, or a value that cannot work.
+  """
+  raw = settings.to_dict() if isinstance(settings, config_dict.ConfigDict) else settings
+  config = _from_dict(Config, raw, prefix='')
+  config.validate()
+  return config
+
+
+def describe() -> str:
+  """All settings with type, default and meaning, one a line: the body of `--help`."""
+  lines = []
+  for section in dataclasses.fields(Config):
+    value = getattr(Config(), section.name)
+    if not dataclasses.is_dataclass(value):
+      lines.append(_describe_field(Config, section, value, 'config'))
+      continue
+    lines.append(f'\n  {type(value).__doc__.splitlines()[0]}')
+    for field in dataclasses.fields(value):
+      text = _describe_field(type(value), field, getattr(value, field.name), f'config.{section.name}')
+      lines.append(text)
+  return '\n'.join(lines)
+
+
+def _describe_field(owner: type, field: dataclasses.Field, default_value: Any, prefix: str) -> str:
+  kind, _ = _unwrap_optional(typing.get_type_hints(owner)[field.name])
+  allowed = '|'.join(field.metadata['choices']) or getattr(kind, '__name__', str(kind))
+  shown = 'none' if default_value is None else default_value
+  return f'  --{prefix}.{field.name}={shown}  ({allowed})\n      {field.metadata["help"]}'
+
+
+def _unwrap_optional(hint: Any) -> tuple[Any, bool]:
+  """(type, may be None) of a type hint; parametrised tuples become `tuple`."""
+  optional = isinstance(hint, types.UnionType)
+  if optional:
+    hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+  return typing.get_origin(hint) or hint, optional
+
+
+def _to_config_dict(value: Any) -> config_dict.ConfigDict:
+  result = config_dict.ConfigDict()
+  hints = typing.get_type_hints(type(value))
+  for field in dataclasses.fields(value):
+    item = getattr(value, field.name)
+    kind, optional = _unwrap_optional(hints[field.name])
+    if dataclasses.is_dataclass(item):
+      result[field.name] = _to_config_dict(item)
+    elif optional:
+      result[field.name] = config_dict.placeholder(kind)  # so that an override may set it
+      result[field.name] = item
+    else:
+      result[field.name] = item
+  return result.lock()
+
+
+def _from_dict(cls: type, raw: dict[str, Any], prefix: str) -> Any:
+  hints = typing.get_type_hints(cls)
+  for name in raw:
+    if name not in hints:
+      close = difflib.get_close_matches(name, hints, n=1)
+      hint = f'; did you mean {prefix}{close[0]}?' if close else ''
+      raise ConfigError(f'unknown setting {prefix}{name}{hint} (--help lists all settings)')
+  return cls(**{name: _convert(hints[name], value, f'{prefix}{name}') for name, value in raw.items()})
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+  kind, optional = _unwrap_optional(hint)
+  if dataclasses.is_dataclass(kind):
+    return _from_dict(kind, value, f'{name}.')
+  if value is None and optional:
+    return None
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if kind is tuple and isinstance(value, (list, tuple)):
+    return tuple(_convert(float, item, name) for item in value)
+  if type(value) is not kind:
+    raise ConfigError(f'{name}={value!r} must be {"" if kind is not tuple else "a "}{kind.__name__}')
+  if kind is float and not math.isfinite(value):
+    raise ConfigError(f'{name}={value} must be a finite number')
+  return value

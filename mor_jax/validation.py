@@ -1,0 +1,155 @@
+"""Rules that a `Config` must satisfy before anything is read, written or compiled."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+from mor_jax.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
+
+SPECIAL_AND_BYTE_TOKENS = 258  # every byte, end of text, padding
+
+
+def validate(config: Config) -> None:
+  """Raises ConfigError naming the first flag that cannot work, its value and what is allowed."""
+  _check_choices(config)
+  _validate_model(config.model)
+  _validate_data(config.data)
+  _validate_train(config.train)
+  _require(
+    config.checkpoint.every_steps >= 1, 'checkpoint.every_steps', config.checkpoint.every_steps, '>= 1'
+  )
+  _require(config.checkpoint.keep >= 1, 'checkpoint.keep', config.checkpoint.keep, '>= 1')
+  _require(bool(config.name) and '/' not in config.name, 'name', config.name, 'a non-empty word without "/"')
+
+
+def _require(condition: bool, flag: str, value: Any, allowed: str) -> None:
+  if not condition:
+    raise ConfigError(f'{flag}={value} is not allowed: must be {allowed}')
+
+
+def _check_choices(config: Config) -> None:
+  for section in dataclasses.fields(config):
+    value = getattr(config, section.name)
+    if not dataclasses.is_dataclass(value):
+      continue
+    for field in dataclasses.fields(value):
+      choices, chosen = field.metadata['choices'], getattr(value, field.name)
+      if choices and chosen not in choices:
+        raise ConfigError(f'{section.name}.{field.name}={chosen!r} is not one of {", ".join(choices)}')
+
+
+def _validate_model(model: ModelConfig) -> None:
+  for name in ('num_layers', 'd_model', 'num_heads', 'num_kv_heads', 'mlp_dim', 'num_recursions'):
+    _require(getattr(model, name) >= 1, f'model.{name}', getattr(model, name), '>= 1')
+  if model.vocab_size is not None:
+    _require(model.vocab_size >= 2, 'model.vocab_size', model.vocab_size, '>= 2')
+  for name in ('rope_theta', 'norm_epsilon', 'router_temperature', 'router_alpha', 'threshold_slack'):
+    _require(getattr(model, name) > 0, f'model.{name}', getattr(model, name), '> 0')
+  for name in ('init_std', 'aux_loss_weight'):
+    _require(getattr(model, name) >= 0, f'model.{name}', getattr(model, name), '>= 0')
+  _validate_heads(model)
+  if model.kind != 'vanilla':
+    _validate_sharing(model)
+  if model.kind == 'mor':
+    _validate_routing(model)
+
+
+def _validate_heads(model: ModelConfig) -> None:
+  if model.head_dim is None and model.d_model % model.num_heads:
+    raise ConfigError(
+      f'model.d_model={model.d_model} is not a multiple of model.num_heads={model.num_heads}; '
+      f'change one of them or set model.head_dim'
+    )
+  if model.num_heads % model.num_kv_heads:
+    divisors = [k for k in range(1, model.num_heads + 1) if model.num_heads % k == 0]
+    raise ConfigError(
+      f'model.num_kv_heads={model.num_kv_heads} does not divide model.num_heads={model.num_heads}; '
+      f'use one of {", ".join(map(str, divisors))}'
+    )
+  if model.head_width < 2 or model.head_width % 2:
+    raise ConfigError(
+      f'model.head_dim={model.head_width} is not allowed: rotary embeddings need an even head width >= 2'
+    )
+
+
+def _validate_sharing(model: ModelConfig) -> None:
+  ends, steps = 2 * model.unique_ends, model.num_recursions
+  shared = model.num_layers - ends
+  if shared < 1:
+    raise ConfigError(
+      f'model.num_layers={model.num_layers} is too small for model.sharing={model.sharing!r}: it keeps the '
+      f'first and the last layer unique and needs at least 3 layers'
+    )
+  if shared % steps == 0:
+    return
+  below, above = ends + shared // steps * steps, ends + (shared // steps + 1) * steps
+  depths = f'{below} or {above}' if below > ends else f'{above}'
+  divisors = ', '.join(str(r) for r in range(1, shared + 1) if shared % r == 0)
+  raise ConfigError(
+    f'model.num_recursions={steps} does not divide the {shared} shared layers of '
+    f'model.sharing={model.sharing!r} with model.num_layers={model.num_layers}; '
+    f'set model.num_layers to {depths}, or model.num_recursions to one of {divisors}'
+  )
+
+
+def _validate_routing(model: ModelConfig) -> None:
+  if model.sharing.endswith('sequence'):
+    raise ConfigError(
+      f'model.sharing={model.sharing!r} cannot be used with model.kind=mor: a recursion must be one pass '
+      f'over the whole shared block; use cycle or middle_cycle'
+    )
+  if model.capacities is None:
+    return
+  capacities = model.capacities
+  if len(capacities) != model.num_recursions:
+    raise ConfigError(
+      f'model.capacities={capacities} has {len(capacities)} entries; '
+      f'model.num_recursions={model.num_recursions} needs one for each recursion'
+    )
+  if not all(0 < c <= 1 for c in capacities):
+    raise ConfigError(f'model.capacities={capacities} is not allowed: each must be above 0 and at most 1')
+  if any(later > earlier for earlier, later in itertools.pairwise(capacities)):
+    raise ConfigError(
+      f'model.capacities={capacities} rises: a token that left cannot return, so no recursion may '
+      f'take more tokens than the one before; sort them downwards'
+    )
+
+
+def _validate_data(data: DataConfig) -> None:
+  _require(data.seq_len >= 2, 'data.seq_len', data.seq_len, '>= 2, since a token is predicted from another')
+  _require(
+    0 < data.validation_fraction < 1, 'data.validation_fraction', data.validation_fraction, 'in (0, 1)'
+  )
+  _require(data.prefetch >= 0, 'data.prefetch', data.prefetch, '>= 0')
+  if data.tokenizer == 'bpe':
+    _require(
+      data.vocab_size >= SPECIAL_AND_BYTE_TOKENS,
+      'data.vocab_size',
+      data.vocab_size,
+      f'>= {SPECIAL_AND_BYTE_TOKENS}: 256 bytes and 2 special tokens',
+    )
+  if data.max_documents is not None:
+    _require(data.max_documents >= 2, 'data.max_documents', data.max_documents, '>= 2, to have both splits')
+
+
+def _validate_train(train: TrainConfig) -> None:
+  for name in ('steps', 'global_batch', 'accumulation', 'log_every'):
+    _require(getattr(train, name) >= 1, f'train.{name}', getattr(train, name), '>= 1')
+  for name in ('warmup_steps', 'eval_every', 'sample_tokens', 'final_learning_rate', 'weight_decay'):
+    _require(getattr(train, name) >= 0, f'train.{name}', getattr(train, name), '>= 0')
+  _require(train.sample_temperature >= 0, 'train.sample_temperature', train.sample_temperature, '>= 0')
+  for name in ('learning_rate', 'adam_epsilon', 'clip_norm'):
+    _require(getattr(train, name) > 0, f'train.{name}', getattr(train, name), '> 0')
+  for name in ('beta1', 'beta2'):
+    _require(0 <= getattr(train, name) < 1, f'train.{name}', getattr(train, name), 'in [0, 1)')
+  _require(0 <= train.decay_fraction <= 1, 'train.decay_fraction', train.decay_fraction, 'in [0, 1]')
+  if train.eval_rows is not None:
+    _require(train.eval_rows >= 1, 'train.eval_rows', train.eval_rows, '>= 1')
+  if train.global_batch % train.accumulation:
+    raise ConfigError(
+      f'train.accumulation={train.accumulation} does not divide train.global_batch={train.global_batch}'
+    )
+  if train.warmup_steps > train.steps:
+    raise ConfigError(
+      f'train.warmup_steps={train.warmup_steps} is more than train.steps={train.steps}; lower it'
+    )
