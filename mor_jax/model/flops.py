@@ -1,0 +1,109 @@
+"""Parameters, FLOPs and KV-cache bytes of a model, in closed form from its ModelConfig.
+
+A FLOP is one multiplication or one addition; a product of (m, k) and (k, n) costs 2mkn.
+"""
+
+import dataclasses
+
+from mor_jax.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterCount:
+  """Numbers of parameters.
+
+  Attributes:
+    total: all that is stored.
+    embedding: embedding matrix, and the output head where it is not tied.
+    non_embedding: the rest, as the paper counts ("N-emb" of its tables).
+    unrolled_non_embedding: the same if every unrolled layer had parameters of its own.
+  """
+
+  total: int
+  embedding: int
+  non_embedding: int
+  unrolled_non_embedding: int
+
+
+def layer_parameters(config: ModelConfig) -> int:
+  """Parameters of one decoder layer: projections and two norm scales."""
+  return _layer_kernel_size(config) + 2 * config.d_model
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+  """Closed-form parameter counts; equal to the sizes of the initialised tree."""
+  matrices = 1 if config.tie_embeddings else 2
+  embedding = matrices * config.vocab_size * config.d_model
+  outside_layers = config.d_model  # final norm
+  if config.kind == 'mor':
+    outside_layers += config.recursions * config.d_model  # one linear router a step
+  non_embedding = config.num_unique_layers * layer_parameters(config) + outside_layers
+  unrolled = config.num_layers * layer_parameters(config) + outside_layers
+  return ParameterCount(embedding + non_embedding, embedding, non_embedding, unrolled)
+
+
+def paper_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+  """Forward FLOPs per token as the paper's tables count them (FACTS 2.4).
+
+  Sum over unrolled layers at capacity c of c * 2(4D^2 + 3DF) + c^2 * 2TD: all projections
+  as D x D, causal half of the attention, no embedding, head, router or backward pass.
+  """
+  d_model = config.d_model
+  matrices = 2 * (4 * d_model**2 + 3 * d_model * config.mlp_dim)
+  attention = 2 * seq_len * d_model
+  return sum(c * matrices + c**2 * attention for c in _layer_capacities(config))
+
+
+def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+  """FLOPs of the matrix products that a training forward pass executes, per token of a full row.
+
+  With grouped-query projections, full T x T attention (as plain XLA computes it), routers
+  and output head; a step computes on the C_r tokens it selected (on all under mask dispatch).
+  """
+  masked = config.kind == 'mor' and config.dispatch == 'mask'
+  per_step = (seq_len,) * config.recursions if masked else config.selected_tokens(seq_len)
+  per_row = 2 * config.unique_ends * _layer_forward_flops(config, seq_len)
+  per_row += sum(config.shared_depth * _layer_forward_flops(config, count) for count in per_step)
+  if config.kind == 'mor':
+    per_row += config.recursions * 2 * seq_len * config.d_model
+  return per_row / seq_len + 2 * config.d_model * config.vocab_size
+
+
+def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+  """FLOPs of matrix products per token of a training step: forward, and twice that backward.
+
+  What remat computes a second time is not counted: it is the price, not the work.
+  """
+  return 3 * forward_flops_per_token(config, seq_len)
+
+
+def vanilla_of(config: ModelConfig) -> ModelConfig:
+  """The vanilla model of the same depth and width, to compare with."""
+  return dataclasses.replace(config, kind='vanilla', capacities=None)
+
+
+def kv_cache_bytes(config: ModelConfig, max_len: int, bytes_per_element: int = 2) -> int:
+  """Bytes of keys and values cached for one sequence of `max_len` tokens at slack 1 (paper, Table 2).
+
+  Unique layers cache every token; a shared layer caches, per recursion, the tokens active there.
+  """
+  entries = 2 * config.unique_ends * max_len + config.shared_depth * sum(config.selected_tokens(max_len))
+  return 2 * entries * config.num_kv_heads * config.head_width * bytes_per_element
+
+
+def _layer_kernel_size(config: ModelConfig) -> int:
+  query_and_output = 2 * config.d_model * config.num_heads * config.head_width
+  key_and_value = 2 * config.d_model * config.num_kv_heads * config.head_width
+  return query_and_output + key_and_value + 3 * config.d_model * config.mlp_dim
+
+
+def _layer_forward_flops(config: ModelConfig, tokens: int) -> int:
+  """One layer on `tokens` tokens that attend to one another."""
+  projections = 2 * tokens * _layer_kernel_size(config)
+  attention = 2 * 2 * tokens * tokens * config.num_heads * config.head_width
+  return projections + attention
+
+
+def _layer_capacities(config: ModelConfig) -> list[float]:
+  ends = [1.0] * (2 * config.unique_ends)
+  return ends + [c for c in config.step_capacities for _ in range(config.shared_depth)]

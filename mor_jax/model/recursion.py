@@ -1,0 +1,159 @@
+"""The heart: the shared block, applied up to R times, to fewer and fewer tokens.
+
+Three ways through the recursions:
+
+* `repeat`: every token takes every step (recursive models; vanilla is R = 1);
+* `route_gathered`: each step gathers the C_r tokens its router selects, runs the block on
+  them alone and adds the result back; sizes differ, so the steps are unrolled;
+* `route_masked`: the block runs on all tokens and the result is dropped where not
+  selected; the reference for the former, and the way of threshold routing, whose
+  sizes are not static. All steps have one shape and are scanned.
+"""
+
+from functools import partial
+import math
+
+import jax
+import jax.numpy as jnp
+
+from mor_jax.config import ModelConfig
+from mor_jax.model import router
+from mor_jax.model.layers import TokenContext, apply_stack
+
+
+def repeat(config: ModelConfig, block: dict, x_BTD: jax.Array, context: TokenContext) -> jax.Array:
+  """Applies the shared block R times to every token."""
+  if config.sharing.endswith('sequence'):
+    return apply_stack(config, block, x_BTD, context, repeats=config.recursions)
+  run_block = _block(config, block)
+  if config.recursions == 1:
+    return run_block(x_BTD, context)
+  steps = config.recursions
+  return jax.lax.scan(
+    lambda x_BTD, _: (run_block(x_BTD, context), None), x_BTD, length=steps, unroll=config.unroll_layers
+  )[0]
+
+
+def route_gathered(
+  config: ModelConfig, block: dict, routers: dict, x_BTD: jax.Array, context: TokenContext
+) -> tuple[jax.Array, router.RoutingOutput]:
+  """Top-k routing in which a step computes on its selected tokens only.
+
+  Args:
+    block: stacked parameters of the shared layers.
+    routers: stacked parameters of the R routers.
+    x_BTD: residual stream; tokens of segment 0 are padding and never selected.
+    context: positions and segments of the tokens.
+  """
+  run_block = _block(config, block)
+  length = x_BTD.shape[1]
+  active_BT = context.segments_BC > 0
+  logits, entered, selected, indices = [], [], [], []
+  for step, count in enumerate(config.selected_tokens(length)):
+    logits_BT = router.score(config, jax.tree.map(lambda leaf, r=step: leaf[r], routers), x_BTD)
+    logits.append(logits_BT)
+    entered.append(active_BT)
+    if count == length:  # nothing to leave out: no need to move tokens
+      indices_BC = jnp.broadcast_to(jnp.arange(length), active_BT.shape)
+      y_BTD = run_block(x_BTD, context.only(active_BT))
+      x_BTD = jnp.where(active_BT[..., None], x_BTD + _change(config, x_BTD, y_BTD, logits_BT), x_BTD)
+    else:
+      indices_BC, chosen_BC = router.top_k(logits_BT, active_BT, count)
+      x_BTD = _step_on(config, run_block, x_BTD, context, logits_BT, indices_BC, chosen_BC)
+      active_BT = _scatter_mask(indices_BC, chosen_BC, length)
+    indices.append(indices_BC)
+    selected.append(active_BT)
+  logits_RBT, entered_RBT, selected_RBT = (jnp.stack(steps) for steps in (logits, entered, selected))
+  return x_BTD, router.RoutingOutput(
+    logits_RBT=logits_RBT,
+    entered_RBT=entered_RBT,
+    selected_RBT=selected_RBT,
+    overflow_RBT=jnp.zeros_like(selected_RBT),
+    indices=tuple(indices),
+    losses={'aux': router.auxiliary_loss(logits_RBT, entered_RBT, selected_RBT)},
+  )
+
+
+def route_masked(
+  config: ModelConfig,
+  block: dict,
+  routers: dict,
+  x_BTD: jax.Array,
+  context: TokenContext,
+  routing: str,
+  max_len: int,
+  slack: float,
+) -> tuple[jax.Array, router.RoutingOutput]:
+  """Routing by top-k or threshold in which every step computes on all tokens.
+
+  Args:
+    routing: 'topk' or 'threshold'.
+    max_len: longest sequence the places of threshold routing are counted for.
+    slack: places of a step per token it takes on average (`step_places`).
+    The rest as in `route_gathered`.
+  """
+  run_block = _block(config, block)
+  starts_BT = context.positions_BC == 0
+  always_R = jnp.array([capacity == 1.0 for capacity in config.step_capacities])
+  if routing == 'topk':
+    limit_R = jnp.array(config.selected_tokens(x_BTD.shape[1]))
+  else:
+    limit_R = jnp.array(step_places(config, max_len, slack))
+
+  def step(carry, params_and_limits):
+    x_BTD, active_BT = carry
+    params, limit, always = params_and_limits
+    logits_BT = router.score(config, params, x_BTD)
+    if routing == 'topk':
+      selected_BT = router.top_k_mask(logits_BT, active_BT, limit)
+      overflow_BT = jnp.zeros_like(selected_BT)
+    else:
+      selected_BT, overflow_BT = router.admit(logits_BT, active_BT, starts_BT, limit, always)
+    y_BTD = run_block(x_BTD, context.only(selected_BT))
+    change_BTD = _change(config, x_BTD, y_BTD, logits_BT)
+    x_BTD = jnp.where(selected_BT[..., None], x_BTD + change_BTD, x_BTD)
+    return (x_BTD, selected_BT), (logits_BT, active_BT, selected_BT, overflow_BT)
+
+  (x_BTD, _), (logits_RBT, entered_RBT, selected_RBT, overflow_RBT) = jax.lax.scan(
+    step, (x_BTD, context.segments_BC > 0), (routers, limit_R, always_R), unroll=config.unroll_layers
+  )
+  losses = {}
+  if routing == 'topk':
+    losses['aux'] = router.auxiliary_loss(logits_RBT, entered_RBT, selected_RBT)
+  return x_BTD, router.RoutingOutput(logits_RBT, entered_RBT, selected_RBT, overflow_RBT, None, losses)
+
+
+def step_places(config: ModelConfig, max_len: int, slack: float) -> tuple[int, ...]:
+  """Tokens of one sequence that each step can take under threshold routing (and its cache can hold)."""
+  # Rounded first, so that 0.1 * 30 asks for 3 places and not, by a float's error, for 4.
+  return tuple(
+    min(max_len, max(1, math.ceil(round(capacity * max_len * slack, 6))))
+    for capacity in config.step_capacities
+  )
+
+
+def _block(config: ModelConfig, block: dict):
+  run_block = partial(apply_stack, config, block)
+  return jax.checkpoint(run_block) if config.remat == 'block' else run_block
+
+
+def _step_on(config, run_block, x_BTD, context, logits_BT, indices_BC, chosen_BC):
+  """Gather, run the block, add the gated result back where the tokens came from."""
+  x_BCD = jnp.take_along_axis(x_BTD, indices_BC[..., None], axis=1, mode='promise_in_bounds')
+  y_BCD = run_block(x_BCD, context.take(indices_BC, chosen_BC))
+  change_BCD = _change(config, x_BCD, y_BCD, jnp.take_along_axis(logits_BT, indices_BC, axis=1))
+  change_BCD = jnp.where(chosen_BC[..., None], change_BCD, 0)
+  rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
+  target = x_BTD.at[rows_B1, indices_BC]
+  return target.add(change_BCD, indices_are_sorted=True, unique_indices=True, mode='promise_in_bounds')
+
+
+def _change(config: ModelConfig, x: jax.Array, y: jax.Array, logits: jax.Array) -> jax.Array:
+  """What a selected token gains: w * f(x) as in the authors' code, or w * (f(x) - x) (paper, eq. 2.1)."""
+  update = y - x if config.gating == 'residual' else y
+  return (router.gate(config, logits)[..., None] * update.astype(jnp.float32)).astype(x.dtype)
+
+
+def _scatter_mask(indices_BC: jax.Array, chosen_BC: jax.Array, length: int) -> jax.Array:
+  rows_B1 = jnp.arange(indices_BC.shape[0])[:, None]
+  return jnp.zeros((indices_BC.shape[0], length), bool).at[rows_B1, indices_BC].set(chosen_BC)

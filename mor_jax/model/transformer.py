@@ -1,0 +1,125 @@
+"""The whole model: embed -> first layer -> recursions -> last layer -> norm -> logits."""
+
+from flax import linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from mor_jax.config import ModelConfig
+from mor_jax.model import recursion, sharing
+from mor_jax.model.layers import TokenContext, apply_stack, init_stack, norm
+from mor_jax.model.router import RoutingOutput, init_routers
+
+
+@struct.dataclass
+class ModelOutput:
+  """Logits (B, T, V) in float32, and what the routers did (None for vanilla and recursive models)."""
+
+  logits: jax.Array
+  routing: RoutingOutput | None
+
+
+class Transformer(nn.Module):
+  """A vanilla, recursive or Mixture-of-Recursions language model, as `config.kind` says.
+
+  Parameters: embed/embedding (V, D); layers/..., every leaf with a leading axis of the U
+  unique layers, first and last included; router/... with a leading axis of the R
+  recursions; final_norm/scale (D,); head/kernel (D, V) unless embeddings are tied.
+  """
+
+  config: ModelConfig
+
+  def setup(self):
+    cfg = self.config
+    init = nn.initializers.normal(cfg.init_std)
+    self.embed = nn.Embed(cfg.vocab_size, cfg.d_model, dtype=jnp.dtype(cfg.dtype), embedding_init=init)
+    self.layers = self.param('layers', lambda key: init_stack(cfg, key))
+    if cfg.kind == 'mor':
+      self.router = self.param('router', lambda key: init_routers(cfg, key))
+    self.final_norm = norm(cfg, None)
+    if not cfg.tie_embeddings:
+      self.head = self.param('head', lambda key: {'kernel': init(key, (cfg.d_model, cfg.vocab_size))})
+
+  def __call__(
+    self,
+    tokens_BT: jax.Array,
+    routing: str = 'topk',
+    max_len: int | None = None,
+    slack: float | None = None,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+  ) -> ModelOutput:
+    """Logits for every token.
+
+    Args:
+      tokens_BT: token ids.
+      routing: 'topk', as in training, which looks at the whole row; or 'threshold', which is causal.
+      max_len: under threshold routing, the sequence length that places are counted for; default T.
+      slack: under threshold routing, places per token expected; default config.threshold_slack.
+      segment_ids: (B, T) document of each token, 0 for padding; default: one document a row.
+      positions: (B, T) position in the document; default: counted from the document's start.
+
+    Raises:
+      ValueError: unknown routing, or max_len shorter than the row.
+    """
+    x_BTD, routed = self.hidden(tokens_BT, routing, max_len, slack, segment_ids, positions)
+    return ModelOutput(self.logits(x_BTD), routed)
+
+  def hidden(
+    self,
+    tokens_BT: jax.Array,
+    routing: str = 'topk',
+    max_len: int | None = None,
+    slack: float | None = None,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+  ) -> tuple[jax.Array, RoutingOutput | None]:
+    """Normed final states (B, T, D), to which `logits` applies the head; arguments as in `__call__`."""
+    cfg = self.config
+    if routing not in ('topk', 'threshold'):
+      raise ValueError(f"routing={routing!r} is not one of 'topk', 'threshold'")
+    length = tokens_BT.shape[1]
+    max_len = length if max_len is None else max_len
+    if max_len < length:
+      raise ValueError(f'max_len={max_len} is shorter than the row of {length} tokens')
+    slack = cfg.threshold_slack if slack is None else slack
+    context = token_context(tokens_BT, segment_ids, positions)
+    x_BTD = self.embed(tokens_BT)
+    routed = None
+    if cfg.kind == 'vanilla':
+      x_BTD = apply_stack(cfg, self.layers, x_BTD, context)
+    else:
+      first, block, last = sharing.split_stack(cfg, self.layers)
+      x_BTD = apply_stack(cfg, first, x_BTD, context)
+      if cfg.kind == 'recursive':
+        x_BTD = recursion.repeat(cfg, block, x_BTD, context)
+      elif cfg.dispatch == 'gather' and routing == 'topk':
+        x_BTD, routed = recursion.route_gathered(cfg, block, self.router, x_BTD, context)
+      else:
+        x_BTD, routed = recursion.route_masked(
+          cfg, block, self.router, x_BTD, context, routing, max_len, slack
+        )
+      x_BTD = apply_stack(cfg, last, x_BTD, context)
+    return self.final_norm(x_BTD), routed
+
+  def logits(self, x_BTD: jax.Array) -> jax.Array:
+    """Output head: logits (..., V) in float32."""
+    dtype = jnp.dtype(self.config.dtype)
+    kernel_DV = self.embed.embedding.T if self.config.tie_embeddings else self.head['kernel']
+    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1]).astype(dtype)
+    logits_NV = jnp.dot(x_ND, kernel_DV.astype(dtype), preferred_element_type=jnp.float32)
+    return logits_NV.reshape(*x_BTD.shape[:-1], -1)
+
+
+def token_context(
+  tokens_BT: jax.Array, segment_ids_BT: jax.Array | None, positions_BT: jax.Array | None
+) -> TokenContext:
+  """Positions and segments of a row's tokens, with the defaults that `Transformer` documents."""
+  if segment_ids_BT is None:
+    segment_ids_BT = jnp.ones(tokens_BT.shape, jnp.int32)
+  if positions_BT is None:
+    index_T = jnp.arange(tokens_BT.shape[1])
+    before_BT = jnp.pad(segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    starts_BT = segment_ids_BT != before_BT
+    positions_BT = index_T - jax.lax.cummax(jnp.where(starts_BT, index_T, 0), axis=1)
+  return TokenContext(positions_BT, segment_ids_BT)
