@@ -1,12 +1,11 @@
 """Loads the authors' PyTorch MoR weights (safetensors) as a `Transformer` and its variables."""
 
 from collections.abc import Callable, Mapping
-
 from typing import Any
 
-from etils import epath
 import numpy as np
 import safetensors.numpy
+from etils import epath
 
 from mor_jax.config import Config, ModelConfig
 from mor_jax.model import sharing

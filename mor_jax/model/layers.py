@@ -1,9 +1,9 @@
 """The decoder layer of Llama and SmolLM: RMSNorm, rotary attention, SwiGLU, pre-norm residuals."""
 
-from flax import linen as nn
-from flax import struct
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
 
 from mor_jax.config import ModelConfig
 from mor_jax.model import attention

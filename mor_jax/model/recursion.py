@@ -10,8 +10,8 @@ Three ways through the recursions:
   sizes are not static. All steps have one shape and are scanned.
 """
 
-from functools import partial
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp

@@ -7,11 +7,11 @@ score passes a threshold while places last (`admit`). A token that is left out s
 
 from collections.abc import Mapping
 
-from flax import linen as nn
-from flax import struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
+from flax import struct
 
 from mor_jax.config import ModelConfig
 

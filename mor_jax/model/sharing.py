@@ -24,5 +24,8 @@ def layer_slots(config: ModelConfig) -> tuple[int, ...]:
 def split_stack(config: ModelConfig, layers_U: dict) -> tuple[dict, dict, dict]:
   """The stacked layers as (before, shared block, after) the recursions; ends are empty under `cycle`."""
   ends, depth = config.unique_ends, config.shared_depth
-  borders = ((0, ends), (ends, ends + depth), (ends + depth, 2 * ends + depth))
-  return tuple(jax.tree.map(lambda leaf: leaf[start:stop], layers_U) for start, stop in borders)
+
+  def part(start: int, count: int) -> dict:
+    return jax.tree.map(lambda leaf: leaf[start : start + count], layers_U)
+
+  return part(0, ends), part(ends, depth), part(ends + depth, ends)

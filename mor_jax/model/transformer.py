@@ -1,9 +1,9 @@
 """The whole model: embed -> first layer -> recursions -> last layer -> norm -> logits."""
 
-from flax import linen as nn
-from flax import struct
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
 
 from mor_jax.config import ModelConfig
 from mor_jax.model import recursion, sharing
