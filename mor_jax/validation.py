@@ -143,6 +143,8 @@ def _validate_train(train: TrainConfig) -> None:
   for name in ('beta1', 'beta2'):
     _require(0 <= getattr(train, name) < 1, f'train.{name}', getattr(train, name), 'in [0, 1)')
   _require(0 <= train.decay_fraction <= 1, 'train.decay_fraction', train.decay_fraction, 'in [0, 1]')
+  if train.sample_tokens:
+    _require(bool(train.sample_prompt), 'train.sample_prompt', repr(train.sample_prompt), 'a non-empty text')
   if train.eval_rows is not None:
     _require(train.eval_rows >= 1, 'train.eval_rows', train.eval_rows, '>= 1')
   if train.global_batch % train.accumulation:

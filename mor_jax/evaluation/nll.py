@@ -1,0 +1,77 @@
+"""Loss of a model on held-out rows: negative log-likelihood and router metrics, summed exactly."""
+
+from collections.abc import Callable, Iterable
+import math
+from typing import Any
+
+from flax import linen as nn
+import jax
+from jax.sharding import Mesh
+import numpy as np
+
+from mor_jax.config import Config
+from mor_jax.model import router
+from mor_jax.parallel import mesh as mesh_lib
+from mor_jax.training import loss as loss_lib
+
+
+def make_nll_step(
+  model: nn.Module, config: Config, mesh: Mesh, routing: str = 'topk'
+) -> Callable[[Any, loss_lib.Batch], dict[str, Any]]:
+  """The jitted function (params, batch (B, T)) -> sums 'nll' in nats, 'targets', 'counts' of the routers."""
+
+  def nll_step(params, batch: loss_lib.Batch):
+    batch = loss_lib.visible_batch(batch, config.data.segment_mask)
+    output = model.apply(
+      {'params': params},
+      batch['tokens'],
+      routing=routing,
+      segment_ids=batch['segment_ids'],
+      positions=batch['positions'],
+    )
+    sums = {
+      'nll': loss_lib.next_token_nll(output.logits, batch),
+      'targets': loss_lib.predicted(batch['segment_ids']).sum(),
+    }
+    return sums if output.routing is None else sums | {'counts': output.routing.counts}
+
+  shard = mesh_lib.replicated(mesh)
+  return jax.jit(nll_step, in_shardings=(shard, mesh_lib.batch_sharding(mesh)), out_shardings=shard)
+
+
+def evaluate(
+  nll_step: Callable, params: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh
+) -> dict[str, float]:
+  """'nll' in nats per predicted token over all batches, and the router metrics.
+
+  Rows of padding count for nothing, so the last batch may be filled up with them.
+
+  Raises:
+    ValueError: no token in the batches is predicted.
+  """
+  sharding = mesh_lib.batch_sharding(mesh)
+  totals, queued = None, None
+  for batch in batches:
+    sums = nll_step(params, mesh_lib.put(batch, sharding))
+    totals, queued = _add(totals, queued), sums  # fetched when the next batch is already queued
+  totals = _add(totals, queued)
+  if totals is None or not totals['targets']:
+    raise ValueError('there is no token to predict in these rows')
+  result = {'nll': float(totals['nll'] / totals['targets'])}
+  if 'counts' in totals:
+    with jax.transfer_guard('allow'):
+      summary = router.summarize(totals['counts'])
+      result |= {name: float(value) for name, value in summary.items()}
+  return result
+
+
+def _add(totals: dict | None, sums: dict | None) -> dict | None:
+  if sums is None:
+    return totals
+  sums = jax.tree.map(lambda value: np.asarray(value, np.float64), jax.device_get(sums))
+  return sums if totals is None else jax.tree.map(np.add, totals, sums)
+
+
+def bits_per_byte(nats_per_token: float, tokens: int, num_bytes: int) -> float:
+  """Bits per byte of text, from the loss per token and the size of the text in both units."""
+  return nats_per_token * tokens / num_bytes / math.log(2)

@@ -1,0 +1,189 @@
+"""Trains a model: python -m mor_jax.train --config=configs/tiny.py [--workdir=DIR] [--config.train.steps=N ...]
+
+The run folder is --workdir, or runs/NAME. Running the same command again resumes from the newest
+checkpoint; a finished run shows its result again.
+"""
+
+from collections.abc import Callable
+import itertools
+from pathlib import Path
+import time
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+import jax.numpy as jnp
+from rich.console import Console
+
+from mor_jax import cli
+from mor_jax.config import Config, ConfigError
+from mor_jax.data import dataset as dataset_lib
+from mor_jax.data import loader
+from mor_jax.evaluation import ngram, nll
+from mor_jax.inference import sampling
+from mor_jax.model import flops
+from mor_jax.model.transformer import Transformer
+from mor_jax.parallel import mesh as mesh_lib
+from mor_jax.training import loop, summary
+from mor_jax.training.checkpoint import Checkpoints
+from mor_jax.training.loss import visible_segments
+from mor_jax.training.metrics import MetricsLog
+from mor_jax.training.optimizer import make_optimizer
+from mor_jax.training.progress import Progress
+from mor_jax.training.run_folder import RunFolder
+from mor_jax.training.state import TrainState, abstract_state, initializer
+from mor_jax.training.step import abstract_batch, make_train_step
+
+
+def main(config: Config, workdir: str | None) -> None:
+  """Trains, or resumes, or shows the result of a finished run.
+
+  Raises:
+    ConfigError: before anything is compiled or written.
+  """
+  console = Console()
+  folder = RunFolder(Path(workdir or f'runs/{config.name}'))
+
+  # ---- what is cheap to check comes first ----
+  folder.check(config)
+  mesh = mesh_lib.make_mesh()
+  mesh_lib.check_batch(mesh, config.train)
+  result = folder.read_summary()
+  if result is not None:
+    summary.print_table(console, 'Already finished', summary.describe_result(result, folder.path))
+    return
+
+  # ---- data, which decides the vocabulary ----
+  dataset = dataset_lib.prepare(config.data, report=lambda text: _print(console, text))
+  config = _with_vocabulary(config, dataset.tokenizer.vocab_size)
+  folder.create(config, dataset)
+  summary.print_table(console, config.name, summary.describe_run(config, mesh, dataset, folder.path))
+
+  # ---- model and step ----
+  _use_compilation_cache(dataset)
+  model = Transformer(config.model)
+  optimizer = make_optimizer(config.train)
+  initialize = initializer(model, optimizer, mesh, config.data.seq_len)
+  abstract = abstract_state(initialize, mesh)
+  begin = time.perf_counter()
+  train_step = make_train_step(model, config, optimizer, mesh)
+  train_step = train_step.lower(abstract, abstract_batch(config, mesh)).compile()
+  summary.print_rows(console, [summary.describe_compiled(train_step, time.perf_counter() - begin)])
+  validate = _validator(model, config, mesh, dataset)
+
+  with Checkpoints(folder.checkpoints, config.checkpoint.keep) as checkpoints:
+    # ---- state: the newest checkpoint, else the initial parameters ----
+    done = checkpoints.latest_step or 0
+    if done:
+      state = checkpoints.restore(abstract)
+      _print(console, f'\nresuming after step {done} from {checkpoints.path(done)}')
+    else:
+      state = initialize(jnp.uint32(config.train.seed))
+
+    # ---- training ----
+    batches = loader.train_batches(dataset, config.data, config.train.global_batch, start_step=done)
+    with MetricsLog(folder.path, done) as log, Progress(console, config.train.steps, done) as progress:
+      state = loop.train(config, mesh, state, train_step, batches, validate, checkpoints, log, progress)
+      last = log.records[-1] if log.records else {}
+    checkpoints.wait()
+
+  # ---- result ----
+  if 'validation/nll' not in last:
+    last |= validate(state.params)
+  result = _result(config, dataset, last, folder.checkpoints.name)
+  if config.train.sample_tokens:
+    result['sample'] = _sample(model, config, dataset, state)
+  folder.write_summary(result)
+  summary.print_table(console, 'Finished', summary.describe_result(result, folder.path))
+
+
+def _print(console: Console, text: str) -> None:
+  console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _with_vocabulary(config: Config, tokenizer_size: int) -> Config:
+  """The config with `model.vocab_size` filled in."""
+  size = config.model.vocab_size or tokenizer_size
+  if size < tokenizer_size:
+    raise ConfigError(
+      f'model.vocab_size={size} is smaller than the {tokenizer_size} entries of the tokenizer; '
+      f'leave it unset or set it to at least {tokenizer_size}'
+    )
+  return config.replace(model={'vocab_size': size})
+
+
+def _use_compilation_cache(dataset: dataset_lib.PreparedDataset) -> None:
+  """Compiled programs are kept in the cache folder of the datasets, so that a restart begins at once."""
+  if jax.config.jax_compilation_cache_dir is None:
+    jax.config.update('jax_compilation_cache_dir', str(dataset.folder.parents[1] / 'xla'))
+
+
+def _validator(
+  model: Transformer, config: Config, mesh: Mesh, dataset: dataset_lib.PreparedDataset
+) -> Callable[[Any], dict[str, float]]:
+  """Parameters -> validation/nll, validation/bits_per_byte and router metrics, under top-k routing."""
+  nll_step = nll.make_nll_step(model, config, mesh)
+  rows = config.train.global_batch // config.train.accumulation
+  split = dataset.manifest.splits['validation']
+
+  def validate(params: Any) -> dict[str, float]:
+    batches = loader.validation_batches(dataset, rows, config.train.eval_rows)
+    metrics = nll.evaluate(nll_step, params, batches, mesh)
+    metrics['bits_per_byte'] = nll.bits_per_byte(metrics['nll'], split.tokens, split.bytes)
+    return {f'validation/{name}': value for name, value in metrics.items()}
+
+  return validate
+
+
+def _result(
+  config: Config, dataset: dataset_lib.PreparedDataset, last: dict[str, float], checkpoints: str
+) -> dict[str, Any]:
+  """What summary.json holds."""
+  model, train = config.model, config.train
+  parameters = flops.count_parameters(model)
+  tokens = train.steps * train.global_batch * config.data.seq_len
+  unigram, bigram = _entropies(config, dataset)
+  return {
+    'name': config.name,
+    'steps': train.steps,
+    'tokens': tokens,
+    'seconds': last.get('train/seconds', 0.0),
+    'parameters': parameters.total,
+    'non_embedding_parameters': parameters.non_embedding,
+    'train_flops': tokens * flops.train_flops_per_token(model, config.data.seq_len),
+    **{name: value for name, value in last.items() if name.startswith('validation/')},
+    'validation/unigram_entropy': unigram,
+    'validation/bigram_entropy': bigram,
+    'checkpoint': f'{checkpoints}/{train.steps}',
+    'sample': '',
+  }
+
+
+def _entropies(config: Config, dataset: dataset_lib.PreparedDataset) -> tuple[float, float]:
+  """Unigram and bigram entropy of the rows that validation uses, in nats per predicted token."""
+  rows = itertools.islice(dataset.rows('validation'), config.train.eval_rows)
+  visible = (
+    row | {'segment_ids': visible_segments(row['segment_ids'], config.data.segment_mask)} for row in rows
+  )
+  return ngram.ngram_entropies(visible, config.model.vocab_size)
+
+
+def _sample(
+  model: Transformer, config: Config, dataset: dataset_lib.PreparedDataset, state: TrainState
+) -> str:
+  """The prompt and its continuation under threshold routing."""
+  train = config.train
+  text = sampling.sample_text(
+    model,
+    {'params': state.params},
+    dataset.tokenizer,
+    train.sample_prompt,
+    train.sample_tokens,
+    train.sample_temperature,
+    train.seed,
+  )
+  return train.sample_prompt + text
+
+
+if __name__ == '__main__':
+  cli.run(main, __doc__)

@@ -1,0 +1,100 @@
+"""Next-token loss and the routers' auxiliary losses.
+
+Both are sums divided by numbers that are known for the whole global batch before the
+forward pass, so that the gradient does not depend on how the batch is split into
+micro-batches and over devices.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from mor_jax.config import ModelConfig
+from mor_jax.model import router
+from mor_jax.model.transformer import ModelOutput
+
+Batch = Mapping[str, jax.Array]
+
+
+@struct.dataclass
+class Normalizers:
+  """What the sums of a global batch are divided by.
+
+  Attributes:
+    targets: tokens that are predicted, ().
+    entrants_R: tokens that enter each recursion step, (R,).
+  """
+
+  targets: jax.Array
+  entrants_R: jax.Array
+
+
+def visible_segments(segment_ids: jax.Array, segment_mask: bool) -> jax.Array:
+  """Segment ids as the model shall see them: documents apart, or every row as one document.
+
+  Without `segment_mask` tokens attend to, and are predicted from, the document before
+  theirs, as in the paper; padding (segment 0) stays invisible. Takes numpy and jax arrays.
+  """
+  return segment_ids if segment_mask else (segment_ids > 0).astype(segment_ids.dtype)
+
+
+def visible_batch(batch: Batch, segment_mask: bool) -> dict[str, jax.Array]:
+  """The batch with `visible_segments`, and with positions that fit them."""
+  if segment_mask:
+    return dict(batch)
+  segment_ids = visible_segments(batch['segment_ids'], segment_mask)
+  positions_T = jnp.arange(segment_ids.shape[-1], dtype=jnp.int32)
+  positions = jnp.broadcast_to(positions_T, segment_ids.shape)
+  return {'tokens': batch['tokens'], 'segment_ids': segment_ids, 'positions': positions}
+
+
+def predicted(segment_ids: jax.Array) -> jax.Array:
+  """Mask (..., T - 1): token t + 1 is predicted from t iff both are of the same document."""
+  return (segment_ids[..., 1:] == segment_ids[..., :-1]) & (segment_ids[..., 1:] > 0)
+
+
+def next_token_nll(logits_BTV: jax.Array, batch: Batch) -> jax.Array:
+  """Negative log-likelihood in nats, summed over the predicted tokens, in float32."""
+  logits_BTV = logits_BTV[:, :-1].astype(jnp.float32)
+  nll_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch['tokens'][:, 1:])
+  return jnp.where(predicted(batch['segment_ids']), nll_BT, 0).sum()
+
+
+def normalizers(config: ModelConfig, segment_ids_ABT: jax.Array) -> Normalizers:
+  """Counts over all A micro-batches of a global batch; never 0, so that they can divide."""
+  targets = predicted(segment_ids_ABT).sum().astype(jnp.float32)
+  entrants_AR = jax.vmap(lambda ids_BT: router.entrants(config, ids_BT))(segment_ids_ABT)
+  return Normalizers(jnp.maximum(targets, 1), jnp.maximum(entrants_AR.sum(axis=0), 1))
+
+
+def make_loss(
+  apply: Callable[..., ModelOutput], config: ModelConfig
+) -> Callable[[Any, Batch, Normalizers], tuple[jax.Array, dict[str, Any]]]:
+  """The training loss of a model: (params, micro-batch, normalizers) -> (loss, parts).
+
+  The loss is the micro-batch's share of `mean NLL + sum over auxiliary losses of weight *
+  sum over steps of the mean over entrants`; shares add up to the loss of the global batch.
+  The parts add up in the same way: 'loss' (mean NLL), 'aux_loss' (the auxiliary loss before
+  its weight) and 'counts' for `router.summarize`; the last two for models with a router only.
+  """
+
+  def loss(params, batch: Batch, whole: Normalizers):
+    output = apply(
+      {'params': params},
+      batch['tokens'],
+      routing='topk',
+      segment_ids=batch['segment_ids'],
+      positions=batch['positions'],
+    )
+    nll = next_token_nll(output.logits, batch) / whole.targets
+    if output.routing is None:
+      return nll, {'loss': nll}
+    aux = (output.routing.losses['aux'].sum / whole.entrants_R).sum()
+    parts = {'loss': nll, 'aux_loss': aux, 'counts': output.routing.counts}
+    return nll + config.aux_loss_weight * aux, parts
+
+  return loss

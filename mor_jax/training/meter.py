@@ -1,0 +1,88 @@
+"""Measures a running training: metrics fetched late, tokens per second, waiting for data."""
+
+import collections
+from collections.abc import Callable, Iterator
+import contextlib
+import math
+import time
+
+import jax
+
+from mor_jax.training.metrics import Record
+
+
+class Meter:
+  """Turns the device metrics of each step into records, fetching them a few steps late.
+
+  Fetching waits for the step that made the metrics. Since it happens `run_ahead` steps
+  later, the device always has the next step queued when it finishes one.
+
+  Args:
+    tokens_per_step: tokens of a global batch.
+    is_logged: whether a step gets a record.
+    seconds_before: seconds of training that earlier processes spent on this run.
+    run_ahead: steps that may be queued on the device.
+  """
+
+  def __init__(
+    self,
+    tokens_per_step: int,
+    is_logged: Callable[[int], bool],
+    seconds_before: float = 0.0,
+    run_ahead: int = 2,
+  ):
+    self._tokens_per_step, self._is_logged, self._run_ahead = tokens_per_step, is_logged, run_ahead
+    self._pending = collections.deque()
+    self._begin = time.perf_counter() - seconds_before
+    self._restart()
+
+  def _restart(self) -> None:
+    self._since, self._steps, self._data_wait = time.perf_counter(), 0, 0.0
+
+  def push(self, step: int, metrics: dict[str, jax.Array], data_wait: float) -> list[tuple[int, Record]]:
+    """Takes the metrics of a dispatched step; returns (step, record) of logged steps that have ended."""
+    self._pending.append((step, metrics, data_wait))
+    return list(self._fetch(keep=self._run_ahead))
+
+  def drain(self) -> list[tuple[int, Record]]:
+    """Waits for all dispatched steps."""
+    return list(self._fetch(keep=0))
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Keeps the time of validation and checkpoints out of tokens per second."""
+    begin = time.perf_counter()
+    yield
+    self._since += time.perf_counter() - begin
+
+  def _fetch(self, keep: int) -> Iterator[tuple[int, Record]]:
+    while len(self._pending) > keep:
+      step, metrics, data_wait = self._pending.popleft()
+      values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+      check_finite(step, values)
+      self._steps += 1
+      self._data_wait += data_wait
+      if self._is_logged(step):
+        yield step, self._record(values)
+        self._restart()
+
+  def _record(self, values: Record) -> Record:
+    now = time.perf_counter()
+    values |= {
+      'seconds_per_step': (now - self._since) / self._steps,
+      'tokens_per_second': self._steps * self._tokens_per_step / (now - self._since),
+      'data_wait_seconds': self._data_wait / self._steps,
+      'seconds': now - self._begin,
+    }
+    return {f'train/{name}': value for name, value in values.items()}
+
+
+class NonFiniteError(ArithmeticError):
+  """The loss or the gradient is NaN or infinite."""
+
+
+def check_finite(step: int, values: Record) -> None:
+  """Raises NonFiniteError naming the step unless loss and gradient norm are numbers."""
+  for name in ('loss', 'grad_norm'):
+    if not math.isfinite(values[name]):
+      raise NonFiniteError(f'{name} is {values[name]} at step {step}')

@@ -1,0 +1,65 @@
+"""The metrics of a run on disk: JSON lines and TensorBoard events."""
+
+import collections
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+
+Record = dict[str, float]
+
+
+class MetricsLog:
+  """metrics.jsonl and tensorboard/ of a run folder; every step occurs on one line. Use as a context.
+
+  Args:
+    folder: the run folder.
+    last_step: step that the run continues from; whatever an earlier process wrote about
+      later steps is dropped, and so is a line that it did not finish.
+  """
+
+  def __init__(self, folder: Path, last_step: int):
+    self._path = folder / 'metrics.jsonl'
+    kept = [record for record in read(self._path) if record['step'] <= last_step]
+    partial = self._path.with_name('metrics.jsonl.partial')
+    partial.write_text(''.join(json.dumps(record) + '\n' for record in kept))
+    os.replace(partial, self._path)
+    self.records = kept
+    self._file = self._path.open('a')
+    self._board = SummaryWriter(str(folder / 'tensorboard'), purge_step=last_step + 1)
+
+  def __enter__(self) -> 'MetricsLog':
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._file.close()
+    self._board.close()
+
+  def write(self, step: int, record: Record) -> None:
+    """Writes all that is known about a step."""
+    record = {'step': step, **record}
+    self.records.append(record)
+    self._file.write(json.dumps(record) + '\n')
+    self._file.flush()
+    for name, value in record.items():
+      if name != 'step':
+        self._board.add_scalar(name, value, step)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+  """The records of a metrics.jsonl, in order; an unfinished last line is left out, a missing file is empty."""
+  if not path.exists():
+    return []
+  records = []
+  for line in path.read_text(errors='replace').splitlines():
+    try:
+      records.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return records

@@ -1,0 +1,54 @@
+"""AdamW with decoupled weight decay, global-norm clipping and the learning-rate schedule."""
+
+from typing import Any
+
+import jax
+import optax
+
+from mor_jax.config import TrainConfig
+
+NOT_DECAYED = ('scale', 'bias')
+
+
+def learning_rate_schedule(train: TrainConfig) -> optax.Schedule:
+  """Learning rate of an update, given the number of updates done before it.
+
+  Warm-up is linear and reaches the peak at update `warmup_steps`. 'wsd' then stays there and
+  falls linearly over the last `decay_fraction` of the steps; where that would begin within
+  the warm-up, it begins after it. 'cosine' falls from the end of the warm-up. Both reach
+  `final_learning_rate` at the last update.
+  """
+  peak, final, warmup = train.learning_rate, train.final_learning_rate, train.warmup_steps
+  pieces, boundaries = [optax.linear_schedule(0.0, peak, max(warmup, 1))], [max(warmup, 1)]
+  if train.schedule == 'wsd':
+    begin = max(train.steps - round(train.decay_fraction * train.steps), boundaries[-1])
+    pieces += [optax.constant_schedule(peak)]
+    if begin < train.steps:
+      pieces += [optax.linear_schedule(peak, final, train.steps - begin)]
+      boundaries += [begin]
+  else:
+    steps = max(train.steps - boundaries[-1], 1)
+    pieces += [optax.cosine_decay_schedule(peak, steps, alpha=final / peak)]
+  schedule = optax.join_schedules(pieces, boundaries)
+  # Counted from 1, so that the first update has a learning rate above 0 and the last one the final.
+  return lambda count: schedule(count + 1)
+
+
+def decayed(params: Any) -> Any:
+  """True for every matrix; norm scales and biases are not decayed, whatever axes they are stacked on."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
+
+
+def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
+  """Clips the gradient by its global norm, then takes an AdamW step."""
+  return optax.chain(
+    optax.clip_by_global_norm(train.clip_norm),
+    optax.adamw(
+      learning_rate_schedule(train),
+      b1=train.beta1,
+      b2=train.beta2,
+      eps=train.adam_epsilon,
+      weight_decay=train.weight_decay,
+      mask=decayed,
+    ),
+  )

@@ -1,0 +1,138 @@
+"""The folder of a run: what lies where, and whether it belongs to the run that wants to use it."""
+
+from collections.abc import Iterator
+import dataclasses
+import json
+import os
+from pathlib import Path
+import tempfile
+from typing import Any
+
+from mor_jax.config import Config, ConfigError, resolve
+from mor_jax.data.dataset import PreparedDataset
+
+MAY_CHANGE = (
+  'name',
+  'model.threshold_slack',
+  'model.dispatch',
+  'model.remat',
+  'model.attention',
+  'model.unroll_layers',
+  'data.cache_dir',
+  'data.prefetch',
+  'train.accumulation',
+  'train.log_every',
+  'train.eval_every',
+  'train.eval_rows',
+  'train.sample_tokens',
+  'train.sample_prompt',
+  'train.sample_temperature',
+  'checkpoint.every_steps',
+  'checkpoint.keep',
+)
+"""Settings that a resumed run may change: they do not decide what is trained."""
+
+
+class RunFolder:
+  """Paths of a run, its config and its result. Nothing is made before `create`."""
+
+  def __init__(self, path: Path):
+    self.path = path
+    self.checkpoints = path / 'checkpoints'
+    self.metrics = path / 'metrics.jsonl'
+    self.tensorboard = path / 'tensorboard'
+    self.tokenizer = path / 'tokenizer.json'
+    self._config = path / 'config.json'
+    self._data = path / 'data.json'
+    self._summary = path / 'summary.json'
+
+  def check(self, config: Config) -> None:
+    """Raises ConfigError unless the folder can be written and holds nothing or this very run."""
+    _check_writable(self.path)
+    if not self._config.exists():
+      if self.checkpoints.exists():
+        raise ConfigError(
+          f'workdir={self.path} holds checkpoints but no config.json; choose another workdir or remove it'
+        )
+      return
+    try:
+      stored = resolve(json.loads(self._config.read_text()))
+    except (json.JSONDecodeError, ConfigError) as error:
+      raise ConfigError(
+        f'{self._config} cannot be read ({error}); choose another workdir or remove it'
+      ) from None
+    changed = list(_differences(stored.to_dict(), config.to_dict()))
+    if changed:
+      raise ConfigError(
+        f'workdir={self.path} holds a run with other settings: {"; ".join(changed)}; '
+        f'choose another workdir, or restore these settings to resume it'
+      )
+
+  def create(self, config: Config, dataset: PreparedDataset) -> None:
+    """Writes tokenizer, description of the data and config, unless this run has written them before.
+
+    Args:
+      config: resolved, with the vocabulary's size.
+      dataset: what the run trains on.
+
+    Raises:
+      ConfigError: the run that the folder holds was on other data.
+    """
+    manifest = dataclasses.replace(dataset.manifest, files={})  # sizes of files may differ for equal rows
+    data = _to_json(dataclasses.asdict(manifest))
+    if self._config.exists():
+      if self._data.read_text() != data:
+        raise ConfigError(
+          f'workdir={self.path} holds a run on other data ({self._data.name} differs: the corpus has changed; '
+          f"the embedded one is the running Python's); choose another workdir"
+        )
+    else:
+      self.path.mkdir(parents=True, exist_ok=True)
+      dataset.tokenizer.save(self.tokenizer)
+      write_atomically(self._data, data)
+    write_atomically(self._config, _to_json(config.to_dict()))  # last: it says that the folder is a run's
+
+  def read_summary(self) -> dict[str, Any] | None:
+    """The result of the run, if it has finished."""
+    return json.loads(self._summary.read_text()) if self._summary.exists() else None
+
+  def write_summary(self, summary: dict[str, Any]) -> None:
+    """Stores the result, which marks the run as finished."""
+    write_atomically(self._summary, _to_json(summary))
+
+
+def write_atomically(path: Path, text: str) -> None:
+  """The file has the old content or the new one, whenever the process is killed."""
+  partial = path.with_name(f'{path.name}.partial')
+  partial.write_text(text)
+  os.replace(partial, path)
+
+
+def _to_json(value: Any) -> str:
+  return json.dumps(value, indent=2) + '\n'
+
+
+def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = '') -> Iterator[str]:
+  for name, value in stored.items():
+    key, other = f'{prefix}{name}', wanted[name]
+    if isinstance(value, dict):
+      yield from _differences(value, other, f'{key}.')
+    elif value != other and key not in MAY_CHANGE and not (key == 'model.vocab_size' and other is None):
+      yield f'{key} was {value}, now {other}'
+
+
+def _check_writable(folder: Path) -> None:
+  """Tries it out, and removes what it made: permissions alone do not tell (root, read-only disks)."""
+  missing = [path for path in (folder, *folder.parents) if not path.exists()]
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      pass
+  except OSError as error:
+    raise ConfigError(
+      f'workdir={folder} cannot be written ({error.strerror}); choose another with --workdir'
+    ) from None
+  finally:
+    for path in missing:
+      if path.is_dir():
+        path.rmdir()

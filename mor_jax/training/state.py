@@ -1,0 +1,50 @@
+"""Everything that a checkpoint holds: step, parameters, optimiser state.
+
+The data position needs no field: the batch of a step is a function of (seed, step).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+from jax.sharding import Mesh
+
+from mor_jax.parallel import mesh as mesh_lib
+
+
+@struct.dataclass
+class TrainState:
+  """State after `step` updates.
+
+  Attributes:
+    step: updates done, int32 ().
+    params: parameters of the model, float32.
+    opt_state: state of the optimiser.
+  """
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+
+
+def initializer(
+  model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh, seq_len: int
+) -> Callable[[jax.Array], TrainState]:
+  """The jitted function from a seed (uint32) to the state at step 0, made on the devices themselves."""
+
+  def initialize(seed: jax.Array) -> TrainState:
+    params = model.init(jax.random.key(seed), jnp.zeros((1, seq_len), jnp.int32))['params']
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+  return jax.jit(initialize, out_shardings=mesh_lib.replicated(mesh))
+
+
+def abstract_state(initialize: Callable[[jax.Array], TrainState], mesh: Mesh) -> TrainState:
+  """Shapes, dtypes and sharding of the state: what a step is compiled for and a checkpoint restored to."""
+  shapes = jax.eval_shape(initialize, jax.ShapeDtypeStruct((), jnp.uint32))
+  sharding = mesh_lib.replicated(mesh)
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)

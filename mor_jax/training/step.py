@@ -1,0 +1,82 @@
+"""One optimiser step: gradients of all micro-batches, one update, metrics."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from mor_jax.config import Config
+from mor_jax.model import router
+from mor_jax.parallel import mesh as mesh_lib
+from mor_jax.training import loss as loss_lib
+from mor_jax.training.optimizer import learning_rate_schedule
+from mor_jax.training.state import TrainState
+
+TrainStep = Callable[[TrainState, loss_lib.Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_train_step(
+  model: nn.Module, config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainStep:
+  """The jitted step (state, batch) -> (state, metrics); the state given is donated.
+
+  A batch holds int32 arrays (A, B, T): A = `train.accumulation` micro-batches. Metrics are
+  float32 scalars: loss, grad_norm (before clipping), learning_rate and, with a router,
+  aux_loss and those of `router.summarize`, all of the global batch.
+  """
+  schedule = learning_rate_schedule(config.train)
+  gradient = jax.value_and_grad(loss_lib.make_loss(model.apply, config.model), has_aux=True)
+
+  def train_step(state: TrainState, batch_ABT: loss_lib.Batch):
+    batch_ABT = loss_lib.visible_batch(batch_ABT, config.data.segment_mask)
+    whole = loss_lib.normalizers(config.model, batch_ABT['segment_ids'])
+    grads, metrics = _add_up(gradient, state.params, batch_ABT, whole)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics['grad_norm'] = optax.global_norm(grads)
+    metrics['learning_rate'] = jnp.asarray(schedule(state.step), jnp.float32)
+    if 'counts' in metrics:
+      metrics |= router.summarize(metrics.pop('counts'))
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+  shard = mesh_lib.replicated(mesh)
+  return jax.jit(
+    train_step,
+    donate_argnums=0,
+    in_shardings=(shard, mesh_lib.micro_batch_sharding(mesh)),
+    out_shardings=shard,
+  )
+
+
+def _add_up(
+  gradient: Callable, params: Any, batch_ABT: loss_lib.Batch, whole: loss_lib.Normalizers
+) -> tuple[Any, dict[str, Any]]:
+  """Sums of the gradients and of the loss's parts over the micro-batches, run one after the other."""
+  if batch_ABT['tokens'].shape[0] == 1:
+    (_, parts), grads = gradient(params, jax.tree.map(lambda rows: rows[0], batch_ABT), whole)
+    return grads, parts
+
+  def add(total, batch_BT):
+    (_, parts), grads = gradient(params, batch_BT, whole)
+    return jax.tree.map(jnp.add, total, grads), parts
+
+  grads, parts_A = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), batch_ABT)
+  return grads, jax.tree.map(lambda part_A: part_A.sum(axis=0), parts_A)
+
+
+def split_batch(batch: dict[str, np.ndarray], accumulation: int) -> dict[str, np.ndarray]:
+  """Rows (A * B, T) as `accumulation` micro-batches (A, B, T)."""
+  return {name: rows.reshape(accumulation, -1, rows.shape[-1]) for name, rows in batch.items()}
+
+
+def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and sharding of the batches that the step takes, to compile it before there is data."""
+  accumulation = config.train.accumulation
+  shape = (accumulation, config.train.global_batch // accumulation, config.data.seq_len)
+  spec = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh_lib.micro_batch_sharding(mesh))
+  return dict.fromkeys(('tokens', 'segment_ids', 'positions'), spec)

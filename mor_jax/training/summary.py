@@ -1,0 +1,162 @@
+"""What a user reads before and after a training."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+from rich.console import Console
+
+from mor_jax.config import Config, ModelConfig
+from mor_jax.data.dataset import PreparedDataset
+from mor_jax.model import flops
+
+Row = tuple[str, str]
+
+
+def print_table(console: Console, title: str, rows: Iterable[Row]) -> None:
+  """A title and rows under it."""
+  console.print(f'\n{title}', highlight=False, markup=False, soft_wrap=True, style='bold')
+  print_rows(console, rows)
+
+
+def print_rows(console: Console, rows: Iterable[Row]) -> None:
+  """Label and text, each row on one line however long."""
+  for label, text in rows:
+    console.print(f'  {label:<13} {text}', highlight=False, markup=False, soft_wrap=True)
+
+
+def describe_run(config: Config, mesh: Mesh, dataset: PreparedDataset, workdir: Path) -> list[Row]:
+  """What runs where: devices, model, costs, data, folder. Needs the vocabulary's size in the config."""
+  devices = list(mesh.devices.flat)
+  axes = ' '.join(f'{axis}={size}' for axis, size in mesh.shape.items())
+  rows = [
+    ('devices', f'{len(devices)} x {devices[0].device_kind}, mesh {axes}'),
+    ('model', _model(config.model)),
+    ('parameters', _parameters(config.model)),
+  ]
+  if config.model.kind == 'mor':
+    rows += [('capacities', _capacities(config.model, config.data.seq_len))]
+  return [
+    *rows,
+    ('FLOPs/token', _flops(config.model, config.data.seq_len)),
+    ('data', _data(config.data.source, dataset)),
+    ('training', _training(config)),
+    ('workdir', str(workdir)),
+  ]
+
+
+def _model(model: ModelConfig) -> str:
+  if model.kind == 'vanilla':
+    layers = f'{model.num_layers} layers'
+  else:
+    ends = '1 + ' if model.unique_ends else ''
+    layers = f'{model.num_layers} layers deep ({ends}{model.recursions} x {model.shared_depth}'
+    layers += ' + 1)' if model.unique_ends else ')'
+  return f'{model.kind}, {layers}, width {model.d_model}, vocabulary {model.vocab_size:,}, {model.dtype}'
+
+
+def _parameters(model: ModelConfig) -> str:
+  count = flops.count_parameters(model)
+  text = f'{quantity(count.total)}, of these {quantity(count.non_embedding)} outside the embedding'
+  if model.kind == 'vanilla':
+    return text
+  return f'{text}; unrolled, the layers would have {quantity(count.unrolled_non_embedding)}'
+
+
+def _capacities(model: ModelConfig, seq_len: int) -> str:
+  shares = ', '.join(f'{capacity:.2f}' for capacity in model.step_capacities)
+  tokens = ', '.join(str(count) for count in model.selected_tokens(seq_len))
+  return f'{shares} of the tokens at recursion 1 to {model.recursions}, that is {tokens} of {seq_len}'
+
+
+def _flops(model: ModelConfig, seq_len: int) -> str:
+  executed = flops.train_flops_per_token(model, seq_len)
+  paper = flops.paper_flops_per_token(model, seq_len)
+  text = f'{quantity(executed)} in training; {quantity(paper)} forward as the paper counts'
+  if model.kind == 'vanilla':
+    return text
+  vanilla = flops.vanilla_of(model)
+  return (
+    f'{text}: {executed / flops.train_flops_per_token(vanilla, seq_len):.2f} and '
+    f'{paper / flops.paper_flops_per_token(vanilla, seq_len):.2f} of a vanilla model of the same depth'
+  )
+
+
+def _data(source: str, dataset: PreparedDataset) -> str:
+  train, validation = (dataset.manifest.splits[split] for split in ('train', 'validation'))
+  return (
+    f'{source}: {train.documents:,} documents, {_megabytes(train.bytes)}, {quantity(train.tokens)} '
+    f'tokens; held out for validation {validation.documents:,} documents, {quantity(validation.tokens)} tokens'
+  )
+
+
+def _training(config: Config) -> str:
+  train = config.train
+  micro = f' in {train.accumulation} micro-batches' if train.accumulation > 1 else ''
+  tokens = train.steps * train.global_batch * config.data.seq_len
+  return (
+    f'{train.steps:,} steps of {train.global_batch} rows x {config.data.seq_len} tokens{micro}, '
+    f'{quantity(tokens)} tokens in all'
+  )
+
+
+def describe_compiled(compiled: Any, seconds: float) -> Row:
+  """Memory per device and compile time of the train step (a `jax.stages.Compiled`)."""
+  memory = compiled.memory_analysis()
+  if memory is None:  # not every backend tells
+    return 'compiled', f'in {seconds:.1f} s'
+  arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+  # Donated outputs live in the arguments' memory.
+  outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return 'compiled', (
+    f'in {seconds:.1f} s; memory per device {_megabytes(arguments + temporaries + outputs)}: '
+    f'state and batch {_megabytes(arguments)}, temporaries {_megabytes(temporaries)}'
+  )
+
+
+def describe_result(summary: dict[str, Any], run_path: Path) -> list[Row]:
+  """Final loss, depths and places of a finished run."""
+  rows = [
+    (
+      'validation',
+      f'loss {summary["validation/nll"]:.4f} nats per token, '
+      f'{summary["validation/bits_per_byte"]:.4f} bits per byte',
+    ),
+    (
+      'of the split',
+      f'unigram entropy {summary["validation/unigram_entropy"]:.4f}, '
+      f'bigram entropy {summary["validation/bigram_entropy"]:.4f} nats per token',
+    ),
+  ]
+  depths = [key for key in summary if key.startswith('validation/depth_share_')]
+  if depths:
+    shares = ', '.join(f'{key.rsplit("_", 1)[1]}: {summary[key]:.1%}' for key in depths)
+    rows += [
+      ('depth', f'tokens by recursions taken: {shares}; mean {summary["validation/mean_depth"]:.2f}'),
+      (
+        'router',
+        f'dead tokens {summary["validation/dead_token_ratio"]:.1%}, '
+        f'sampling accuracy {summary["validation/sampling_accuracy"]:.1%}',
+      ),
+    ]
+  if summary['sample']:
+    rows += [('sample', repr(summary['sample']))]
+  return [
+    *rows,
+    ('trained', f'{quantity(summary["tokens"])} tokens in {summary["seconds"]:,.0f} s'),
+    ('checkpoint', str(run_path / summary['checkpoint'])),
+    ('metrics', f'{run_path / "metrics.jsonl"} and {run_path / "tensorboard"}'),
+  ]
+
+
+def quantity(number: float) -> str:
+  """A count with three digits and a unit: 12.3 M."""
+  for size, unit in ((1e12, ' T'), (1e9, ' G'), (1e6, ' M'), (1e3, ' k')):
+    if number >= size:
+      return f'{number / size:.3g}{unit}'
+  return f'{number:.3g}'
+
+
+def _megabytes(num_bytes: float) -> str:
+  return f'{num_bytes / 1e6:,.1f} MB' if num_bytes < 1e9 else f'{num_bytes / 1e9:,.2f} GB'
