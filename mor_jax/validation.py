@@ -6,7 +6,7 @@ from typing import Any
 
 from mor_jax.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
 
-SPECIAL_AND_BYTE_TOKENS = 258  # every byte, end of text, padding
+SPECIAL_AND_BYTE_TOKENS = 257  # every byte, end of text
 
 
 def validate(config: Config) -> None:
@@ -120,13 +120,14 @@ def _validate_data(data: DataConfig) -> None:
   _require(
     0 < data.validation_fraction < 1, 'data.validation_fraction', data.validation_fraction, 'in (0, 1)'
   )
+  _require(data.seed >= 0, 'data.seed', data.seed, '>= 0')
   _require(data.prefetch >= 0, 'data.prefetch', data.prefetch, '>= 0')
   if data.tokenizer == 'bpe':
     _require(
       data.vocab_size >= SPECIAL_AND_BYTE_TOKENS,
       'data.vocab_size',
       data.vocab_size,
-      f'>= {SPECIAL_AND_BYTE_TOKENS}: 256 bytes and 2 special tokens',
+      f'>= {SPECIAL_AND_BYTE_TOKENS}: 256 bytes and end of text',
     )
   if data.max_documents is not None:
     _require(data.max_documents >= 2, 'data.max_documents', data.max_documents, '>= 2, to have both splits')

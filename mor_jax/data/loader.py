@@ -1,0 +1,64 @@
+"""Batches of rows by step, read ahead on threads with Grain.
+
+The batch of a step is a pure function of (data.seed, step). There is no iterator state:
+resuming a run means starting at another step.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+
+from mor_jax.config import DataConfig
+from mor_jax.data import packing
+from mor_jax.data.dataset import PreparedDataset
+
+_ENDLESS = 2**62
+
+Batch = dict[str, np.ndarray]  # 'tokens', 'segment_ids', 'positions', each int32 (B, T)
+
+
+def batch_rows(num_rows: int, global_batch: int, seed: int, step: int) -> np.ndarray:
+  """Indices (B,) of the rows that form the global batch of `step`.
+
+  The rows of all epochs, each in an order of its own, form one endless sequence, which the
+  batches cut into pieces of `global_batch`: every row comes once in an epoch, and a batch
+  may reach into the next one. A host takes its slice of the result.
+  """
+  # Grain gives epoch e the seed + e; spread, so that the epochs of neighbouring seeds differ.
+  spread_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+  order = grain.MapDataset.range(num_rows).shuffle(seed=spread_seed).repeat()
+  first = step * global_batch
+  return np.array([order[i] for i in range(first, first + global_batch)])
+
+
+def train_batches(
+  dataset: PreparedDataset, data: DataConfig, global_batch: int, start_step: int = 0
+) -> Iterator[Batch]:
+  """The endless batches of training, from `start_step` on: int32 arrays of shape (global_batch, T)."""
+  rows = dataset.rows('train')
+
+  def load(step: int) -> Batch:
+    return _stack([rows[i] for i in batch_rows(len(rows), global_batch, data.seed, step)])
+
+  steps = grain.MapDataset.range(start_step, _ENDLESS).map(load)
+  options = grain.ReadOptions(num_threads=data.prefetch, prefetch_buffer_size=data.prefetch)
+  return iter(steps.to_iter_dataset(options))
+
+
+def validation_batches(
+  dataset: PreparedDataset, batch_size: int, max_rows: int | None = None
+) -> Iterator[Batch]:
+  """The validation rows in order, at most `max_rows`: int32 arrays of shape (batch_size, T).
+
+  The last batch is filled up with rows of padding, whose segment ids are all 0.
+  """
+  rows = dataset.rows('validation')
+  count = len(rows) if max_rows is None else min(max_rows, len(rows))
+  padding = packing.padding_row(dataset.manifest.seq_len, dataset.tokenizer.end_of_text)
+  for first in range(0, count, batch_size):
+    yield _stack([rows[i] if i < count else padding for i in range(first, first + batch_size)])
+
+
+def _stack(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
+  return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

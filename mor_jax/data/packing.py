@@ -1,0 +1,77 @@
+"""Packing: documents' token ids to rows of one length. Pure functions over numpy.
+
+A row is its tokens and the lengths of its segments, one after the other; what is left at
+the end is padding. Segment ids and positions follow from the lengths.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A packed row: `tokens_T` of any integer type, `segment_lengths` with a sum of at most T."""
+
+  tokens_T: np.ndarray
+  segment_lengths: np.ndarray
+
+  @property
+  def num_tokens(self) -> int:
+    """Tokens in the row without padding, end-of-text tokens included."""
+    return int(self.segment_lengths.sum(dtype=np.int64))
+
+  @property
+  def num_targets(self) -> int:
+    """Tokens that can be predicted: every one but the first of each segment."""
+    return self.num_tokens - len(self.segment_lengths)
+
+
+def concat_and_split(documents: Iterable[Sequence[int]], seq_len: int, end_of_text: int) -> Iterator[Row]:
+  """Writes documents one after the other, each with an end-of-text token, and cuts rows of `seq_len`.
+
+  No token is lost: a document that doesn't fit continues in the next row as a new segment,
+  and the last row is filled up with padding (`end_of_text`, in no segment).
+
+  Args:
+    documents: token ids of each document; may be a stream, one row is held in memory.
+    seq_len: tokens T in a row.
+    end_of_text: id of the separator.
+
+  Yields:
+    rows with int32 tokens of shape (T,).
+  """
+  row_T, lengths, filled = np.full(seq_len, end_of_text, np.int32), [], 0
+  for document in documents:
+    remaining = np.append(np.asarray(document, np.int32), np.int32(end_of_text))
+    while len(remaining):
+      piece, remaining = np.split(remaining, [seq_len - filled])
+      row_T[filled : filled + len(piece)] = piece
+      lengths.append(len(piece))
+      filled += len(piece)
+      if filled == seq_len:
+        yield Row(row_T, np.array(lengths))
+        row_T, lengths, filled = np.full(seq_len, end_of_text, np.int32), [], 0
+  if filled:
+    yield Row(row_T, np.array(lengths))
+
+
+def unpack(row: Row) -> dict[str, np.ndarray]:
+  """The row as a model reads it: 'tokens', 'segment_ids' and 'positions', each int32 of shape (T,).
+
+  Segments count from 1 in every row, positions from 0 in every segment; both are 0 in padding.
+  """
+  lengths = row.segment_lengths.astype(np.int64)
+  starts = np.cumsum(lengths) - lengths
+  used = int(lengths.sum())
+  segment_ids_T = np.zeros(len(row.tokens_T), np.int32)
+  segment_ids_T[:used] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+  positions_T = np.zeros(len(row.tokens_T), np.int32)
+  positions_T[:used] = np.arange(used) - np.repeat(starts, lengths)
+  return {'tokens': row.tokens_T.astype(np.int32), 'segment_ids': segment_ids_T, 'positions': positions_T}
+
+
+def padding_row(seq_len: int, end_of_text: int) -> dict[str, np.ndarray]:
+  """A row of nothing but padding, in the form of `unpack`."""
+  return unpack(Row(np.full(seq_len, end_of_text), np.zeros(0, np.int32)))

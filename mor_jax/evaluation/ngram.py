@@ -1,0 +1,42 @@
+"""Unigram and bigram entropy of a split: what a model without any context, or with one token, could reach."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+
+def ngram_entropies(rows: Iterable[dict[str, np.ndarray]], vocab_size: int) -> tuple[float, float]:
+  """Empirical entropies of the tokens of `rows`, in nats per predicted token.
+
+  Only pairs that the language-model loss counts are counted: both tokens in the same segment.
+  The counts are taken on the rows themselves (plug-in entropies), so no unigram or bigram
+  model has a lower loss on them, not even one fitted to them.
+
+  Args:
+    rows: 'tokens' and 'segment_ids' of shape (..., T), for instance `PreparedDataset.rows(split)`.
+    vocab_size: entries V of the vocabulary.
+
+  Returns:
+    (H(target), H(target | token before)).
+
+  Raises:
+    ValueError: no row has two tokens in the same segment.
+  """
+  pairs = np.concatenate([_pairs(row['tokens'], row['segment_ids'], vocab_size) for row in rows])
+  if not pairs.size:
+    raise ValueError('no row has two tokens in the same segment, so nothing is predicted')
+  joint = _entropy(pairs)
+  return _entropy(pairs % vocab_size), joint - _entropy(pairs // vocab_size)
+
+
+def _pairs(tokens_T: np.ndarray, segments_T: np.ndarray, vocab_size: int) -> np.ndarray:
+  """(token before) * V + target of every predicted token."""
+  counted = (segments_T[..., 1:] == segments_T[..., :-1]) & (segments_T[..., 1:] > 0)
+  before, target = tokens_T[..., :-1][counted], tokens_T[..., 1:][counted]
+  return before.astype(np.int64) * vocab_size + target
+
+
+def _entropy(symbols: np.ndarray) -> float:
+  _, counts = np.unique(symbols, return_counts=True)
+  probabilities = counts / counts.sum()
+  return float(-np.sum(probabilities * np.log(probabilities)))
