@@ -1,0 +1,84 @@
+"""Parity with vectors computed by the authors' PyTorch implementation (float32, random weights)."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from mor_jax.interop import official
+from mor_jax.model.router import summarize
+from mor_jax.model.transformer import Transformer
+
+FOLDER = pathlib.Path(__file__).parent / 'fixtures' / 'official_mor'
+EXPERT_CHOICE = ('expert_middle_cycle_r3',)
+
+
+class Fixture:
+  """One recorded model: settings, weights, inputs and results."""
+
+  def __init__(self, name: str):
+    self.settings = json.loads((FOLDER / f'{name}.json').read_text())
+    self.weights = FOLDER / f'{name}.weights.safetensors'
+    self.gradients = safetensors.numpy.load_file(FOLDER / f'{name}.grads.safetensors')
+    self.recorded = np.load(FOLDER / f'{name}.npz')
+    self.tokens_BT = jnp.asarray(self.recorded['input_ids'], jnp.int32)
+
+
+def total_loss(model, variables, tokens_BT):
+  """The authors' training loss: mean next-token cross entropy + 0.001 * auxiliary BCE."""
+  output = model.apply(variables, tokens_BT)
+  logprobs_BTV = jax.nn.log_softmax(output.logits[:, :-1])
+  lm_loss = -jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1).mean()
+  aux = output.routing.losses['aux']
+  sampling_loss = (aux.sum / aux.count).sum()
+  return lm_loss + 0.001 * sampling_loss, (lm_loss, sampling_loss, output)
+
+
+@pytest.mark.parametrize('dispatch', ['gather', 'mask'])
+@pytest.mark.parametrize('name', EXPERT_CHOICE)
+def test_expert_choice_matches_the_authors(name, dispatch):
+  fixture = Fixture(name)
+  model, variables = official.load(fixture.weights, fixture.settings)
+  model = Transformer(dataclasses.replace(model.config, dispatch=dispatch))
+  run = jax.jit(jax.value_and_grad(total_loss, argnums=1, has_aux=True), static_argnums=0)
+  (total, (lm_loss, sampling_loss, output)), gradients = run(model, variables, fixture.tokens_BT)
+  recorded = fixture.recorded
+  np.testing.assert_allclose(output.logits, recorded['logits'], atol=1e-4)
+  np.testing.assert_allclose(lm_loss, recorded['lm_loss'], atol=1e-4)
+  np.testing.assert_allclose(sampling_loss, recorded['sampling_loss'], atol=1e-4)
+  np.testing.assert_allclose(total, recorded['total_loss'], atol=1e-4)
+  accuracy = summarize(output.routing.counts)['sampling_accuracy']
+  np.testing.assert_allclose(accuracy, recorded['sampling_acc'], atol=1e-6)
+  for step in range(model.config.num_recursions):
+    chosen_B = [np.flatnonzero(row) for row in output.routing.selected_RBT[step]]
+    np.testing.assert_array_equal(chosen_B, recorded[f'selected_{step}'])
+    if dispatch == 'gather':
+      np.testing.assert_array_equal(output.routing.indices[step], recorded[f'selected_{step}'])
+  expected = official.to_params(model.config, fixture.gradients)
+  for path, gradient in jax.tree_util.tree_leaves_with_path(gradients['params']):
+    reference = expected
+    for entry in path:
+      reference = reference[entry.key]
+    error = np.linalg.norm(gradient - reference) / np.linalg.norm(reference)
+    assert error < 1e-3, f'gradient of {jax.tree_util.keystr(path)} differs by {error:.1e}'
+
+
+def test_settings_and_tensors_that_do_not_fit_are_refused(tmp_path):
+  fixture = Fixture('expert_middle_cycle_r3')
+  with pytest.raises(ValueError, match="nonsense='x'"):
+    official.model_config({**fixture.settings, 'nonsense': 'x'})
+  tensors = safetensors.numpy.load_file(fixture.weights)
+  config = official.model_config(fixture.settings)
+  with pytest.raises(ValueError, match=r'without a place.*extra\.weight'):
+    official.to_params(config, {**tensors, 'extra.weight': np.zeros(1)})
+  missing = {k: v for k, v in tensors.items() if k != 'model.norm.weight'}
+  with pytest.raises(ValueError, match=r'model\.norm\.weight is missing'):
+    official.to_params(config, missing)
+  name = 'model.layers.2.block.0.mlp.up_proj.weight'
+  with pytest.raises(ValueError, match='differ, though the layers are shared'):
+    official.to_params(config, {**tensors, name: tensors[name] + 1})

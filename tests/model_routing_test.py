@@ -1,0 +1,134 @@
+"""What a token may depend on: causality under threshold routing, segments, padding, places."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mor_jax.model import recursion, router
+from tests import tiny
+
+STRICT = {'num_layers': 5, 'num_recursions': 3, 'router_alpha': 0.8}
+
+
+def futures_replaced(made, variables, routing, draws=40, length=24):
+  """Largest change of logits up to a random t when all tokens after t are replaced, over many draws."""
+  apply = tiny.apply(made, routing)
+  rng = np.random.default_rng(0)
+  worst = 0.0
+  for _ in range(draws):
+    before_BT = rng.integers(0, tiny.SHAPE['vocab_size'], (4, length))
+    cut = int(rng.integers(1, length - 1))
+    after_BT = before_BT.copy()
+    after_BT[:, cut:] = rng.integers(0, tiny.SHAPE['vocab_size'], (4, length - cut))
+    first, second = (apply(variables, jnp.asarray(t, jnp.int32)) for t in (before_BT, after_BT))
+    worst = max(worst, float(jnp.abs(first.logits[:, :cut] - second.logits[:, :cut]).max()))
+  return worst
+
+
+def test_threshold_routing_is_causal_and_top_k_is_not():
+  made, variables = tiny.model(**STRICT)
+  selected = tiny.apply(made, 'threshold')(variables, tiny.tokens(4, 24)).routing.counts['depth_R1']
+  assert (selected[1:] > 0).all(), 'every depth must be taken, or the test shows nothing'
+  assert futures_replaced(made, variables, 'threshold') < 1e-5
+  assert futures_replaced(made, variables, 'topk') > 1e-2
+
+
+@pytest.mark.parametrize('kind', ['vanilla', 'recursive', 'mor'])
+def test_packed_documents_give_what_they_give_alone(kind):
+  made, variables = tiny.model(kind=kind, **STRICT)
+  lengths = (9, 5, 7)
+  row_T = np.asarray(tiny.tokens(1, 24))[0]
+  segments_T = np.repeat([1, 2, 3, 0], (*lengths, 24 - sum(lengths)))
+  apply = tiny.apply(made, 'threshold')
+  packed = apply(variables, row_T[None], segment_ids=segments_T[None], max_len=24)
+  for segment, length in enumerate(lengths, start=1):
+    tokens_T = row_T[segments_T == segment]
+    alone = np.zeros((1, 24), np.int32)
+    alone[0, :length] = tokens_T
+    ids = (np.arange(24) < length)[None].astype(np.int32)
+    expected = apply(variables, alone, segment_ids=ids, max_len=24)
+    np.testing.assert_allclose(
+      packed.logits[0, segments_T == segment], expected.logits[0, :length], atol=1e-5
+    )
+    if kind == 'mor':
+      np.testing.assert_array_equal(
+        packed.routing.depth_BT[0, segments_T == segment], expected.routing.depth_BT[0, :length]
+      )
+
+
+@pytest.mark.parametrize('dispatch', ['gather', 'mask'])
+@pytest.mark.parametrize('routing', ['topk', 'threshold'])
+def test_padding_changes_nothing(dispatch, routing):
+  """What stands in the padding, and its presence in another row, leaves every other number alone."""
+  made, variables = tiny.model(dispatch=dispatch, **STRICT)
+  apply = tiny.apply(made, routing)
+  tokens_BT = np.array(tiny.tokens(2, 24))
+  ids_BT = np.ones((2, 24), np.int32)
+  ids_BT[1, 10:] = 0
+  first = apply(variables, tokens_BT, segment_ids=ids_BT)
+  tokens_BT[1, 10:] = (tokens_BT[1, 10:] + 7) % tiny.SHAPE['vocab_size']
+  second = apply(variables, tokens_BT, segment_ids=ids_BT)
+  np.testing.assert_allclose(first.logits[ids_BT > 0], second.logits[ids_BT > 0], atol=1e-6)
+  assert not first.routing.selected_RBT[:, ids_BT == 0].any()
+  for left, right in zip(
+    jax.tree.leaves((first.routing.counts, first.routing.losses)),
+    jax.tree.leaves((second.routing.counts, second.routing.losses)),
+    strict=True,
+  ):
+    np.testing.assert_allclose(left, right, rtol=1e-5)
+  if routing == 'topk':
+    expected_R = router.entrants(made.config, jnp.asarray(ids_BT))
+    np.testing.assert_array_equal(first.routing.counts['entered_R'], expected_R)
+    np.testing.assert_array_equal(first.routing.losses['aux'].count, expected_R)
+
+
+def test_admission_follows_the_written_rule():
+  """Against the rule spelled out token by token in plain Python."""
+  rng = np.random.default_rng(3)
+  overflowed = 0
+  for _ in range(50):
+    length, places = 30, int(rng.integers(1, 6))
+    segments_T = np.sort(rng.integers(1, 4, length))
+    starts_T = np.r_[True, segments_T[1:] != segments_T[:-1]]
+    active_T = rng.random(length) < 0.8
+    logits_T = rng.normal(size=length)
+    selected, overflow, taken = [], [], {}
+    for t in range(length):
+      wants = active_T[t] and logits_T[t] > 0.2
+      free = taken.get(segments_T[t], 0) < places
+      selected.append(wants and free)
+      overflow.append(wants and not free)
+      taken[segments_T[t]] = taken.get(segments_T[t], 0) + (wants and free)
+    got, lost = router.admit(*(a[None] for a in (logits_T, active_T, starts_T)), places, False, 0.2)
+    np.testing.assert_array_equal(got[0], selected)
+    np.testing.assert_array_equal(lost[0], overflow)
+    overflowed += sum(overflow)
+  assert overflowed > 0
+
+
+def test_places_run_out_and_are_counted():
+  made, variables = tiny.model(**STRICT)
+  apply = tiny.apply(made, 'threshold')
+  tokens_BT = tiny.tokens(4, 24)
+  ample = apply(variables, tokens_BT, max_len=24, slack=3.0).routing
+  tight = apply(variables, tokens_BT, max_len=24, slack=0.3).routing
+  assert recursion.step_places(made.config, 24, 0.3) == (8, 5, 3)
+  assert ample.counts['overflow_R'].tolist() == [0, 0, 0]
+  assert tight.counts['overflow_R'][1] > 0
+  assert tight.counts['overflow_R'][0] == 0, 'a step of capacity 1 admits every token'
+  assert (tight.selected_RBT.sum(axis=2) <= np.array([24, 5, 3])[:, None]).all()
+
+
+def test_places_are_whole_numbers_in_spite_of_float_capacities():
+  config = tiny.config(capacities=(1.0, 0.1))
+  assert recursion.step_places(config, 30, 1.0) == (30, 3)
+  assert recursion.step_places(config, 31, 1.0) == (31, 4)
+
+
+def test_bad_arguments_are_refused():
+  made, variables = tiny.model()
+  with pytest.raises(ValueError, match="routing='greedy'"):
+    made.apply(variables, tiny.tokens(1, 4), routing='greedy')
+  with pytest.raises(ValueError, match='max_len=3 is shorter'):
+    made.apply(variables, tiny.tokens(1, 4), routing='threshold', max_len=3)
