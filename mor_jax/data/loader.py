@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
+from grain.experimental import index_shuffle
 
 from mor_jax.config import DataConfig
 from mor_jax.data import packing
@@ -25,11 +26,16 @@ def batch_rows(num_rows: int, global_batch: int, seed: int, step: int) -> np.nda
   batches cut into pieces of `global_batch`: every row comes once in an epoch, and a batch
   may reach into the next one. A host takes its slice of the result.
   """
-  # Grain gives epoch e the seed + e; spread, so that the epochs of neighbouring seeds differ.
-  spread_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-  order = grain.MapDataset.range(num_rows).shuffle(seed=spread_seed).repeat()
   first = step * global_batch
-  return np.array([order[i] for i in range(first, first + global_batch)])
+  epochs, places = np.divmod(np.arange(first, first + global_batch), num_rows)
+  seeds = {
+    epoch: int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]) for epoch in np.unique(epochs)
+  }
+  shuffled = [
+    index_shuffle(int(place), max_index=num_rows - 1, seed=seeds[epoch], rounds=4)
+    for epoch, place in zip(epochs, places, strict=True)
+  ]
+  return np.array(shuffled)
 
 
 def train_batches(
