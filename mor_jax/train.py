@@ -4,15 +4,15 @@ The run folder is --workdir, or runs/NAME. Running the same command again resume
 checkpoint; a finished run shows its result again.
 """
 
-from collections.abc import Callable
 import itertools
-from pathlib import Path
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from rich.console import Console
 
 from mor_jax import cli

@@ -1,13 +1,13 @@
 """Loss of a model on held-out rows: negative log-likelihood and router metrics, summed exactly."""
 
-from collections.abc import Callable, Iterable
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from flax import linen as nn
 import jax
-from jax.sharding import Mesh
 import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
 
 from mor_jax.config import Config
 from mor_jax.model import router

@@ -1,12 +1,12 @@
 """The training loop: dispatch steps, and between them log, validate and save."""
 
-from collections.abc import Callable, Iterator
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 import numpy as np
+from jax.sharding import Mesh
 
 from mor_jax.config import Config
 from mor_jax.parallel import mesh as mesh_lib

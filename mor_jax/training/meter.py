@@ -1,10 +1,10 @@
 """Measures a running training: metrics fetched late, tokens per second, waiting for data."""
 
 import collections
-from collections.abc import Callable, Iterator
 import contextlib
 import math
 import time
+from collections.abc import Callable, Iterator
 
 import jax
 

@@ -1,15 +1,10 @@
 """The metrics of a run on disk: JSON lines and TensorBoard events."""
 
-import collections
-import contextlib
 import json
 import os
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 from tensorboardX import SummaryWriter
 
 Record = dict[str, float]

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from mor_jax.config import TrainConfig
@@ -31,7 +32,8 @@ def learning_rate_schedule(train: TrainConfig) -> optax.Schedule:
     pieces += [optax.cosine_decay_schedule(peak, steps, alpha=final / peak)]
   schedule = optax.join_schedules(pieces, boundaries)
   # Counted from 1, so that the first update has a learning rate above 0 and the last one the final.
-  return lambda count: schedule(count + 1)
+  # And not below 0, where rounding would put the last one.
+  return lambda count: jnp.maximum(schedule(count + 1), 0.0)
 
 
 def decayed(params: Any) -> Any:

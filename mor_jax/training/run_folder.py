@@ -1,11 +1,11 @@
 """The folder of a run: what lies where, and whether it belongs to the run that wants to use it."""
 
-from collections.abc import Iterator
 import dataclasses
 import json
 import os
-from pathlib import Path
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from mor_jax.config import Config, ConfigError, resolve
@@ -123,7 +123,7 @@ def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = '
 
 def _check_writable(folder: Path) -> None:
   """Tries it out, and removes what it made: permissions alone do not tell (root, read-only disks)."""
-  missing = [path for path in (folder, *folder.parents) if not path.exists()]
+  missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
   try:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
@@ -134,5 +134,5 @@ def _check_writable(folder: Path) -> None:
     ) from None
   finally:
     for path in missing:
-      if path.is_dir():
+      if os.path.isdir(path):
         path.rmdir()

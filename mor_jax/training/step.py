@@ -38,7 +38,7 @@ def make_train_step(
     grads, metrics = _add_up(gradient, state.params, batch_ABT, whole)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics['grad_norm'] = optax.global_norm(grads)
+    metrics['grad_norm'] = optax.tree.norm(grads)
     metrics['learning_rate'] = jnp.asarray(schedule(state.step), jnp.float32)
     if 'counts' in metrics:
       metrics |= router.summarize(metrics.pop('counts'))

@@ -1,0 +1,225 @@
+"""The training job from settings to result, on a tiny model and a few of the corpus's documents."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from mor_jax import train
+from mor_jax.config import Config, ConfigError
+from mor_jax.data import loader
+from mor_jax.model import flops
+from mor_jax.training import metrics
+
+KILL_BEFORE_STEP = 17
+KILLED_RUN = f"""
+import json, os, signal, sys
+from mor_jax import config, train
+from mor_jax.data import loader
+
+batches = loader.train_batches
+
+def deadly(dataset, data, global_batch, start_step):
+  for step, batch in enumerate(batches(dataset, data, global_batch, start_step), start_step + 1):
+    if step == {KILL_BEFORE_STEP}:
+      os.kill(os.getpid(), signal.SIGKILL)
+    yield batch
+
+loader.train_batches = deadly
+train.main(config.resolve(json.loads(sys.argv[1])), sys.argv[2])
+"""
+
+
+@pytest.fixture(scope='module')
+def config(tmp_path_factory) -> Config:
+  cache = tmp_path_factory.mktemp('cache')
+  return Config(name='small').replace(
+    model={
+      'num_layers': 5,
+      'num_recursions': 3,
+      'd_model': 32,
+      'num_heads': 2,
+      'num_kv_heads': 1,
+      'mlp_dim': 64,
+      'dtype': 'float32',
+    },
+    data={
+      'tokenizer': 'bytes',
+      'seq_len': 64,
+      'max_documents': 40,
+      'cache_dir': str(cache),
+      'validation_fraction': 0.2,
+    },
+    train={
+      'steps': 20,
+      'global_batch': 4,
+      'warmup_steps': 4,
+      'log_every': 1,
+      'eval_every': 10,
+      'eval_rows': 6,
+      'sample_tokens': 8,
+    },
+    checkpoint={'every_steps': 6},
+  )
+
+
+@pytest.fixture(scope='module')
+def finished(config, tmp_path_factory) -> Path:
+  """The folder of an uninterrupted run, and what it printed in output.txt beside it."""
+  folder = tmp_path_factory.mktemp('runs') / 'finished'
+  with pytest.MonkeyPatch.context() as patch, (folder.parent / 'output.txt').open('w') as output:
+    patch.setattr(sys, 'stdout', output)
+    train.main(config, str(folder))
+  return folder
+
+
+def test_leaves_a_complete_run_folder(config, finished):
+  assert {path.name for path in finished.iterdir()} == {
+    'config.json',
+    'data.json',
+    'tokenizer.json',
+    'metrics.jsonl',
+    'tensorboard',
+    'checkpoints',
+    'summary.json',
+  }
+  records = metrics.read(finished / 'metrics.jsonl')
+  assert [record['step'] for record in records] == list(range(1, 21))
+  assert [record['step'] for record in records if 'validation/nll' in record] == [10, 20]
+  assert records[-1]['train/loss'] < records[0]['train/loss'] - 1
+  for name in (
+    'aux_loss',
+    'sampling_accuracy',
+    'dead_token_ratio',
+    'tokens_recursion_3',
+    'data_wait_seconds',
+  ):
+    assert f'train/{name}' in records[0]
+  summary = json.loads((finished / 'summary.json').read_text())
+  assert summary['validation/nll'] == records[-1]['validation/nll']
+  assert summary['parameters'] == sum(
+    leaf.size for leaf in jax.tree.leaves(_checkpoint(finished, 20)['params'])
+  )
+  assert summary['tokens'] == 20 * 4 * 64
+  assert (finished / summary['checkpoint']).is_dir()
+  assert summary['validation/unigram_entropy'] > summary['validation/bigram_entropy'] > 0
+
+
+def test_tells_the_user_what_runs_and_what_came_out(config, finished):
+  text = (finished.parent / 'output.txt').read_text()
+  model = config.replace(model={'vocab_size': 257}).model
+  ratio = flops.train_flops_per_token(model, 64) / flops.train_flops_per_token(flops.vanilla_of(model), 64)
+  for shown in (
+    f'{flops.count_parameters(model).total / 1e3:.1f} k',
+    '64, 42, 21 of 64',
+    f'{ratio:.2f} and ',
+    'temporaries',
+    'step 20/20  loss',
+    'bits per byte',
+    'unigram entropy',
+    'tokens by recursions taken',
+    'The ',
+    str(finished / 'checkpoints' / '20'),
+    str(finished / 'metrics.jsonl'),
+  ):
+    assert shown in text, shown
+  sections = ['small', 'devices', 'compiled', 'step  1/20', 'step 20/20', 'Finished', 'sample', 'metrics']
+  assert sections == sorted(sections, key=lambda section: re.search(rf'^ *{section}', text, re.M).start())
+
+
+def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(config, finished, tmp_path, monkeypatch):
+  folder = tmp_path / 'killed'
+  command = [sys.executable, '-c', KILLED_RUN, json.dumps(config.to_dict()), str(folder)]
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
+  killed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+  assert killed.returncode == -signal.SIGKILL, killed.stderr
+  saved = max(int(path.name) for path in (folder / 'checkpoints').iterdir() if path.name.isdigit())
+  assert saved in (6, 12)
+  _mark_lines(folder / 'metrics.jsonl')
+
+  starts = []
+  batches = loader.train_batches
+
+  def recorded(*args, start_step):
+    starts.append(start_step)
+    return batches(*args, start_step=start_step)
+
+  monkeypatch.setattr(loader, 'train_batches', recorded)
+  train.main(config, str(folder))
+  assert starts == [saved], 'it must have resumed, not begun again'
+  resumed = metrics.read(folder / 'metrics.jsonl')
+  assert [record['step'] for record in resumed if 'marked' not in record] == list(range(saved + 1, 21))
+
+  uninterrupted = metrics.read(finished / 'metrics.jsonl')
+  for name in ('step', 'train/loss', 'train/grad_norm', 'train/sampling_accuracy', 'validation/nll'):
+    assert [r.get(name) for r in resumed] == [r.get(name) for r in uninterrupted], name
+  one, other = _checkpoint(folder, 20), _checkpoint(finished, 20)
+  assert jax.tree.structure(one) == jax.tree.structure(other)
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_finished_run_shows_its_result_again(config, finished, capsys, monkeypatch):
+  before = _content(finished)
+  monkeypatch.setattr(jax, 'jit', None)  # nothing is compiled
+  train.main(config, str(finished))
+  text = capsys.readouterr().out
+  assert 'Already finished' in text
+  assert f'{json.loads((finished / "summary.json").read_text())["validation/nll"]:.4f}' in text
+  assert _content(finished) == before
+
+
+def test_lost_summary_is_made_again(config, finished, capsys):
+  expected = json.loads((finished / 'summary.json').read_text())
+  (finished / 'summary.json').unlink()
+  train.main(config, str(finished))
+  assert json.loads((finished / 'summary.json').read_text()) == expected
+  capsys.readouterr()
+
+
+def test_another_model_is_refused(config, finished):
+  before = _content(finished)
+  with pytest.raises(ConfigError, match=r'model\.num_recursions was 3, now 1'):
+    train.main(config.replace(model={'num_recursions': 1}), str(finished))
+  assert _content(finished) == before
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'model': {'vocab_size': 100}}, 'model.vocab_size=100 is smaller than the 257 entries'),
+    ({'data': {'seq_len': 10**8}}, 'data.seq_len=100000000'),
+  ],
+)
+def test_bad_settings_leave_no_folder(config, tmp_path, changes, message):
+  with pytest.raises(ConfigError, match=message):
+    train.main(config.replace(**changes), str(tmp_path / 'runs' / 'bad'))
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_default_folder_is_named_after_the_run(config, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'runs').write_text('in the way')
+  with pytest.raises(ConfigError, match='workdir=runs/small cannot be written'):
+    train.main(config, None)
+
+
+def _mark_lines(path: Path) -> None:
+  """Makes the lines of the killed process recognisable."""
+  lines = [json.dumps(record | {'marked': 1}) for record in metrics.read(path)]
+  path.write_text('\n'.join(lines) + '\n')
+
+
+def _checkpoint(folder: Path, step: int):
+  return ocp.load(folder / 'checkpoints' / str(step))
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+  return {str(path): path.read_bytes() for path in folder.rglob('*') if path.is_file()}

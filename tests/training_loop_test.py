@@ -1,0 +1,155 @@
+"""The loop around a step that costs nothing."""
+
+import dataclasses
+import io
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_run
+from rich.console import Console
+
+from mor_jax.config import Config
+from mor_jax.training import loop
+from mor_jax.training.meter import NonFiniteError
+from mor_jax.training.metrics import MetricsLog, read
+from mor_jax.training.progress import Progress
+from mor_jax.training.state import TrainState
+
+CONFIG = Config().replace(
+  train={'steps': 20, 'global_batch': 2, 'warmup_steps': 0, 'log_every': 5, 'eval_every': 8},
+  checkpoint={'every_steps': 6},
+  data={'seq_len': 4},
+)
+
+
+class Checkpoints:
+  """Remembers what was saved, and what metrics.jsonl held then."""
+
+  def __init__(self, metrics):
+    self.saved, self._metrics = {}, metrics
+
+  def save(self, step, state):
+    assert int(jax.device_get(state.step)) == step
+    self.saved[step] = read(self._metrics)
+
+  def wait(self):
+    pass
+
+  @property
+  def latest_step(self):
+    return max(self.saved, default=None)
+
+  def path(self, step):
+    return f'checkpoints/{step}'
+
+
+@jax.jit
+def _step(state, batch):
+  loss = 1.0 / (state.step + 1) + 0 * batch['tokens'].sum()
+  metrics = {'loss': loss, 'grad_norm': 2 * loss, 'learning_rate': jnp.float32(0.1)}
+  return TrainState(state.step + 1, state.params, state.opt_state), metrics
+
+
+def _train(folder, step=_step, config=CONFIG, first=0, console=None):
+  state = TrainState(jnp.int32(first), (), ())
+  checkpoints = Checkpoints(folder / 'metrics.jsonl')
+  console = console or Console(file=io.StringIO(), width=100)
+  batches = ({'tokens': np.full((2, 4), n, np.int32)} for n in itertools.count(first))
+  validate = lambda params: {'validation/nll': 3.0}  # noqa: E731
+  with MetricsLog(folder, first) as log, Progress(console, config.train.steps, first) as progress:
+    loop.train(config, tiny_run.MESH, state, step, batches, validate, checkpoints, log, progress)
+  return checkpoints, read(folder / 'metrics.jsonl'), console.file.getvalue()
+
+
+def test_logs_validates_and_saves_when_due(tmp_path):
+  checkpoints, records, _ = _train(tmp_path)
+  assert [r['step'] for r in records if 'train/loss' in r] == [1, 5, 10, 15, 20]
+  assert [r['step'] for r in records if 'validation/nll' in r] == [8, 16, 20]
+  assert len({r['step'] for r in records}) == len(records), 'a step is on one line'
+  assert records[1]['train/loss'] == pytest.approx(1 / 5)
+  assert list(checkpoints.saved) == [6, 12, 18, 20]
+
+
+def test_metrics_are_written_before_the_checkpoint(tmp_path):
+  """Else a run killed after the save would resume behind a gap in its metrics."""
+  config = CONFIG.replace(train={'log_every': 1})
+  checkpoints, _, _ = _train(tmp_path, config=config)
+  for step, records in checkpoints.saved.items():
+    assert [r['step'] for r in records] == list(range(1, step + 1))
+  assert 'validation/nll' in checkpoints.saved[20][-1]
+
+
+def test_resumes_after_the_state_it_is_given(tmp_path):
+  _, before, _ = _train(tmp_path, config=CONFIG.replace(train={'steps': 12}))
+  checkpoints, after, _ = _train(tmp_path, first=12)
+  assert list(checkpoints.saved) == [18, 20]
+  assert after[: len(before)] == before
+  seconds = [record['train/seconds'] for record in after if 'train/seconds' in record]
+  assert seconds == sorted(seconds), 'seconds of training add up over restarts'
+
+
+@pytest.mark.parametrize('name', ['loss', 'grad_norm'])
+def test_non_finite_numbers_stop_the_run(tmp_path, name):
+  def diverging(state, batch):
+    state, metrics = _step(state, batch)
+    return state, metrics | {name: jnp.where(state.step >= jnp.int32(14), jnp.nan, metrics[name])}
+
+  with pytest.raises(
+    NonFiniteError, match=f'{name} is nan at step 14; the last checkpoint is checkpoints/12'
+  ):
+    _train(tmp_path, jax.jit(diverging))
+  assert max(r['step'] for r in read(tmp_path / 'metrics.jsonl')) < 14
+
+
+def test_steps_are_queued_ahead_of_their_metrics(tmp_path):
+  """Metrics of a step are waited for only when later steps are on their way, and never more than two."""
+  events = []
+
+  @dataclasses.dataclass
+  class Lazy:
+    step: int
+
+    def __array__(self, dtype=None, copy=None):
+      events.append(('fetched', self.step))
+      return np.float32(1.0)
+
+  def step(state, batch):
+    number = int(jax.device_get(state.step)) + 1
+    events.append(('dispatched', number))
+    metrics = {'loss': Lazy(number), 'grad_norm': 1.0, 'learning_rate': 0.1}
+    return dataclasses.replace(state, step=np.int32(number)), metrics
+
+  _train(tmp_path, step, CONFIG.replace(train={'eval_every': 0}, checkpoint={'every_steps': 100}))
+  order = {event: position for position, event in enumerate(events)}
+  for number in range(1, 18):
+    assert order['dispatched', number + 2] < order['fetched', number] < order['dispatched', number + 3]
+
+
+def test_hidden_transfers_to_the_device_are_refused(tmp_path):
+  def careless(state, batch):
+    return _step(state, jax.tree.map(np.asarray, batch))
+
+  with pytest.raises(Exception, match=r'[Dd]isallowed host-to-device transfer'):
+    _train(tmp_path, careless)
+
+
+def test_lines_where_there_is_no_terminal(tmp_path):
+  _, _, text = _train(tmp_path)
+  lines = text.splitlines()
+  assert lines[1].startswith('step  5/20  loss 0.2000  lr 1.00e-01  grad norm 0.40  ')
+  assert 'tokens/s  ETA 0:00:0' in lines[1]
+  assert sum('validation loss 3.0000' in line for line in lines) == 3
+  assert '\x1b' not in text
+
+
+def test_bar_on_a_terminal(tmp_path):
+  console = Console(file=io.StringIO(), force_terminal=True, width=120)
+  _, _, text = _train(tmp_path, console=console)
+  assert '20/20' in text
+  assert 'loss 0.050' in text
+  assert 'tokens/s' in text
+  assert 'ETA' in text
+  assert 'grad norm' not in text, 'the bar replaces the lines'
