@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import os
 import pathlib
 import shutil
@@ -206,7 +207,11 @@ def remove_shard(folder):
 
 def exchange_tokenizer(folder):
   path = folder / 'tokenizer.json'
-  path.write_text(path.read_text().replace('"th"', '"ht"'))
+  content = json.loads(path.read_text())
+  vocabulary = content['model']['vocab']
+  vocabulary['a'], vocabulary['b'] = vocabulary['b'], vocabulary['a']
+  path.write_text(json.dumps(content, ensure_ascii=False, separators=(',', ':')))
+  assert path.stat().st_size == json.loads((folder / 'manifest.json').read_text())['files']['tokenizer.json']
 
 
 @pytest.mark.parametrize(
