@@ -77,7 +77,12 @@ class ModelConfig:
   threshold_slack: float = setting(
     1.25, 'places of a step under threshold routing: ceil(capacity * max_len * slack)'
   )
-  kv: str = setting('recursion_wise', 'what a recursion step attends to', ('recursion_wise',))
+  kv: str = setting(
+    'recursion_wise',
+    'keys and values of a recursion step: recursion_wise, those of its own tokens; shared, those of all '
+    'tokens at the first step; hybrid, shared ones overwritten by the tokens that go on',
+    ('recursion_wise', 'shared', 'hybrid'),
+  )
 
   dtype: str = setting('bfloat16', 'activations and matrix products', ('bfloat16', 'float32'))
   remat: str = setting(
@@ -247,14 +252,25 @@ def describe() -> str:
   return '\n'.join(lines)
 
 
+def settings() -> dict[str, Any]:
+  """Type hint of every setting by its dotted name: `{'name': str, 'model.kind': str, ...}`."""
+  hints = {}
+  for name, hint in typing.get_type_hints(Config).items():
+    if dataclasses.is_dataclass(hint):
+      hints |= {f'{name}.{field}': kind for field, kind in typing.get_type_hints(hint).items()}
+    else:
+      hints[name] = hint
+  return hints
+
+
 def _describe_field(owner: type, field: dataclasses.Field, default_value: Any, prefix: str) -> str:
-  kind, _ = _unwrap_optional(typing.get_type_hints(owner)[field.name])
+  kind, _ = unwrap_optional(typing.get_type_hints(owner)[field.name])
   allowed = '|'.join(field.metadata['choices']) or getattr(kind, '__name__', str(kind))
   shown = 'none' if default_value is None else default_value
   return f'  --{prefix}.{field.name}={shown}  ({allowed})\n      {field.metadata["help"]}'
 
 
-def _unwrap_optional(hint: Any) -> tuple[Any, bool]:
+def unwrap_optional(hint: Any) -> tuple[Any, bool]:
   """(type, may be None) of a type hint; parametrised tuples become `tuple`."""
   optional = isinstance(hint, types.UnionType)
   if optional:
@@ -267,7 +283,7 @@ def _to_config_dict(value: Any) -> config_dict.ConfigDict:
   hints = typing.get_type_hints(type(value))
   for field in dataclasses.fields(value):
     item = getattr(value, field.name)
-    kind, optional = _unwrap_optional(hints[field.name])
+    kind, optional = unwrap_optional(hints[field.name])
     if dataclasses.is_dataclass(item):
       result[field.name] = _to_config_dict(item)
     elif optional:
@@ -289,7 +305,7 @@ def _from_dict(cls: type, raw: dict[str, Any], prefix: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
-  kind, optional = _unwrap_optional(hint)
+  kind, optional = unwrap_optional(hint)
   if dataclasses.is_dataclass(kind):
     return _from_dict(kind, value, f'{name}.')
   if value is None and optional:

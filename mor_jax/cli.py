@@ -1,0 +1,205 @@
+"""How every entry point starts: flags -> validated Config -> main -> exit code.
+
+Wraps absl's app.run. A wrong flag or setting ends with one sentence on stderr and exit code 2, where
+absl and ml_collections would show a traceback. Each setting of `config.Config` is an absl flag of its
+own, `--config.SECTION.NAME`, so every form absl knows works: `--flag=value`, `--flag value`, `--noflag`.
+
+Exit codes: 0 finished, 1 error, 2 bad flags or settings, 130 interrupted; main may return others.
+"""
+
+from collections.abc import Callable
+import difflib
+import inspect
+import os
+import runpy
+import signal
+import sys
+import traceback
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+from ml_collections import config_dict
+
+from mor_jax import config as config_lib
+from mor_jax.config import Config, ConfigError
+
+FLAGS = flags.FLAGS
+BAD_FLAGS = 2
+INTERRUPTED = 130
+HELP_FLAGS = ('h', '?', 'help', 'helpshort', 'helpfull')
+
+
+def run(main: Callable[..., int | None], doc: str, with_config: bool = True) -> NoReturn:
+  """Parses the command line, calls main and exits with what it returns (None: 0).
+
+  Args:
+    main: `main(config, workdir)`; workdir is the value of --workdir or None. Without config: `main()`.
+      May raise ConfigError. Reads flags that the entry point defined itself from `flags.FLAGS`.
+    doc: shown by --help; the first words say what the program does, an example says how.
+    with_config: define --config, the settings and --workdir, and require --config.
+  """
+  if with_config:
+    _define_config_flags()
+
+  def parse(argv: list[str]) -> Config | None:
+    if any(arg.startswith('-') and arg.lstrip('-') in HELP_FLAGS for arg in argv[1:]):
+      signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
+      print(_help(main, doc, with_config))
+      sys.exit(0)
+    try:
+      _parse_flags(argv)
+      return _load_config() if with_config else None
+    except ConfigError as error:
+      _refuse(error)
+
+  def guarded_main(config: Config | None) -> int | None:
+    try:
+      return main(config, FLAGS.workdir) if with_config else main()
+    except ConfigError as error:
+      _refuse(error)
+    except KeyboardInterrupt:
+      print('interrupted', file=sys.stderr)
+      return INTERRUPTED
+
+  app.run(guarded_main, flags_parser=parse)
+
+
+def _refuse(error: ConfigError) -> NoReturn:
+  print(f'error: {error}', file=sys.stderr)
+  sys.exit(BAD_FLAGS)
+
+
+# ---- flags ----
+
+
+class _SettingParser(flags.ArgumentParser):
+  """Text -> value of a setting; 'none' resets an optional one."""
+
+  _PARSERS = {
+    bool: (flags.BooleanParser().parse, 'true or false'),
+    int: (flags.IntegerParser().parse, 'an integer'),
+    float: (flags.FloatParser().parse, 'a number'),
+    str: (str, 'text'),
+    tuple: (
+      lambda text: tuple(float(item) for item in text.strip('()[], ').split(',')),
+      'numbers separated by commas',
+    ),
+  }
+
+  def __init__(self, hint: Any):
+    kind, self._optional = config_lib.unwrap_optional(hint)
+    self._parse, self._allowed = self._PARSERS[kind]
+
+  def parse(self, argument: str) -> Any:
+    if self._optional and argument.lower() == 'none':
+      return None
+    try:
+      return self._parse(argument)
+    except ValueError:
+      raise ValueError(f'must be {self._allowed}{" or none" if self._optional else ""}') from None
+
+
+def _define_config_flags() -> None:
+  flags.DEFINE_string('config', None, 'settings to start from, configs/NAME.py or configs/NAME.py:VARIANT')
+  flags.DEFINE_string('workdir', None, 'folder of the run; default: runs/NAME')
+  for name, hint in config_lib.settings().items():
+    flag = flags.Flag(
+      _SettingParser(hint), None, f'config.{name}', None, 'overrides a setting', boolean=hint is bool
+    )
+    flags.DEFINE_flag(flag)
+
+
+def _parse_flags(argv: list[str]) -> None:
+  """Sets FLAGS; raises ConfigError for anything absl does not accept."""
+  try:
+    leftover = FLAGS(argv)
+  except flags.UnrecognizedFlagError as error:
+    raise ConfigError(f'unknown flag {error.flagvalue}{_suggestion(error.flagname)}') from None
+  except (flags.Error, ValueError) as error:
+    raise ConfigError(str(error)) from None
+  if len(leftover) > 1:
+    raise ConfigError(
+      f'unexpected argument {leftover[1]!r}: flags are written --NAME=VALUE (--help lists all flags)'
+    )
+  if FLAGS['verbosity'].using_default_value:
+    FLAGS.verbosity = logging.WARNING  # app.run would raise it to INFO, and libraries chat there
+
+
+def _suggestion(unknown: str) -> str:
+  """Points to the flag whose last part is, or is most like, that of `unknown`."""
+  group = [known for known in FLAGS if known.startswith(f'{unknown}.')]
+  if group:
+    return f': a group of settings, such as --{group[0]}'
+  last = {known: known.rsplit('.', 1)[-1] for known in FLAGS}
+  close = difflib.get_close_matches(unknown.rsplit('.', 1)[-1], set(last.values()), n=1)
+  candidates = [f'--{known}' for known, name in last.items() if name in close]
+  best = difflib.get_close_matches(f'--{unknown}', candidates, n=1, cutoff=0)
+  return f'; did you mean {best[0]}?' if best else ' (--help lists all flags)'
+
+
+# ---- config ----
+
+
+def _load_config() -> Config:
+  """The validated Config of --config and the overrides; raises ConfigError."""
+  if not FLAGS.config:
+    raise ConfigError('--config is missing: name a file of settings, for example --config=configs/tiny.py')
+  settings = _read_config_file(FLAGS.config)
+  flag_of = {name: FLAGS[f'config.{name}'] for name in config_lib.settings()}
+  overrides = {name: flag.value for name, flag in flag_of.items() if flag.present}
+  # A file may build a ConfigDict by hand, with sections left out; resolve() checks names and types.
+  with settings.unlocked(), settings.ignore_type():
+    for section in {name.partition('.')[0] for name in overrides if '.' in name} - set(settings):
+      settings[section] = config_dict.ConfigDict()
+    settings.update_from_flattened_dict(overrides)
+  return config_lib.resolve(settings)
+
+
+def _read_config_file(spec: str) -> config_dict.ConfigDict:
+  """Calls get_config() of `PATH` or get_config(VARIANT) of `PATH:VARIANT`."""
+  path, _, variant = spec.partition(':')
+  arguments = [variant] if variant else []
+  if not os.path.isfile(path):
+    raise ConfigError(f'--config={spec}: there is no file {path}')
+  try:
+    get_config = runpy.run_path(path).get('get_config')
+    if get_config is None:
+      raise ConfigError('the file defines no function get_config')
+    _check_arguments(get_config, arguments)
+    settings = get_config(*arguments)
+  except ConfigError as error:
+    raise ConfigError(f'--config={spec}: {error}') from None
+  except Exception as error:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    where = f', line {lines[-1]}' if lines else ''
+    raise ConfigError(f'--config={spec}: {path}{where} raised {type(error).__name__}: {error}') from None
+  if not isinstance(settings, config_dict.ConfigDict):
+    raise ConfigError(
+      f'--config={spec}: get_config() returned {type(settings).__name__}, it must return a ConfigDict: '
+      f'start from mor_jax.config.default()'
+    )
+  return settings
+
+
+def _check_arguments(get_config: Callable, arguments: list[str]) -> None:
+  try:
+    inspect.signature(get_config).bind(*arguments)
+  except TypeError:
+    raise ConfigError('the file has no variants' if arguments else 'add a variant, PATH:VARIANT') from None
+
+
+# ---- help ----
+
+
+def _help(main: Callable, doc: str, with_config: bool) -> str:
+  own = sys.argv[0] if main.__module__ == '__main__' else main.__module__
+  names = [(flag.name, flag) for flag in FLAGS.get_flags_for_module(own)]
+  if with_config:
+    names += [(name, FLAGS[name]) for name in ('config', 'workdir')]
+  lines = [doc.strip(), '', 'Flags:']
+  for name, flag in names:
+    default = '' if flag.default is None else f'={flag.default}'
+    lines.append(f'  --{name}{default}  ({flag.flag_type()})\n      {flag.help}')
+  if with_config:
+    lines += ['', 'Settings, each overrides that of the config file:', config_lib.describe()]
+  return '\n'.join(lines)
