@@ -15,7 +15,7 @@ from mor_jax.model.router import summarize
 from mor_jax.model.transformer import Transformer
 
 FOLDER = pathlib.Path(__file__).parent / 'fixtures' / 'official_mor'
-EXPERT_CHOICE = ('expert_middle_cycle_r3',)
+EXPERT_CHOICE = ('expert_middle_cycle_r3', 'expert_middle_cycle_r3_kv_share')
 
 
 class Fixture:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mor_jax.model import attention
-from mor_jax.model.layers import rotate
+from mor_jax.model.layers import rotate, rotation
+from tests import tiny
 
 
 @pytest.mark.parametrize('backend', ['xla', 'auto'])
@@ -43,12 +44,12 @@ def test_unknown_backend_is_refused():
 
 
 def test_rotation_depends_on_distance_only():
-  rng = np.random.default_rng(0)
+  rng, config = np.random.default_rng(0), tiny.config(head_dim=16)
   q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 16)), jnp.float32) for _ in range(2))
 
   def score(query_position, key_position):
-    rotated_q = rotate(q, jnp.array([[query_position]]), 10000.0)
-    rotated_k = rotate(k, jnp.array([[key_position]]), 10000.0)
+    rotated_q = rotate(q, *rotation(config, jnp.array([[query_position]])))
+    rotated_k = rotate(k, *rotation(config, jnp.array([[key_position]])))
     return float((rotated_q * rotated_k).sum())
 
   np.testing.assert_allclose(score(9, 4), score(105, 100), rtol=1e-4)

@@ -17,7 +17,11 @@ RAGGED = {
   3: [(1.0, 2 / 3, 1 / 3), (0.9, 0.9, 0.05)],
   4: [(1.0, 0.75, 0.5, 0.25), (1.0, 1.0, 0.37, 0.37)],
 }
-CASES = [(steps, capacities) for steps, options in RAGGED.items() for capacities in options]
+CASES = [
+  (steps, capacities, gating)
+  for steps, options in RAGGED.items()
+  for capacities, gating in zip(options, ('weighted', 'residual'), strict=True)
+]
 
 # Two documents and padding in the first row, one document in the second.
 SEGMENTS = jnp.array([[1] * 9 + [2] * 8 + [0] * 6, [1] * 23])
@@ -43,8 +47,7 @@ def assert_trees_close(left, right, **tolerance):
     np.testing.assert_allclose(a, b, err_msg=jax.tree_util.keystr(path), **tolerance)
 
 
-@pytest.mark.parametrize('gating', ['weighted', 'residual'])
-@pytest.mark.parametrize(('steps', 'capacities'), CASES)
+@pytest.mark.parametrize(('steps', 'capacities', 'gating'), CASES)
 def test_gather_equals_mask(steps, capacities, gating):
   settings = {
     'num_layers': LAYERS[steps],
@@ -106,9 +109,16 @@ def test_recursion_equals_the_unrolled_vanilla_model(sharing):
   )
 
 
-@pytest.mark.parametrize('kind', ['vanilla', 'recursive', 'mor'])
 @pytest.mark.parametrize(
-  'change', [{'remat': 'dots'}, {'remat': 'full'}, {'remat': 'block'}, {'unroll_layers': True}]
+  ('kind', 'change'),
+  [
+    ('mor', {'remat': 'dots'}),
+    ('mor', {'remat': 'full'}),
+    ('mor', {'remat': 'block'}),
+    ('mor', {'unroll_layers': True}),
+    ('recursive', {'remat': 'block'}),
+    ('vanilla', {'remat': 'full'}),
+  ],
 )
 def test_memory_settings_do_not_change_results(kind, change):
   model, variables = tiny.model(kind=kind)

@@ -60,6 +60,7 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
     'num_recursions': rest.pop('Nr'),
     'sharing': rest.pop('sharing'),
     'capacities': tuple(float(capacity) for capacity in rest.pop('cap').split(',')),
+    'kv': 'shared' if rest.pop('kvshare', False) else 'recursion_wise',
     'tie_embeddings': rest.pop('tie', True),
     'rope_theta': float(rest.pop('theta', 10000.0)),
   }

@@ -34,6 +34,48 @@ class TokenContext:
     return self.replace(segments_BC=jnp.where(chosen_BC, self.segments_BC, NO_SEGMENT))
 
 
+@struct.dataclass
+class Memory:
+  """Keys and values that stand ready before a layer runs (recursive KV sharing).
+
+  Attributes:
+    keys: rotated keys (N, B, S, K, E) of N layers; inside a layer without the leading axis.
+    values: values (N, B, S, K, E).
+    context: positions and segments of the S remembered tokens.
+    indices_BC: places that the layer's own tokens overwrite with their own keys and values
+      before attending (the paper's hybrid); None: the memory is only read, and the layer
+      computes queries alone.
+    chosen_BC: which of the layer's tokens may write.
+  """
+
+  keys: jax.Array
+  values: jax.Array
+  context: TokenContext
+  indices_BC: jax.Array | None = None
+  chosen_BC: jax.Array | None = None
+
+  def overwritten(self, k_BCKE: jax.Array, v_BCKE: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of one layer with those of its own tokens put in their places."""
+    rows_B1 = jnp.arange(k_BCKE.shape[0])[:, None]
+    writes_BC11 = self.chosen_BC[..., None, None]
+
+    def put(old_BSKE, new_BCKE):
+      places = old_BSKE.at[rows_B1, self.indices_BC]
+      kept_BCKE = jnp.where(writes_BC11, new_BCKE, old_BSKE[rows_B1, self.indices_BC])
+      return places.set(kept_BCKE, indices_are_sorted=True, unique_indices=True)
+
+    return put(self.keys, k_BCKE), put(self.values, v_BCKE)
+
+
+@struct.dataclass
+class LayerInputs:
+  """What every layer of a stack needs beside its own input, computed once for all of them."""
+
+  cos_BC1E: jax.Array
+  sin_BC1E: jax.Array
+  visible_BCS: jax.Array
+
+
 class Linear(nn.Module):
   """Matrix product without bias; leading axes are flattened, since XLA is fastest on plain matrices."""
 
@@ -49,36 +91,45 @@ class Linear(nn.Module):
     return y.reshape(*x.shape[:-1], self.features)
 
 
-def rotate(x_BCHE: jax.Array, positions_BC: jax.Array, theta: float) -> jax.Array:
-  """Rotary position embedding, pairing element i with i + E/2 (Su et al. 2021, as in Llama)."""
-  half = x_BCHE.shape[-1] // 2
-  frequencies_E = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+def rotation(config: ModelConfig, positions_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Cosines and sines (B, C, 1, E/2) of the rotary position embedding (Su et al. 2021)."""
+  half = config.head_width // 2
+  frequencies_E = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angles_BC1E = positions_BC[:, :, None, None].astype(jnp.float32) * frequencies_E
-  cos, sin = jnp.cos(angles_BC1E), jnp.sin(angles_BC1E)
-  left, right = x_BCHE[..., :half].astype(jnp.float32), x_BCHE[..., half:].astype(jnp.float32)
-  return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x_BCHE.dtype)
+  return jnp.cos(angles_BC1E), jnp.sin(angles_BC1E)
+
+
+def rotate(x_BCHE: jax.Array, cos_BC1E: jax.Array, sin_BC1E: jax.Array) -> jax.Array:
+  """Rotates element i together with element i + E/2, as Llama does."""
+  left, right = jnp.split(x_BCHE.astype(jnp.float32), 2, axis=-1)
+  rotated = left * cos_BC1E - right * sin_BC1E, right * cos_BC1E + left * sin_BC1E
+  return jnp.concatenate(rotated, axis=-1).astype(x_BCHE.dtype)
 
 
 class Attention(nn.Module):
-  """Grouped-query self-attention among the given tokens."""
+  """Grouped-query attention among the given tokens, or from them to a memory."""
 
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BCD: jax.Array, context: TokenContext) -> jax.Array:
+  def __call__(
+    self, x_BCD: jax.Array, inputs: LayerInputs, memory: Memory | None
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     cfg = self.config
     batch, length, _ = x_BCD.shape
 
     def heads(name, count):
       return Linear(count * cfg.head_width, cfg, name=name)(x_BCD).reshape(batch, length, count, -1)
 
-    positions_BC, segments_BC = context.positions_BC, context.segments_BC
-    q_BCHE = rotate(heads('query', cfg.num_heads), positions_BC, cfg.rope_theta)
-    k_BCKE = rotate(heads('key', cfg.num_kv_heads), positions_BC, cfg.rope_theta)
-    v_BCKE = heads('value', cfg.num_kv_heads)
-    visible_BCC = attention.visible(positions_BC, positions_BC, segments_BC, segments_BC)
-    out_BCHE = attention.attend(q_BCHE, k_BCKE, v_BCKE, visible_BCC, cfg.attention)
-    return Linear(cfg.d_model, cfg, name='output')(out_BCHE.reshape(batch, length, -1))
+    q_BCHE = rotate(heads('query', cfg.num_heads), inputs.cos_BC1E, inputs.sin_BC1E)
+    if memory is not None and memory.indices_BC is None:
+      keys_and_values = memory.keys, memory.values
+    else:
+      k_BCKE = rotate(heads('key', cfg.num_kv_heads), inputs.cos_BC1E, inputs.sin_BC1E)
+      v_BCKE = heads('value', cfg.num_kv_heads)
+      keys_and_values = (k_BCKE, v_BCKE) if memory is None else memory.overwritten(k_BCKE, v_BCKE)
+    out_BCHE = attention.attend(q_BCHE, *keys_and_values, inputs.visible_BCS, cfg.attention)
+    return Linear(cfg.d_model, cfg, name='output')(out_BCHE.reshape(batch, length, -1)), keys_and_values
 
 
 class MLP(nn.Module):
@@ -95,53 +146,21 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x))."""
+  """x + attention(norm(x)), then x + mlp(norm(x)); also returns the keys and values it attended to."""
 
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BCD: jax.Array, context: TokenContext) -> jax.Array:
+  def __call__(
+    self, x_BCD: jax.Array, inputs: LayerInputs, memory: Memory | None = None
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     cfg = self.config
-    x_BCD = x_BCD + Attention(cfg, name='attention')(norm(cfg, 'attention_norm')(x_BCD), context)
-    return x_BCD + MLP(cfg, name='mlp')(norm(cfg, 'mlp_norm')(x_BCD))
+    normed_BCD = norm(cfg, 'attention_norm')(x_BCD)
+    attended_BCD, keys_and_values = Attention(cfg, name='attention')(normed_BCD, inputs, memory)
+    x_BCD = x_BCD + attended_BCD
+    return x_BCD + MLP(cfg, name='mlp')(norm(cfg, 'mlp_norm')(x_BCD)), keys_and_values
 
 
 def norm(config: ModelConfig, name: str) -> nn.RMSNorm:
   """RMSNorm with statistics in float32 and a learned scale (D,)."""
   return nn.RMSNorm(epsilon=config.norm_epsilon, dtype=jnp.dtype(config.dtype), name=name)
-
-
-def init_stack(config: ModelConfig, key: jax.Array) -> dict:
-  """Parameters of all U unique layers: the tree of one DecoderLayer, every leaf with a leading U axis."""
-  x_BCD = jnp.zeros((1, 1, config.d_model), jnp.dtype(config.dtype))
-  context = TokenContext(*(jnp.zeros((1, 1), jnp.int32),) * 2)
-  layer = DecoderLayer(config, parent=None)
-  keys_U = jax.random.split(key, config.num_unique_layers)
-  return jax.vmap(lambda layer_key: layer.init(layer_key, x_BCD, context)['params'])(keys_U)
-
-
-def apply_stack(
-  config: ModelConfig, layers_N: dict, x_BCD: jax.Array, context: TokenContext, repeats: int = 1
-) -> jax.Array:
-  """Applies N stacked layers in order, each `repeats` times, as one scan; N may be 0.
-
-  Activations are kept for the backward pass as `config.remat` says.
-  """
-  if jax.tree.leaves(layers_N)[0].shape[0] == 0:
-    return x_BCD
-  layer = DecoderLayer(config, parent=None)
-
-  def body(x_BCD, params):
-    def once(x_BCD, _):
-      return layer.apply({'params': params}, x_BCD, context), None
-
-    if repeats == 1:
-      return once(x_BCD, None)
-    return jax.lax.scan(once, x_BCD, length=repeats, unroll=config.unroll_layers)
-
-  if config.remat in ('full', 'block'):
-    body = jax.checkpoint(body, prevent_cse=False)
-  elif config.remat == 'dots':
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-  return jax.lax.scan(body, x_BCD, layers_N, unroll=config.unroll_layers)[0]

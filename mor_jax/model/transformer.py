@@ -7,8 +7,9 @@ from flax import struct
 
 from mor_jax.config import ModelConfig
 from mor_jax.model import recursion, sharing
-from mor_jax.model.layers import TokenContext, apply_stack, init_stack, norm
+from mor_jax.model.layers import TokenContext, norm
 from mor_jax.model.router import RoutingOutput, init_routers
+from mor_jax.model.stack import apply_stack, init_stack
 
 
 @struct.dataclass
@@ -87,10 +88,10 @@ class Transformer(nn.Module):
     x_BTD = self.embed(tokens_BT)
     routed = None
     if cfg.kind == 'vanilla':
-      x_BTD = apply_stack(cfg, self.layers, x_BTD, context)
+      x_BTD, _ = apply_stack(cfg, self.layers, x_BTD, context)
     else:
       first, block, last = sharing.split_stack(cfg, self.layers)
-      x_BTD = apply_stack(cfg, first, x_BTD, context)
+      x_BTD, _ = apply_stack(cfg, first, x_BTD, context)
       if cfg.kind == 'recursive':
         x_BTD = recursion.repeat(cfg, block, x_BTD, context)
       elif cfg.dispatch == 'gather' and routing == 'topk':
@@ -99,7 +100,7 @@ class Transformer(nn.Module):
         x_BTD, routed = recursion.route_masked(
           cfg, block, self.router, x_BTD, context, routing, max_len, slack
         )
-      x_BTD = apply_stack(cfg, last, x_BTD, context)
+      x_BTD, _ = apply_stack(cfg, last, x_BTD, context)
     return self.final_norm(x_BTD), routed
 
   def logits(self, x_BTD: jax.Array) -> jax.Array:

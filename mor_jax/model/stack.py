@@ -1,0 +1,71 @@
+"""Stacks of decoder layers: one parameter tree with a leading layer axis, run as one scan."""
+
+import jax
+import jax.numpy as jnp
+
+from mor_jax.config import ModelConfig
+from mor_jax.model import attention
+from mor_jax.model.layers import DecoderLayer, LayerInputs, Memory, TokenContext, rotation
+
+
+def init_stack(config: ModelConfig, key: jax.Array) -> dict:
+  """Parameters of all U unique layers: the tree of one DecoderLayer, every leaf with a leading U axis."""
+  x_BCD = jnp.zeros((1, 1, config.d_model), jnp.dtype(config.dtype))
+  inputs = layer_inputs(config, TokenContext(*(jnp.zeros((1, 1), jnp.int32),) * 2))
+  layer = DecoderLayer(config, parent=None)
+  keys_U = jax.random.split(key, config.num_unique_layers)
+  return jax.vmap(lambda layer_key: layer.init(layer_key, x_BCD, inputs)['params'])(keys_U)
+
+
+def layer_inputs(config: ModelConfig, context: TokenContext, memory: Memory | None = None) -> LayerInputs:
+  """Rotations of the tokens and what each may attend to: one another, or the memory."""
+  remembered = context if memory is None else memory.context
+  visible_BCS = attention.visible(
+    context.positions_BC, remembered.positions_BC, context.segments_BC, remembered.segments_BC
+  )
+  return LayerInputs(*rotation(config, context.positions_BC), visible_BCS)
+
+
+def apply_stack(
+  config: ModelConfig,
+  layers_N: dict,
+  x_BCD: jax.Array,
+  context: TokenContext,
+  memory: Memory | None = None,
+  remember: bool = False,
+) -> tuple[jax.Array, Memory | None]:
+  """Applies N stacked layers in order, as one scan; N may be 0.
+
+  Activations are kept for the backward pass as `config.remat` says.
+
+  Args:
+    layers_N: parameters, every leaf with a leading axis N.
+    x_BCD: the tokens' residual stream.
+    context: where the tokens come from.
+    memory: keys and values of every layer to attend to, in place of the tokens' own.
+    remember: return the keys and values attended to.
+
+  Returns:
+    The residual stream, and the memory of all N layers if asked for (else None).
+  """
+  if jax.tree.leaves(layers_N)[0].shape[0] == 0:
+    return x_BCD, None
+  layer = DecoderLayer(config, parent=None)
+  inputs = layer_inputs(config, context, memory)
+
+  def body(x_BCD, params_and_memory):
+    params, key_values = params_and_memory
+    own_memory = None if memory is None else memory.replace(keys=key_values[0], values=key_values[1])
+    x_BCD, key_values = layer.apply({'params': params}, x_BCD, inputs, own_memory)
+    return x_BCD, key_values if remember else None
+
+  if config.remat in ('full', 'block'):
+    body = jax.checkpoint(body, prevent_cse=False)
+  elif config.remat == 'dots':
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+  key_values_N = None if memory is None else (memory.keys, memory.values)
+  x_BCD, kept = jax.lax.scan(body, x_BCD, (layers_N, key_values_N), unroll=config.unroll_layers)
+  if not remember:
+    return x_BCD, None
+  return x_BCD, Memory(*kept, context if memory is None else memory.context)
