@@ -52,6 +52,7 @@ def _validate_model(model: ModelConfig) -> None:
     _validate_sharing(model)
   if model.kind == 'mor':
     _validate_routing(model)
+  _validate_kv(model)
 
 
 def _validate_heads(model: ModelConfig) -> None:
@@ -112,6 +113,26 @@ def _validate_routing(model: ModelConfig) -> None:
     raise ConfigError(
       f'model.capacities={capacities} rises: a token that left cannot return, so no recursion may '
       f'take more tokens than the one before; sort them downwards'
+    )
+
+
+def _validate_kv(model: ModelConfig) -> None:
+  if model.kv == 'recursion_wise':
+    return
+  if model.kind == 'vanilla':
+    raise ConfigError(
+      f'model.kv={model.kv!r} cannot be used with model.kind=vanilla, which has no recursions to share '
+      f'keys and values between; use recursion_wise'
+    )
+  if model.kv == 'hybrid' and (model.kind != 'mor' or model.router != 'expert_choice'):
+    raise ConfigError(
+      'model.kv=hybrid overwrites shared keys and values at the tokens that an expert-choice router '
+      'selects; it needs model.kind=mor and model.router=expert_choice'
+    )
+  if model.step_capacities[0] != 1.0:
+    raise ConfigError(
+      f'model.kv={model.kv!r} needs keys and values of all tokens from the first recursion, but '
+      f'model.capacities={model.capacities} begins below 1; set the first capacity to 1.0'
     )
 
 

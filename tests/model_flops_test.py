@@ -48,11 +48,14 @@ def test_published_parameter_counts(kind, steps, layers, millions):
     ('mor', 2, 32, 12619),
     ('mor', 3, 32, 14161),
     ('mor', 4, 34, 14216),
+    ('mor shared', 3, 32, 14672),
   ],
 )
 def test_published_step_counts(kind, steps, layers, released_steps):
   """16.5e18 FLOPs at 1024 x 2048 tokens a step give the released runs' lengths (FACTS 2.3, 2.4)."""
-  per_token = flops.paper_flops_per_token(shape_360m(kind, steps, layers), 2048)
+  kind, _, kv = kind.partition(' ')
+  config = dataclasses.replace(shape_360m(kind, steps, layers), kv=kv or 'recursion_wise')
+  per_token = flops.paper_flops_per_token(config, 2048)
   assert abs(16.5e18 / (per_token * 1024 * 2048) - released_steps) < 1.01
 
 
@@ -64,6 +67,14 @@ def test_kv_cache_share_of_the_shared_layers(steps, share):
   assert ratio == pytest.approx(share, abs=1e-3)
   one_layer = 2 * 2400 * config.num_kv_heads * config.head_width * 2
   assert flops.kv_cache_bytes(flops.vanilla_of(config), 2400) == 36 * one_layer
+
+
+@pytest.mark.parametrize('steps', [2, 3, 4])
+def test_shared_keys_and_values_are_cached_once(steps):
+  """1 / R of the vanilla model's bytes (paper, Table 2)."""
+  config = dataclasses.replace(shape_360m('mor', steps, 36), sharing='cycle', kv='shared')
+  ratio = flops.kv_cache_bytes(config, 2400) / flops.kv_cache_bytes(flops.vanilla_of(config), 2400)
+  assert ratio == pytest.approx(1 / steps)
 
 
 def compiled_train_flops(config, batch, length):
@@ -78,14 +89,18 @@ def compiled_train_flops(config, batch, length):
   return jax.jit(jax.grad(loss)).lower(variables, tokens_BT).compile().cost_analysis()['flops']
 
 
-@pytest.mark.parametrize('steps', [2, 3])
-def test_compiled_flops_fall_as_the_formula_says(steps):
-  config = tiny.config(num_layers=2 + 6, num_recursions=steps, d_model=64, mlp_dim=160)
+@pytest.mark.parametrize(
+  ('steps', 'kv'), [(2, 'recursion_wise'), (3, 'recursion_wise'), (3, 'shared'), (3, 'hybrid')]
+)
+def test_compiled_flops_fall_as_the_formula_says(steps, kv):
+  config = tiny.config(num_layers=2 + 6, num_recursions=steps, d_model=64, mlp_dim=160, kv=kv)
   vanilla = flops.vanilla_of(config)
   batch, length = 2, 96
   ratio = flops.train_flops_per_token(config, length) / flops.train_flops_per_token(vanilla, length)
   compiled = compiled_train_flops(config, batch, length), compiled_train_flops(vanilla, batch, length)
   assert compiled[0] / compiled[1] == pytest.approx(ratio, rel=0.03)
+  if kv != 'recursion_wise':
+    return
   expected = flops.train_flops_per_token(vanilla, length) * batch * length
   assert compiled[1] == pytest.approx(expected, rel=0.06)  # the rest is element-wise work
   masked = dataclasses.replace(config, dispatch='mask')

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor_jax.model.transformer import Transformer
+from mor_jax.model.layers import DecoderLayer, Memory
+from mor_jax.model.stack import layer_inputs
+from mor_jax.model.transformer import Transformer, token_context
 from tests import tiny
 
 LAYERS = {1: 4, 2: 6, 3: 5, 4: 6}  # unrolled depth for R recursions, first and last layer included
@@ -18,10 +20,10 @@ RAGGED = {
   4: [(1.0, 0.75, 0.5, 0.25), (1.0, 1.0, 0.37, 0.37)],
 }
 CASES = [
-  (steps, capacities, gating)
+  (steps, capacities, {'gating': gating})
   for steps, options in RAGGED.items()
   for capacities, gating in zip(options, ('weighted', 'residual'), strict=True)
-]
+] + [(3, RAGGED[3][0], {'kv': kv}) for kv in ('shared', 'hybrid')]
 
 # Two documents and padding in the first row, one document in the second.
 SEGMENTS = jnp.array([[1] * 9 + [2] * 8 + [0] * 6, [1] * 23])
@@ -47,14 +49,14 @@ def assert_trees_close(left, right, **tolerance):
     np.testing.assert_allclose(a, b, err_msg=jax.tree_util.keystr(path), **tolerance)
 
 
-@pytest.mark.parametrize(('steps', 'capacities', 'gating'), CASES)
-def test_gather_equals_mask(steps, capacities, gating):
+@pytest.mark.parametrize(('steps', 'capacities', 'change'), CASES)
+def test_gather_equals_mask(steps, capacities, change):
   settings = {
     'num_layers': LAYERS[steps],
     'num_recursions': steps,
     'capacities': capacities,
-    'gating': gating,
     'router_alpha': 0.8,
+    **change,
   }
   gathered, variables = tiny.model(dispatch='gather', **settings)
   masked, _ = tiny.model(dispatch='mask', **settings)
@@ -66,6 +68,42 @@ def test_gather_equals_mask(steps, capacities, gating):
   np.testing.assert_allclose(output.logits[real_BT], reference.logits[real_BT], atol=2e-5)
   np.testing.assert_allclose(value, expected, rtol=1e-6)
   assert_trees_close(gradients, expected_gradients, atol=2e-5, rtol=1e-4)
+
+
+def test_hybrid_memory_overwritten_everywhere_is_no_sharing():
+  settings = {'num_layers': 5, 'num_recursions': 3, 'capacities': (1.0, 1.0, 1.0), 'router_alpha': 0.8}
+  own, variables = tiny.model(**settings)
+  tokens_BT = tiny.tokens(*SEGMENTS.shape)
+
+  def logits(kv):
+    made = Transformer(dataclasses.replace(own.config, kv=kv))
+    return tiny.apply(made)(variables, tokens_BT, segment_ids=SEGMENTS).logits[SEGMENTS > 0]
+
+  np.testing.assert_allclose(logits('hybrid'), logits('recursion_wise'), atol=1e-5)
+  assert np.abs(logits('shared') - logits('recursion_wise')).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+  ('sharing', 'order'), [('cycle', (0, 1, 2, 0, 1, 2)), ('sequence', (0, 0, 1, 1, 2, 2))]
+)
+def test_recursive_models_that_share_keys_and_values(sharing, order):
+  """Against the layers called one by one, each handed the keys and values of its slot's first call."""
+  made, variables = tiny.model(kind='recursive', sharing=sharing, kv='shared')
+  tokens_BT = tiny.tokens(2, 12)
+  context = token_context(tokens_BT, None, None)
+  inputs = layer_inputs(made.config, context)
+  params = variables['params']
+  x_BTD = params['embed']['embedding'][tokens_BT]
+  remembered = {}
+  for slot in order:
+    layer = {'params': jax.tree.map(lambda leaf, s=slot: leaf[s], params['layers'])}
+    memory = Memory(*remembered[slot], context) if slot in remembered else None
+    x_BTD, key_values = DecoderLayer(made.config).apply(layer, x_BTD, inputs, memory)
+    remembered.setdefault(slot, key_values)
+  got = made.apply(variables, tokens_BT, method='hidden')[0]
+  scale_D = params['final_norm']['scale']
+  expected = x_BTD / np.sqrt((x_BTD**2).mean(-1, keepdims=True) + 1e-5) * scale_D
+  np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
 def test_capacities_set_how_many_tokens_enter():

@@ -46,12 +46,22 @@ def paper_flops_per_token(config: ModelConfig, seq_len: int) -> float:
   """Forward FLOPs per token as the paper's tables count them (FACTS 2.4).
 
   Sum over unrolled layers at capacity c of c * 2(4D^2 + 3DF) + c^2 * 2TD: all projections
-  as D x D, causal half of the attention, no embedding, head, router or backward pass.
+  as D x D, causal half of the attention, no embedding, head, router or backward pass. Where
+  keys and values are shared, steps after the first attend to all tokens, c * 2TD, and, unless
+  they overwrite (hybrid), save the two projections, c * 4D^2.
   """
   d_model = config.d_model
   matrices = 2 * (4 * d_model**2 + 3 * d_model * config.mlp_dim)
   attention = 2 * seq_len * d_model
-  return sum(c * matrices + c**2 * attention for c in _layer_capacities(config))
+  total = 2 * config.unique_ends * (matrices + attention)
+  for step, c in enumerate(config.step_capacities):
+    if config.kv == 'recursion_wise' or step == 0:
+      layer = c * matrices + c**2 * attention
+    else:
+      saved = 4 * d_model**2 if config.kv == 'shared' else 0
+      layer = c * (matrices - saved) + c * attention
+    total += config.shared_depth * layer
+  return total
 
 
 def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
@@ -62,8 +72,13 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
   """
   masked = config.kind == 'mor' and config.dispatch == 'mask'
   per_step = (seq_len,) * config.recursions if masked else config.selected_tokens(seq_len)
-  per_row = 2 * config.unique_ends * _layer_forward_flops(config, seq_len)
-  per_row += sum(config.shared_depth * _layer_forward_flops(config, count) for count in per_step)
+  per_row = 2 * config.unique_ends * _layer_forward_flops(config, seq_len, seq_len)
+  for step, count in enumerate(per_step):
+    if config.kv == 'recursion_wise' or step == 0:
+      layer = _layer_forward_flops(config, count, count)
+    else:
+      layer = _layer_forward_flops(config, count, seq_len, own_keys=config.kv == 'hybrid')
+    per_row += config.shared_depth * layer
   if config.kind == 'mor':
     per_row += config.recursions * 2 * seq_len * config.d_model
   return per_row / seq_len + 2 * config.d_model * config.vocab_size
@@ -79,31 +94,31 @@ def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
 def vanilla_of(config: ModelConfig) -> ModelConfig:
   """The vanilla model of the same depth and width, to compare with."""
-  return dataclasses.replace(config, kind='vanilla', capacities=None)
+  return dataclasses.replace(config, kind='vanilla', capacities=None, kv='recursion_wise')
 
 
 def kv_cache_bytes(config: ModelConfig, max_len: int, bytes_per_element: int = 2) -> int:
   """Bytes of keys and values cached for one sequence of `max_len` tokens at slack 1 (paper, Table 2).
 
-  Unique layers cache every token; a shared layer caches, per recursion, the tokens active there.
+  Unique layers cache every token; a shared layer caches, per recursion, the tokens active there,
+  or under KV sharing every token once.
   """
-  entries = 2 * config.unique_ends * max_len + config.shared_depth * sum(config.selected_tokens(max_len))
+  if config.kv == 'recursion_wise':
+    shared_entries = sum(config.selected_tokens(max_len))
+  else:
+    shared_entries = max_len
+  entries = 2 * config.unique_ends * max_len + config.shared_depth * shared_entries
   return 2 * entries * config.num_kv_heads * config.head_width * bytes_per_element
 
 
-def _layer_kernel_size(config: ModelConfig) -> int:
+def _layer_kernel_size(config: ModelConfig, own_keys: bool = True) -> int:
   query_and_output = 2 * config.d_model * config.num_heads * config.head_width
-  key_and_value = 2 * config.d_model * config.num_kv_heads * config.head_width
+  key_and_value = 2 * config.d_model * config.num_kv_heads * config.head_width if own_keys else 0
   return query_and_output + key_and_value + 3 * config.d_model * config.mlp_dim
 
 
-def _layer_forward_flops(config: ModelConfig, tokens: int) -> int:
-  """One layer on `tokens` tokens that attend to one another."""
-  projections = 2 * tokens * _layer_kernel_size(config)
-  attention = 2 * 2 * tokens * tokens * config.num_heads * config.head_width
+def _layer_forward_flops(config: ModelConfig, queries: int, keys: int, own_keys: bool = True) -> int:
+  """One layer on `queries` tokens that attend to `keys` tokens, with or without projecting their own."""
+  projections = 2 * queries * _layer_kernel_size(config, own_keys)
+  attention = 2 * 2 * queries * keys * config.num_heads * config.head_width
   return projections + attention
-
-
-def _layer_capacities(config: ModelConfig) -> list[float]:
-  ends = [1.0] * (2 * config.unique_ends)
-  return ends + [c for c in config.step_capacities for _ in range(config.shared_depth)]
