@@ -1,4 +1,10 @@
-"""A tiny model for a laptop: learns Python's own documentation and sources in a few minutes on 2 cores."""
+"""A tiny model for two CPU cores: learns Python's own documentation and sources, byte by byte.
+
+  python -m mor_jax.train --config=configs/tiny.py
+
+Takes 2 to 3 minutes and reaches a validation loss of about 2.1 nats per byte, where bigram
+statistics of the same text, fitted to it, reach 2.45 (`mor`: 3.0 M parameters, 461 k bytes of text).
+"""
 
 from mor_jax import config as mor_config
 
@@ -6,7 +12,7 @@ VARIANTS = ('mor', 'recursive', 'vanilla')
 
 
 def get_config(variant: str = 'mor'):
-  """`configs/tiny.py`, or `configs/tiny.py:vanilla`, `configs/tiny.py:recursive`."""
+  """`configs/tiny.py`, or its baselines `configs/tiny.py:recursive` and `configs/tiny.py:vanilla`."""
   if variant not in VARIANTS:
     raise mor_config.ConfigError(
       f'configs/tiny.py:{variant} does not exist; use one of {", ".join(VARIANTS)}'
@@ -15,22 +21,26 @@ def get_config(variant: str = 'mor'):
   config.name = f'tiny-{variant}'
 
   config.model.kind = variant
-  config.model.num_layers = 8
+  config.model.num_layers = 5
   config.model.num_recursions = 3
   config.model.d_model = 256
   config.model.num_heads = 4
   config.model.num_kv_heads = 2
-  config.model.mlp_dim = 704
+  config.model.mlp_dim = 1024
   config.model.dtype = 'float32'
 
-  config.data.vocab_size = 1024
+  config.data.tokenizer = 'bytes'
   config.data.seq_len = 256
+  config.data.validation_fraction = 0.01
 
-  config.train.steps = 300
-  config.train.global_batch = 16
-  config.train.learning_rate = 3e-3
-  config.train.warmup_steps = 20
-  config.train.eval_every = 100
-  config.train.log_every = 10
-  config.checkpoint.every_steps = 100
+  config.train.steps = 900
+  config.train.global_batch = 2
+  config.train.learning_rate = 2e-3
+  config.train.warmup_steps = 50
+  config.train.decay_fraction = 0.4
+  config.train.log_every = 30
+  config.train.eval_every = 450
+  config.train.sample_prompt = 'def '
+  config.train.sample_tokens = 160
+  config.checkpoint.every_steps = 300
   return config

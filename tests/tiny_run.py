@@ -25,8 +25,8 @@ MESH = mesh_lib.make_mesh(jax.devices()[:1])
 CONFIG = Config().replace(
   model={
     'vocab_size': 257,
-    'num_layers': 5,
-    'num_recursions': 3,
+    'num_layers': 4,
+    'num_recursions': 2,
     'd_model': 32,
     'num_heads': 2,
     'num_kv_heads': 1,

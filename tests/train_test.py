@@ -1,5 +1,6 @@
 """The training job from settings to result, on a tiny model and a few of the corpus's documents."""
 
+import dataclasses
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny_run
 from orbax.checkpoint import v1 as ocp
 
 from mor_jax import train
@@ -40,35 +42,17 @@ train.main(config.resolve(json.loads(sys.argv[1])), sys.argv[2])
 
 @pytest.fixture(scope='module')
 def config(tmp_path_factory) -> Config:
-  cache = tmp_path_factory.mktemp('cache')
-  return Config(name='small').replace(
-    model={
-      'num_layers': 5,
-      'num_recursions': 3,
-      'd_model': 32,
-      'num_heads': 2,
-      'num_kv_heads': 1,
-      'mlp_dim': 64,
-      'dtype': 'float32',
-    },
-    data={
-      'tokenizer': 'bytes',
-      'seq_len': 64,
-      'max_documents': 40,
-      'cache_dir': str(cache),
-      'validation_fraction': 0.2,
-    },
-    train={
-      'steps': 20,
-      'global_batch': 4,
-      'warmup_steps': 4,
-      'log_every': 1,
-      'eval_every': 10,
-      'eval_rows': 6,
-      'sample_tokens': 8,
-    },
-    checkpoint={'every_steps': 6},
+  data = {
+    'max_documents': 40,
+    'validation_fraction': 0.2,
+    'cache_dir': str(tmp_path_factory.mktemp('cache')),
+  }
+  train = {'log_every': 1, 'eval_every': 10, 'eval_rows': 12, 'sample_tokens': 8}
+  # Model and batch are those of tiny_run, so that the compiled step is found in the cache.
+  small = tiny_run.CONFIG.replace(
+    model={'vocab_size': None}, data=data, train=train, checkpoint={'every_steps': 6}
   )
+  return dataclasses.replace(small, name='small')
 
 
 @pytest.fixture(scope='module')
@@ -99,7 +83,7 @@ def test_leaves_a_complete_run_folder(config, finished):
     'aux_loss',
     'sampling_accuracy',
     'dead_token_ratio',
-    'tokens_recursion_3',
+    'tokens_recursion_2',
     'data_wait_seconds',
   ):
     assert f'train/{name}' in records[0]
@@ -108,7 +92,7 @@ def test_leaves_a_complete_run_folder(config, finished):
   assert summary['parameters'] == sum(
     leaf.size for leaf in jax.tree.leaves(_checkpoint(finished, 20)['params'])
   )
-  assert summary['tokens'] == 20 * 4 * 64
+  assert summary['tokens'] == 20 * 8 * 64
   assert (finished / summary['checkpoint']).is_dir()
   assert summary['validation/unigram_entropy'] > summary['validation/bigram_entropy'] > 0
 
@@ -119,7 +103,7 @@ def test_tells_the_user_what_runs_and_what_came_out(config, finished):
   ratio = flops.train_flops_per_token(model, 64) / flops.train_flops_per_token(flops.vanilla_of(model), 64)
   for shown in (
     f'{flops.count_parameters(model).total / 1e3:.1f} k',
-    '64, 42, 21 of 64',
+    '64, 32 of 64',
     f'{ratio:.2f} and ',
     'temporaries',
     'step 20/20  loss',
@@ -186,7 +170,7 @@ def test_lost_summary_is_made_again(config, finished, capsys):
 
 def test_another_model_is_refused(config, finished):
   before = _content(finished)
-  with pytest.raises(ConfigError, match=r'model\.num_recursions was 3, now 1'):
+  with pytest.raises(ConfigError, match=r'model\.num_recursions was 2, now 1'):
     train.main(config.replace(model={'num_recursions': 1}), str(finished))
   assert _content(finished) == before
 

@@ -21,9 +21,10 @@ def print_table(console: Console, title: str, rows: Iterable[Row]) -> None:
 
 
 def print_rows(console: Console, rows: Iterable[Row]) -> None:
-  """Label and text, each row on one line however long."""
+  """Label and text, aligned; a line stays one line however long."""
   for label, text in rows:
-    console.print(f'  {label:<13} {text}', highlight=False, markup=False, soft_wrap=True)
+    aligned = text.replace('\n', '\n' + ' ' * 16)
+    console.print(f'  {label:<13} {aligned}', highlight=False, markup=False, soft_wrap=True)
 
 
 def describe_run(config: Config, mesh: Mesh, dataset: PreparedDataset, workdir: Path) -> list[Row]:
@@ -124,9 +125,9 @@ def describe_result(summary: dict[str, Any], run_path: Path) -> list[Row]:
       f'{summary["validation/bits_per_byte"]:.4f} bits per byte',
     ),
     (
-      'of the split',
+      'n-grams',
       f'unigram entropy {summary["validation/unigram_entropy"]:.4f}, '
-      f'bigram entropy {summary["validation/bigram_entropy"]:.4f} nats per token',
+      f'bigram entropy {summary["validation/bigram_entropy"]:.4f} nats per token, of the same split',
     ),
   ]
   depths = [key for key in summary if key.startswith('validation/depth_share_')]
@@ -141,7 +142,7 @@ def describe_result(summary: dict[str, Any], run_path: Path) -> list[Row]:
       ),
     ]
   if summary['sample']:
-    rows += [('sample', repr(summary['sample']))]
+    rows += [('sample', summary['sample'])]
   return [
     *rows,
     ('trained', f'{quantity(summary["tokens"])} tokens in {summary["seconds"]:,.0f} s'),
