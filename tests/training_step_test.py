@@ -1,23 +1,27 @@
 import itertools
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 import tiny_run
 
+from mor_jax.config import Config
 from mor_jax.model import flops
 from mor_jax.training.loss import predicted
 
 GOLDEN = pathlib.Path(__file__).parent / 'fixtures' / 'golden_loss.json'
 
 
-def train(steps: int) -> list[dict[str, float]]:
+def train(steps: int, config: Config = tiny_run.CONFIG) -> list[dict[str, float]]:
   """Metrics of the first steps of the tiny run."""
-  run = tiny_run.run()
+  run = tiny_run.run(config)
   state, history = run.initial(), []
-  for batch in itertools.islice(tiny_run.batches(), steps):
+  for batch in itertools.islice(tiny_run.batches(config), steps):
     state, metrics = run.step(state, batch)
     history.append({name: float(value) for name, value in metrics.items()})
   return history
@@ -82,3 +86,24 @@ def test_state_is_donated():
   state = run.initial()
   run.step(state, next(tiny_run.batches()))
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+@pytest.mark.slow
+def test_rows_may_be_split_over_devices():
+  """4 CPU devices in a process of their own make the losses of one device, with accumulation (float32)."""
+  config = tiny_run.CONFIG.replace(train={'accumulation': 2})
+  script = f"""
+import sys
+sys.path[:0] = {[str(GOLDEN.parents[1]), str(GOLDEN.parents[2])]}
+import tiny_run, training_step_test
+from mor_jax.parallel import mesh
+tiny_run.MESH = mesh.make_mesh()
+assert tiny_run.MESH.shape['replica'] == 4
+config = tiny_run.CONFIG.replace(train={{'accumulation': 2}})
+print([metrics['loss'] for metrics in training_step_test.train(5, config)])
+"""
+  environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}
+  done = subprocess.run([sys.executable, '-c', script], env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  expected = [metrics['loss'] for metrics in train(5, config)]
+  np.testing.assert_allclose(json.loads(done.stdout), expected, rtol=1e-5)
