@@ -54,20 +54,53 @@ class ModelConfig:
   num_recursions: int = setting(2, 'times R the shared block is applied (recursive and mor)')
   sharing: str = setting('middle_cycle', 'which layers share parameters (recursive and mor)', SHARING_SCHEMES)
 
-  router: str = setting('expert_choice', 'how tokens are matched with depths (mor)', ('expert_choice',))
-  router_alpha: float = setting(0.1, 'scale of the gate: w = alpha * sigmoid(router logit)')
+  router: str = setting(
+    'expert_choice',
+    'who chooses (mor): expert_choice, each recursion its best tokens; token_choice, each token its depth',
+    ('expert_choice', 'token_choice'),
+  )
+  router_head: str = setting(
+    'linear', 'scores by a linear map, or an MLP of 2 or 4 times the width', ('linear', 'mlp', 'wide_mlp')
+  )
+  router_activation: str = setting(
+    'auto',
+    'squashes the scores; auto: sigmoid for expert_choice, softmax for token_choice; identity: not at all',
+    ('auto', 'sigmoid', 'tanh', 'softmax', 'identity'),
+  )
+  router_alpha: float | None = setting(
+    None, 'scale of the gate, alpha * activation(score); none: 0.1 with sigmoid and tanh, else 1'
+  )
   router_temperature: float = setting(1.0, 'divides the router input')
+  router_z_loss_weight: float = setting(0.0, 'weight of the squared log-partition of the scores')
   gating: str = setting(
     'weighted',
-    "update of a selected token: weighted x + w*f(x), the authors' code, where f has residuals of "
-    'its own; residual x + w*(f(x) - x), the paper',
-    ('weighted', 'residual'),
+    "update of a token, w its gate: weighted x + w*f(x), the authors' code, where f has residuals of its "
+    'own; additive x + f(x); residual x + w*(f(x) - x), the paper (expert_choice)',
+    ('weighted', 'additive', 'residual'),
   )
   capacities: tuple[float, ...] | None = setting(
     None, 'fraction of tokens that enter each recursion, not rising; none: (R - r) / R'
   )
-  aux_loss_weight: float = setting(
-    0.001, 'weight of the loss that teaches the router its own top-k decision (causal routing)'
+  causality: str = setting(
+    'aux_loss',
+    'what teaches routers to decide without the future (expert_choice): aux_loss, a loss on their own '
+    'scores; aux_router, a second router on stopped gradients; none',
+    ('aux_loss', 'aux_router', 'none'),
+  )
+  aux_loss_weight: float = setting(0.001, 'weight of that loss (expert_choice)')
+  token_gating: str = setting(
+    'once',
+    "token_choice: once, when a token has finished, the authors' code; every_step, the paper",
+    ('once', 'every_step'),
+  )
+  balancing: str = setting(
+    'loss', 'what keeps depths in use (token_choice): a loss, or nothing', ('loss', 'none')
+  )
+  balancing_loss_weight: float = setting(0.1, 'weight of the balancing loss (token_choice)')
+  token_capacity_factor: float | None = setting(
+    None,
+    'token_choice: a recursion takes at most factor * (R - r) / R of the tokens, the latest are left out; '
+    'none: no limit, so every recursion has room for, and computes on, all tokens',
   )
   dispatch: str = setting(
     'gather',
@@ -127,9 +160,28 @@ class ModelConfig:
   def step_capacities(self) -> tuple[float, ...]:
     """Fraction of the tokens that enters each recursion (FACTS 1.2: (R - r) / R unless set)."""
     steps = self.recursions
+    balanced = tuple((steps - r) / steps for r in range(steps))
     if self.kind != 'mor':
       return (1.0,) * steps
-    return self.capacities or tuple((steps - r) / steps for r in range(steps))
+    if self.router == 'expert_choice':
+      return self.capacities or balanced
+    if self.token_capacity_factor is None:
+      return (1.0,) * steps
+    return tuple(min(1.0, self.token_capacity_factor * capacity) for capacity in balanced)
+
+  @property
+  def squash(self) -> str:
+    """The activation that `router_activation` stands for."""
+    if self.router_activation != 'auto':
+      return self.router_activation
+    return 'sigmoid' if self.router == 'expert_choice' else 'softmax'
+
+  @property
+  def gate_scale(self) -> float:
+    """The alpha that `router_alpha` stands for."""
+    if self.router_alpha is not None:
+      return self.router_alpha
+    return 0.1 if self.squash in ('sigmoid', 'tanh') else 1.0
 
   def selected_tokens(self, seq_len: int) -> tuple[int, ...]:
     """Tokens C_r that enter each recursion of a row of `seq_len`: max(1, floor(c_r * T))."""

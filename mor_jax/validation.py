@@ -43,9 +43,9 @@ def _validate_model(model: ModelConfig) -> None:
     _require(getattr(model, name) >= 1, f'model.{name}', getattr(model, name), '>= 1')
   if model.vocab_size is not None:
     _require(model.vocab_size >= 2, 'model.vocab_size', model.vocab_size, '>= 2')
-  for name in ('rope_theta', 'norm_epsilon', 'router_temperature', 'router_alpha', 'threshold_slack'):
+  for name in ('rope_theta', 'norm_epsilon', 'router_temperature', 'gate_scale', 'threshold_slack'):
     _require(getattr(model, name) > 0, f'model.{name}', getattr(model, name), '> 0')
-  for name in ('init_std', 'aux_loss_weight'):
+  for name in ('init_std', 'aux_loss_weight', 'router_z_loss_weight', 'balancing_loss_weight'):
     _require(getattr(model, name) >= 0, f'model.{name}', getattr(model, name), '>= 0')
   _validate_heads(model)
   if model.kind != 'vanilla':
@@ -99,9 +99,19 @@ def _validate_routing(model: ModelConfig) -> None:
       f'model.sharing={model.sharing!r} cannot be used with model.kind=mor: a recursion must be one pass '
       f'over the whole shared block; use cycle or middle_cycle'
     )
-  if model.capacities is None:
-    return
+  (_validate_expert_choice if model.router == 'expert_choice' else _validate_token_choice)(model)
+
+
+def _validate_expert_choice(model: ModelConfig) -> None:
+  _refuse_activation(model, ('sigmoid', 'tanh', 'identity'))
+  if model.token_capacity_factor is not None:
+    raise ConfigError(
+      f'model.token_capacity_factor={model.token_capacity_factor} is for model.router=token_choice; '
+      f'with expert_choice set model.capacities'
+    )
   capacities = model.capacities
+  if capacities is None:
+    return
   if len(capacities) != model.num_recursions:
     raise ConfigError(
       f'model.capacities={capacities} has {len(capacities)} entries; '
@@ -113,6 +123,38 @@ def _validate_routing(model: ModelConfig) -> None:
     raise ConfigError(
       f'model.capacities={capacities} rises: a token that left cannot return, so no recursion may '
       f'take more tokens than the one before; sort them downwards'
+    )
+
+
+def _validate_token_choice(model: ModelConfig) -> None:
+  _refuse_activation(model, ('softmax', 'sigmoid'))
+  if model.capacities is not None:
+    raise ConfigError(
+      f'model.capacities={model.capacities} cannot be set with model.router=token_choice, where tokens '
+      f'choose their depth themselves; to limit a recursion set model.token_capacity_factor'
+    )
+  if model.token_capacity_factor is not None:
+    _require(
+      model.token_capacity_factor >= 1,
+      'model.token_capacity_factor',
+      model.token_capacity_factor,
+      '>= 1, the size of a balanced load',
+    )
+  if model.gating == 'residual':
+    raise ConfigError(
+      'model.gating=residual is for model.router=expert_choice; with token_choice use weighted or additive'
+    )
+  if model.gating == 'additive' and model.token_gating == 'every_step':
+    raise ConfigError(
+      'model.token_gating=every_step has no gate to apply with model.gating=additive; use weighted'
+    )
+
+
+def _refuse_activation(model: ModelConfig, allowed: tuple[str, ...]) -> None:
+  if model.squash not in allowed:
+    raise ConfigError(
+      f'model.router_activation={model.router_activation} cannot be used with model.router={model.router}; '
+      f'use one of auto, {", ".join(allowed)}'
     )
 
 

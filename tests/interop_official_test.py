@@ -11,11 +11,11 @@ import pytest
 import safetensors.numpy
 
 from mor_jax.interop import official
-from mor_jax.model.router import summarize
+from mor_jax.model.router import loss_weights, summarize
 from mor_jax.model.transformer import Transformer
 
 FOLDER = pathlib.Path(__file__).parent / 'fixtures' / 'official_mor'
-EXPERT_CHOICE = ('expert_middle_cycle_r3', 'expert_middle_cycle_r3_kv_share')
+NAMES = sorted(path.stem for path in FOLDER.glob('*.json'))
 
 
 class Fixture:
@@ -30,37 +30,56 @@ class Fixture:
 
 
 def total_loss(model, variables, tokens_BT):
-  """The authors' training loss: mean next-token cross entropy + 0.001 * auxiliary BCE."""
+  """The authors' training loss: mean next-token cross entropy and the weighted losses of the routers."""
   output = model.apply(variables, tokens_BT)
   logprobs_BTV = jax.nn.log_softmax(output.logits[:, :-1])
-  lm_loss = -jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1).mean()
-  aux = output.routing.losses['aux']
-  sampling_loss = (aux.sum / aux.count).sum()
-  return lm_loss + 0.001 * sampling_loss, (lm_loss, sampling_loss, output)
+  total = -jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1).mean()
+  parts = {'lm_loss': total}
+  for name, term in output.routing.losses.items():
+    parts[name] = (term.sum / term.count).sum()
+    total += loss_weights(model.config)[name] * parts[name]
+  return total, (parts, output)
+
+
+run = jax.jit(jax.value_and_grad(total_loss, argnums=1, has_aux=True), static_argnums=0)
 
 
 @pytest.mark.parametrize('dispatch', ['gather', 'mask'])
-@pytest.mark.parametrize('name', EXPERT_CHOICE)
-def test_expert_choice_matches_the_authors(name, dispatch):
+@pytest.mark.parametrize('name', NAMES)
+def test_matches_the_authors(name, dispatch):
   fixture = Fixture(name)
+  recorded = fixture.recorded
   model, variables = official.load(fixture.weights, fixture.settings)
   model = Transformer(dataclasses.replace(model.config, dispatch=dispatch))
-  run = jax.jit(jax.value_and_grad(total_loss, argnums=1, has_aux=True), static_argnums=0)
-  (total, (lm_loss, sampling_loss, output)), gradients = run(model, variables, fixture.tokens_BT)
-  recorded = fixture.recorded
+  (total, (parts, output)), gradients = run(model, variables, fixture.tokens_BT)
   np.testing.assert_allclose(output.logits, recorded['logits'], atol=1e-4)
-  np.testing.assert_allclose(lm_loss, recorded['lm_loss'], atol=1e-4)
-  np.testing.assert_allclose(sampling_loss, recorded['sampling_loss'], atol=1e-4)
   np.testing.assert_allclose(total, recorded['total_loss'], atol=1e-4)
-  accuracy = summarize(output.routing.counts)['sampling_accuracy']
-  np.testing.assert_allclose(accuracy, recorded['sampling_acc'], atol=1e-6)
-  for step in range(model.config.num_recursions):
-    chosen_B = [np.flatnonzero(row) for row in output.routing.selected_RBT[step]]
+  theirs = {'lm_loss': 'lm_loss', 'aux': 'sampling_loss', 'balancing': 'balancing_loss'}
+  if fixture.settings.get('z'):
+    theirs['z'] = 'router_z_loss'
+  for ours, name in theirs.items():
+    if ours in parts:
+      np.testing.assert_allclose(parts[ours], recorded[name], rtol=1e-5, atol=1e-4, err_msg=name)
+  summary = summarize(output.routing.counts)
+  if model.config.router == 'expert_choice':
+    np.testing.assert_allclose(summary['sampling_accuracy'], recorded['sampling_acc'], atol=1e-6)
+    assert_same_tokens_selected(model.config, output.routing, recorded, dispatch)
+  else:
+    shares = [summary[f'depth_share_{depth}'] for depth in range(1, model.config.num_recursions + 1)]
+    np.testing.assert_allclose(shares, recorded['balancing_ratio'], atol=1e-6)
+  assert_same_gradients(gradients['params'], official.to_params(model.config, fixture.gradients))
+
+
+def assert_same_tokens_selected(config, routing, recorded, dispatch):
+  for step in range(config.num_recursions):
+    chosen_B = [np.flatnonzero(row) for row in routing.selected_RBT[step]]
     np.testing.assert_array_equal(chosen_B, recorded[f'selected_{step}'])
     if dispatch == 'gather':
-      np.testing.assert_array_equal(output.routing.indices[step], recorded[f'selected_{step}'])
-  expected = official.to_params(model.config, fixture.gradients)
-  for path, gradient in jax.tree_util.tree_leaves_with_path(gradients['params']):
+      np.testing.assert_array_equal(routing.indices[step], recorded[f'selected_{step}'])
+
+
+def assert_same_gradients(gradients, expected):
+  for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
     reference = expected
     for entry in path:
       reference = reference[entry.key]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor_jax.model import recursion, router
+from mor_jax.model import expert_choice, recursion, router
 from tests import tiny
 
 STRICT = {'num_layers': 5, 'num_recursions': 3, 'router_alpha': 0.8}
@@ -100,7 +100,7 @@ def test_admission_follows_the_written_rule():
       selected.append(wants and free)
       overflow.append(wants and not free)
       taken[segments_T[t]] = taken.get(segments_T[t], 0) + (wants and free)
-    got, lost = router.admit(*(a[None] for a in (logits_T, active_T, starts_T)), places, False, 0.2)
+    got, lost = expert_choice.admit(*(a[None] for a in (logits_T, active_T, starts_T)), places, False, 0.2)
     np.testing.assert_array_equal(got[0], selected)
     np.testing.assert_array_equal(lost[0], overflow)
     overflowed += sum(overflow)

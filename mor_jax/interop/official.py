@@ -1,5 +1,6 @@
 """Loads the authors' PyTorch MoR weights (safetensors) as a `Transformer` and its variables."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,17 +40,27 @@ def load(weights_path: epath.PathLike, settings: Mapping[str, Any]) -> tuple[Tra
     ValueError: a setting that is not supported, tensors missing or left over, or copies of a
       shared layer that are not equal.
   """
-  config = model_config(settings)
   tensors = safetensors.numpy.load(epath.Path(weights_path).read_bytes())
+  config = model_config(settings)
+  hidden = tensors.get(f'{_router_prefix(config, 0)}.router.0.weight')
+  if hidden is not None and len(hidden) == 2 * config.d_model:
+    # Their wide_mlp is as wide as their mlp, half of what the paper says.
+    config = dataclasses.replace(config, router_head='mlp')
   return Transformer(config), {'params': to_params(config, tensors)}
 
 
 def model_config(settings: Mapping[str, Any]) -> ModelConfig:
-  """ModelConfig of a fixture's settings: vocab, d, ff, L, h, kv, Nr, sharing, type, cap, tie, theta."""
+  """ModelConfig of a fixture's settings.
+
+  Shape: vocab, d, ff, L, h, kv, tie, theta. Recursion: Nr, sharing, kvshare. Routing: type
+  (expert, token), router, gating, temp, z; for experts cap, func, alpha, sampling; for tokens
+  tfunc, talpha, bal.
+
+  Raises:
+    ValueError: a setting, or a value of one, that is not supported.
+  """
   rest = {key: value for key, value in settings.items() if key not in _DESCRIPTIVE}
-  kind = rest.pop('type')
-  if kind != 'expert':
-    raise ValueError(f"type={kind!r} is not supported; use 'expert'")
+  expert = rest.pop('type') == 'expert'
   fields = {
     'vocab_size': rest.pop('vocab'),
     'd_model': rest.pop('d'),
@@ -59,11 +70,29 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
     'num_kv_heads': rest.pop('kv'),
     'num_recursions': rest.pop('Nr'),
     'sharing': rest.pop('sharing'),
-    'capacities': tuple(float(capacity) for capacity in rest.pop('cap').split(',')),
     'kv': 'shared' if rest.pop('kvshare', False) else 'recursion_wise',
     'tie_embeddings': rest.pop('tie', True),
     'rope_theta': float(rest.pop('theta', 10000.0)),
+    'router': 'expert_choice' if expert else 'token_choice',
+    'router_head': rest.pop('router', 'linear'),
+    'router_temperature': float(rest.pop('temp', 1.0)),
+    'router_z_loss_weight': 0.001 if rest.pop('z', False) else 0.0,
+    'gating': rest.pop('gating', 'weighted'),
   }
+  capacities = tuple(float(capacity) for capacity in rest.pop('cap').split(','))
+  if expert:
+    fields |= {
+      'capacities': capacities,
+      'router_activation': rest.pop('func', 'sigmoid') or 'identity',
+      'router_alpha': rest.pop('alpha', None),
+      'causality': rest.pop('sampling', 'aux_loss'),
+    }
+  else:
+    fields |= {
+      'router_activation': rest.pop('tfunc', 'softmax'),
+      'router_alpha': rest.pop('talpha', None),
+      'balancing': rest.pop('bal', 'loss'),
+    }
   if rest:
     raise ValueError(f'settings not supported: {", ".join(f"{k}={v!r}" for k, v in sorted(rest.items()))}')
   return Config().replace(model={**fields, 'kind': 'mor', 'dtype': 'float32'}).model
@@ -72,20 +101,14 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
 def to_params(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict:
   """Our parameter tree from the authors' tensors; also reads gradients, where each layer appears once."""
   reader = _Reader(tensors)
-  slots = sharing.layer_slots(config)
-  layers: dict[str, list] = {}
-  for name, theirs in LAYER_TENSORS.items():
-    copies: list[list] = [[] for _ in range(config.num_unique_layers)]
-    for depth, slot in enumerate(slots):
-      copies[slot].append(f'{_layer_prefix(config, depth)}.{theirs}')
-    layers[name] = np.stack([reader.shared(names) for names in copies])
-  routers = [reader.one(f'{_router_prefix(config, step)}.router.weight') for step in range(config.recursions)]
   params = {
     'embed': {'embedding': reader.one('model.embed_tokens.weight', np.asarray)},
     'final_norm': {'scale': reader.one('model.norm.weight')},
-    'layers': _nest(layers),
-    'router': {'kernel': np.stack([kernel[:, 0] for kernel in routers])},
+    'layers': _layers(config, reader),
+    'router': _router(config, reader, 'mor_router'),
   }
+  if config.router == 'expert_choice' and config.causality == 'aux_router':
+    params['aux_router'] = _router(config, reader, 'mlp_router')
   if config.tie_embeddings:
     reader.used.add('lm_head.weight')
   else:
@@ -96,19 +119,52 @@ def to_params(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict:
   return params
 
 
+def _layers(config: ModelConfig, reader: '_Reader') -> dict:
+  slots = sharing.layer_slots(config)
+  layers = {}
+  for name, theirs in LAYER_TENSORS.items():
+    copies: list[list[str]] = [[] for _ in range(config.num_unique_layers)]
+    for depth, slot in enumerate(slots):
+      copies[slot].append(f'{_layer_prefix(config, depth)}.{theirs}')
+    layers[name] = np.stack([reader.shared(names) for names in copies])
+  return _nest(layers)
+
+
+def _router(config: ModelConfig, reader: '_Reader', module: str) -> dict:
+  """Router of our form from theirs: `router.weight`, or `router.0.weight` and `router.2.weight`."""
+  theirs = {'output': 'router.weight'}
+  if config.router_head != 'linear':
+    theirs = {'hidden': 'router.0.weight', 'output': 'router.2.weight'}
+
+  def kernel(step: int, name: str) -> np.ndarray:
+    return reader.one(f'{_router_prefix(config, step, module)}.{name}')
+
+  if config.router == 'token_choice':
+    return {ours: {'kernel': kernel(0, name)} for ours, name in theirs.items()}
+  steps = range(config.recursions)
+  return {ours: {'kernel': np.stack([kernel(r, name) for r in steps])} for ours, name in theirs.items()}
+
+
 def _layer_prefix(config: ModelConfig, depth: int) -> str:
-  """Name of the unrolled layer at `depth`: recursions are entries of the layer list, with blocks inside."""
+  """Name of the unrolled layer at `depth`.
+
+  Expert-choice has an entry of the layer list for every recursion, with the block inside;
+  token-choice has one entry for all of them.
+  """
   ends, per_step = config.unique_ends, config.shared_depth
   if depth < ends:
     return 'model.layers.0'
   step, layer = divmod(depth - ends, per_step)
+  expert = config.router == 'expert_choice'
   if step == config.recursions:
-    return f'model.layers.{ends + config.recursions}'
-  return f'model.layers.{ends + step}.block.{layer}'
+    return f'model.layers.{ends + (config.recursions if expert else 1)}'
+  if expert:
+    return f'model.layers.{ends + step}.block.{layer}'
+  return f'model.layers.{ends}.block_list.{step}.{layer}'
 
 
-def _router_prefix(config: ModelConfig, step: int) -> str:
-  return f'model.layers.{config.unique_ends + step}.mor_router'
+def _router_prefix(config: ModelConfig, step: int, module: str = 'mor_router') -> str:
+  return f'model.layers.{config.unique_ends + step}.{module}'
 
 
 def _kernel(tensor: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ A FLOP is one multiplication or one addition; a product of (m, k) and (k, n) cos
 import dataclasses
 
 from mor_jax.config import ModelConfig
+from mor_jax.model.router import HIDDEN_FACTOR
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +31,23 @@ def layer_parameters(config: ModelConfig) -> int:
   return _layer_kernel_size(config) + 2 * config.d_model
 
 
+def router_parameters(config: ModelConfig) -> int:
+  """Parameters of all routers: R with one output each, or one with R outputs; auxiliary ones included."""
+  hidden = HIDDEN_FACTOR[config.router_head] * config.d_model
+  heads = config.recursions if config.router == 'expert_choice' else 1
+  outputs = 1 if config.router == 'expert_choice' else config.recursions
+  one = config.d_model * hidden + hidden * outputs if hidden else config.d_model * outputs
+  copies = 2 if config.router == 'expert_choice' and config.causality == 'aux_router' else 1
+  return copies * heads * one
+
+
 def count_parameters(config: ModelConfig) -> ParameterCount:
   """Closed-form parameter counts; equal to the sizes of the initialised tree."""
   matrices = 1 if config.tie_embeddings else 2
   embedding = matrices * config.vocab_size * config.d_model
   outside_layers = config.d_model  # final norm
   if config.kind == 'mor':
-    outside_layers += config.recursions * config.d_model  # one linear router a step
+    outside_layers += router_parameters(config)
   non_embedding = config.num_unique_layers * layer_parameters(config) + outside_layers
   unrolled = config.num_layers * layer_parameters(config) + outside_layers
   return ParameterCount(embedding + non_embedding, embedding, non_embedding, unrolled)
@@ -80,7 +91,7 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
       layer = _layer_forward_flops(config, count, seq_len, own_keys=config.kv == 'hybrid')
     per_row += config.shared_depth * layer
   if config.kind == 'mor':
-    per_row += config.recursions * 2 * seq_len * config.d_model
+    per_row += 2 * seq_len * router_parameters(config)
   return per_row / seq_len + 2 * config.d_model * config.vocab_size
 
 

@@ -23,11 +23,9 @@ class TokenContext:
   positions_BC: jax.Array
   segments_BC: jax.Array
 
-  def take(self, indices_BC: jax.Array, chosen_BC: jax.Array) -> 'TokenContext':
-    """The context of gathered tokens; those not truly chosen are cut off from the others."""
-    positions_BC = jnp.take_along_axis(self.positions_BC, indices_BC, axis=1)
-    segments_BC = jnp.take_along_axis(self.segments_BC, indices_BC, axis=1)
-    return TokenContext(positions_BC, jnp.where(chosen_BC, segments_BC, NO_SEGMENT))
+  def take(self, indices_BC: jax.Array) -> 'TokenContext':
+    """The context of gathered tokens."""
+    return jax.tree.map(lambda leaf_BT: jnp.take_along_axis(leaf_BT, indices_BC, axis=1), self)
 
   def only(self, chosen_BC: jax.Array) -> 'TokenContext':
     """The same tokens, those not chosen cut off from the others."""

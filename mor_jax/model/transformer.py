@@ -6,9 +6,9 @@ from flax import linen as nn
 from flax import struct
 
 from mor_jax.config import ModelConfig
-from mor_jax.model import recursion, sharing
+from mor_jax.model import expert_choice, recursion, sharing, token_choice
 from mor_jax.model.layers import TokenContext, norm
-from mor_jax.model.router import RoutingOutput, init_routers
+from mor_jax.model.router import RoutingOutput, init_router
 from mor_jax.model.stack import apply_stack, init_stack
 
 
@@ -24,8 +24,9 @@ class Transformer(nn.Module):
   """A vanilla, recursive or Mixture-of-Recursions language model, as `config.kind` says.
 
   Parameters: embed/embedding (V, D); layers/..., every leaf with a leading axis of the U
-  unique layers, first and last included; router/... with a leading axis of the R
-  recursions; final_norm/scale (D,); head/kernel (D, V) unless embeddings are tied.
+  unique layers, first and last included; router/... (and aux_router/...), for expert-choice
+  with a leading axis of the R recursions; final_norm/scale (D,); head/kernel (D, V) unless
+  embeddings are tied.
   """
 
   config: ModelConfig
@@ -36,7 +37,9 @@ class Transformer(nn.Module):
     self.embed = nn.Embed(cfg.vocab_size, cfg.d_model, dtype=jnp.dtype(cfg.dtype), embedding_init=init)
     self.layers = self.param('layers', lambda key: init_stack(cfg, key))
     if cfg.kind == 'mor':
-      self.router = self.param('router', lambda key: init_routers(cfg, key))
+      self.router = self.param('router', lambda key: init_router(cfg, key))
+      if cfg.router == 'expert_choice' and cfg.causality == 'aux_router':
+        self.aux_router = self.param('aux_router', lambda key: init_router(cfg, key))
     self.final_norm = norm(cfg, None)
     if not cfg.tie_embeddings:
       self.head = self.param('head', lambda key: {'kernel': init(key, (cfg.d_model, cfg.vocab_size))})
@@ -94,14 +97,21 @@ class Transformer(nn.Module):
       x_BTD, _ = apply_stack(cfg, first, x_BTD, context)
       if cfg.kind == 'recursive':
         x_BTD = recursion.repeat(cfg, block, x_BTD, context)
-      elif cfg.dispatch == 'gather' and routing == 'topk':
-        x_BTD, routed = recursion.route_gathered(cfg, block, self.router, x_BTD, context)
       else:
-        x_BTD, routed = recursion.route_masked(
-          cfg, block, self.router, x_BTD, context, routing, max_len, slack
-        )
+        x_BTD, routed = self._route(block, x_BTD, context, routing, max_len, slack)
       x_BTD, _ = apply_stack(cfg, last, x_BTD, context)
     return self.final_norm(x_BTD), routed
+
+  def _route(self, block, x_BTD, context, routing, max_len, slack):
+    cfg = self.config
+    if cfg.router == 'token_choice':
+      return token_choice.route(cfg, block, self.router, x_BTD, context, routing, max_len, slack)
+    routers = {'main': self.router}
+    if cfg.causality == 'aux_router':
+      routers['aux'] = self.aux_router
+    if cfg.dispatch == 'gather' and routing == 'topk':
+      return expert_choice.route_gathered(cfg, block, routers, x_BTD, context)
+    return expert_choice.route_masked(cfg, block, routers, x_BTD, context, routing, max_len, slack)
 
   def logits(self, x_BTD: jax.Array) -> jax.Array:
     """Output head: logits (..., V) in float32."""

@@ -78,9 +78,11 @@ def make_loss(
 
   The loss is the micro-batch's share of `mean NLL + sum over auxiliary losses of weight *
   sum over steps of the mean over entrants`; shares add up to the loss of the global batch.
-  The parts add up in the same way: 'loss' (mean NLL), 'aux_loss' (the auxiliary loss before
-  its weight) and 'counts' for `router.summarize`; the last two for models with a router only.
+  The parts add up in the same way: 'loss' (mean NLL) and, for models with a router, 'counts'
+  for `router.summarize` and the auxiliary losses before their weights, 'aux_loss' and so on.
   """
+
+  weights = router.loss_weights(config)
 
   def loss(params, batch: Batch, whole: Normalizers):
     output = apply(
@@ -93,8 +95,13 @@ def make_loss(
     nll = next_token_nll(output.logits, batch) / whole.targets
     if output.routing is None:
       return nll, {'loss': nll}
-    aux = (output.routing.losses['aux'].sum / whole.entrants_R).sum()
-    parts = {'loss': nll, 'aux_loss': aux, 'counts': output.routing.counts}
-    return nll + config.aux_loss_weight * aux, parts
+    parts = {'loss': nll, 'counts': output.routing.counts}
+    total = nll
+    for name, term in output.routing.losses.items():
+      # A router that serves all steps has one entry, a mean over the tokens that enter the first.
+      value = (term.sum / whole.entrants_R[: term.sum.shape[0]]).sum()
+      total += weights[name] * value
+      parts[f'{name}_loss'] = value
+    return total, parts
 
   return loss

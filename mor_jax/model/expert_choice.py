@@ -1,0 +1,183 @@
+"""Expert-choice routing: every recursion step takes its best tokens (paper section 2.2.1, FACTS 1.2).
+
+At each step a router scores the tokens that are still active. In training the step takes
+the best C_r of the row; where the future is unknown it takes every token whose score
+passes a threshold, while places last. A token that is left out stays out.
+
+* `route_gathered`: each step computes on its C_r gathered tokens alone; sizes differ, so
+  the steps are unrolled;
+* `route_masked`: each step computes on all tokens and drops what was not selected: the
+  reference for the former, and the way of threshold routing, whose sizes are not static.
+  All steps have one shape and are scanned.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mor_jax.config import ModelConfig
+from mor_jax.model import recursion, router
+from mor_jax.model.layers import TokenContext
+
+
+def top_k(logits_BT: jax.Array, active_BT: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+  """The `count` best active tokens of every row: (indices_BC in ascending order, chosen_BC).
+
+  Rows with fewer active tokens fill up with tokens that are not chosen.
+  """
+  scores_BT = jnp.where(active_BT, logits_BT, -jnp.inf)
+  _, best_BC = jax.lax.top_k(jax.lax.stop_gradient(scores_BT), count)
+  indices_BC = jnp.sort(best_BC, axis=-1)
+  return indices_BC, jnp.take_along_axis(active_BT, indices_BC, axis=1)
+
+
+def top_k_mask(logits_BT: jax.Array, active_BT: jax.Array, count: int | jax.Array) -> jax.Array:
+  """The same choice as a mask (B, T), found by sorting; `count` may be traced."""
+  scores_BT = jnp.where(active_BT, jax.lax.stop_gradient(logits_BT), -jnp.inf)
+  order_BT = jnp.argsort(-scores_BT, axis=-1, stable=True)
+  rank_BT = jnp.argsort(order_BT, axis=-1)
+  return active_BT & (rank_BT < count)
+
+
+def admit(
+  logits_BT: jax.Array,
+  active_BT: jax.Array,
+  starts_BT: jax.Array,
+  places: int | jax.Array,
+  always: bool | jax.Array,
+  threshold: float | jax.Array = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+  """Causal choice: (selected_BT, overflow_BT), decided left to right within each segment.
+
+  Args:
+    logits_BT: router logits.
+    active_BT: tokens that took the step before.
+    starts_BT: True at the first token of each segment.
+    places: tokens of one segment that the step can take.
+    always: True for a step of capacity 1, which takes every active token.
+    threshold: logits above it enter.
+
+  Returns:
+    The tokens that take the step, and those that wanted to but found no place.
+  """
+  wants_BT = active_BT & (always | (logits_BT > threshold))
+  fits_BT = always | router.has_place(wants_BT, starts_BT, places)
+  return wants_BT & fits_BT, wants_BT & ~fits_BT
+
+
+def route_gathered(
+  config: ModelConfig, block: dict, routers: dict, x_BTD: jax.Array, context: TokenContext
+) -> tuple[jax.Array, router.RoutingOutput]:
+  """Top-k routing in which a step computes on its selected tokens only.
+
+  Args:
+    block: stacked parameters of the shared layers.
+    routers: 'main' and, with `causality=aux_router`, 'aux': parameters of R routers each.
+    x_BTD: residual stream; tokens of segment 0 are padding and never selected.
+    context: positions and segments of the tokens.
+  """
+  length = x_BTD.shape[1]
+  active_BT = context.segments_BC > 0
+  memory, decisions, indices = None, [], []
+  for step, count in enumerate(config.selected_tokens(length)):
+    logits_BT, causal_BT = _scores(config, jax.tree.map(lambda leaf, r=step: leaf[r], routers), x_BTD)
+    entered_BT = active_BT
+    if count == length:  # nothing to leave out: no need to move tokens
+      indices_BC = jnp.broadcast_to(jnp.arange(length), active_BT.shape)
+      x_BTD, memory = _step_on_all(config, block, x_BTD, context, logits_BT, active_BT, memory)
+    else:
+      indices_BC, chosen_BC = top_k(logits_BT, active_BT, count)
+      x_BCD = recursion.take(x_BTD, indices_BC)
+      own = context.take(indices_BC)
+      y_BCD, memory = recursion.run_step(config, block, x_BCD, own, indices_BC, chosen_BC, memory)
+      change_BCD = _change(config, x_BCD, y_BCD, recursion.take(logits_BT, indices_BC))
+      change_BCD = jnp.where(chosen_BC[..., None], change_BCD, 0)
+      x_BTD = recursion.at(x_BTD, indices_BC).add(change_BCD, **recursion.ORDERED)
+      nobody_BT = jnp.zeros_like(active_BT)
+      active_BT = recursion.at(nobody_BT, indices_BC).set(chosen_BC, **recursion.ORDERED)
+    indices.append(indices_BC)
+    decisions.append((logits_BT, causal_BT, entered_BT, active_BT, jnp.zeros_like(active_BT)))
+  stacked = jax.tree.map(lambda *steps: jnp.stack(steps), *decisions)
+  return x_BTD, _record(config, *stacked, tuple(indices), 'topk')
+
+
+def route_masked(
+  config: ModelConfig,
+  block: dict,
+  routers: dict,
+  x_BTD: jax.Array,
+  context: TokenContext,
+  routing: str,
+  max_len: int,
+  slack: float,
+) -> tuple[jax.Array, router.RoutingOutput]:
+  """Routing by top-k or threshold in which every step computes on all tokens.
+
+  Args:
+    routing: 'topk' or 'threshold'.
+    max_len: longest sequence the places of threshold routing are counted for.
+    slack: places of a step per token it takes on average (`recursion.step_places`).
+    The rest as in `route_gathered`.
+  """
+  starts_BT = context.positions_BC == 0
+  always_R = jnp.array([capacity == 1.0 for capacity in config.step_capacities])
+  if routing == 'topk':
+    limit_R = jnp.array(config.selected_tokens(x_BTD.shape[1]))
+  else:
+    limit_R = jnp.array(recursion.step_places(config, max_len, slack))
+
+  def step(carry, params_and_limits):
+    x_BTD, active_BT, memory = carry
+    params, limit, always = params_and_limits
+    logits_BT, causal_BT = _scores(config, params, x_BTD)
+    if routing == 'topk':
+      selected_BT = top_k_mask(logits_BT, active_BT, limit)
+      overflow_BT = jnp.zeros_like(selected_BT)
+    else:
+      selected_BT, overflow_BT = admit(causal_BT, active_BT, starts_BT, limit, always)
+    x_BTD, memory = _step_on_all(config, block, x_BTD, context, logits_BT, selected_BT, memory)
+    return (x_BTD, selected_BT, memory), (logits_BT, causal_BT, active_BT, selected_BT, overflow_BT)
+
+  start = x_BTD, context.segments_BC > 0, None
+  (x_BTD, _, _), decisions = recursion.scan_steps(config, step, start, (routers, limit_R, always_R))
+  return x_BTD, _record(config, *decisions, None, routing)
+
+
+def _scores(config: ModelConfig, routers: dict, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Logits (B, T) that rank and weigh the tokens of a step, and those that decide causally."""
+  scaled_BTD = x_BTD.astype(jnp.float32) / config.router_temperature
+  logits_BT = router.score(config, routers['main'], scaled_BTD, 1)[..., 0]
+  if config.causality != 'aux_router':
+    return logits_BT, logits_BT
+  return logits_BT, router.score(config, routers['aux'], jax.lax.stop_gradient(x_BTD), 1)[..., 0]
+
+
+def _step_on_all(config, block, x_BTD, context, logits_BT, selected_BT, memory):
+  """One step computed on every token and kept where selected."""
+  indices_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), selected_BT.shape)
+  y_BTD, memory = recursion.run_step(config, block, x_BTD, context, indices_BT, selected_BT, memory)
+  change_BTD = _change(config, x_BTD, y_BTD, logits_BT)
+  return jnp.where(selected_BT[..., None], x_BTD + change_BTD, x_BTD), memory
+
+
+def _change(config: ModelConfig, x: jax.Array, y: jax.Array, logits: jax.Array) -> jax.Array:
+  """What a selected token gains: w * f(x) as in the authors' code, f(x), or w * (f(x) - x) (eq. 2.1)."""
+  if config.gating == 'additive':
+    return y
+  update = y - x if config.gating == 'residual' else y
+  return (router.activate(config, logits)[..., None] * update.astype(jnp.float32)).astype(x.dtype)
+
+
+def _record(config, logits_RBT, causal_RBT, entered_RBT, selected_RBT, overflow_RBT, indices, routing):
+  losses = {'z': _over_entered(jnp.square(logits_RBT), entered_RBT)}
+  if routing == 'topk' and config.causality != 'none':
+    errors_RBT = optax.sigmoid_binary_cross_entropy(causal_RBT, selected_RBT.astype(jnp.float32))
+    losses['aux'] = _over_entered(errors_RBT, entered_RBT)
+  return router.RoutingOutput(
+    logits_RBT, entered_RBT, selected_RBT, causal_RBT > 0, overflow_RBT, indices, losses
+  )
+
+
+def _over_entered(loss_RBT: jax.Array, entered_RBT: jax.Array) -> router.LossTerm:
+  """The routers' losses are means over the tokens that entered the step."""
+  return router.LossTerm(jnp.where(entered_RBT, loss_RBT, 0).sum((1, 2)), entered_RBT.sum((1, 2)))

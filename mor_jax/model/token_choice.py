@@ -1,0 +1,154 @@
+"""Token-choice routing: every token chooses its depth at the start (paper section 2.2.1, FACTS 1.3).
+
+One router looks at a token before the first recursion and scores the depths 1 to R; the
+token takes as many steps as the best of them says. That is causal by itself. Steps may have
+a limited size, then the latest tokens find no place and stop at the step before.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from mor_jax.config import ModelConfig
+from mor_jax.model import recursion, router
+from mor_jax.model.layers import TokenContext
+
+
+def route(
+  config: ModelConfig,
+  block: dict,
+  params: dict,
+  x_BTD: jax.Array,
+  context: TokenContext,
+  routing: str,
+  max_len: int,
+  slack: float,
+) -> tuple[jax.Array, router.RoutingOutput]:
+  """The recursions of a token-choice model.
+
+  Under gather dispatch with top-k routing, steps of limited size compute on gathered tokens;
+  otherwise every step computes on all tokens.
+
+  Args:
+    block: stacked parameters of the shared layers.
+    params: the router's parameters.
+    x_BTD: residual stream; tokens of segment 0 are padding.
+    context: positions and segments of the tokens.
+    routing: 'topk', places are counted over the row as in training; 'threshold', over each document.
+    max_len, slack: places under threshold routing (`recursion.step_places`).
+  """
+  real_BT = context.segments_BC > 0
+  scaled_BTD = x_BTD.astype(jnp.float32) / config.router_temperature
+  logits_BTR = router.score(config, params, scaled_BTD, config.recursions)
+  gates_BTR = router.activate(config, logits_BTR)
+  choice_BT = gates_BTR.argmax(axis=-1)  # depth - 1
+  gate_BT1 = jnp.take_along_axis(gates_BTR, choice_BT[..., None], axis=-1)
+  gather = config.dispatch == 'gather' and routing == 'topk'
+  run = _run_gathered if gather else _run_masked
+  h_BTD, (entered_RBT, selected_RBT, overflow_RBT), indices = run(
+    config, block, x_BTD, context, choice_BT, gate_BT1, routing, max_len, slack
+  )
+  if config.gating == 'weighted' and config.token_gating == 'once':
+    h_BTD = (gate_BT1 * h_BTD.astype(jnp.float32)).astype(h_BTD.dtype)
+  x_BTD = jnp.where(real_BT[..., None], x_BTD + h_BTD, x_BTD)
+  steps_R11 = jnp.arange(config.recursions)[:, None, None]
+  return x_BTD, router.RoutingOutput(
+    logits_RBT=jnp.moveaxis(logits_BTR, -1, 0),
+    entered_RBT=entered_RBT,
+    selected_RBT=selected_RBT,
+    causal_RBT=(choice_BT >= steps_R11) & entered_RBT,
+    overflow_RBT=overflow_RBT,
+    indices=indices,
+    losses=_losses(config, logits_BTR, gates_BTR, choice_BT, real_BT),
+  )
+
+
+def _run_masked(config, block, x_BTD, context, choice_BT, gate_BT1, routing, max_len, slack):
+  always_R = jnp.array([capacity == 1.0 for capacity in config.step_capacities])
+  if routing == 'topk':
+    limit_R = jnp.array(config.selected_tokens(x_BTD.shape[1]))
+  else:
+    limit_R = jnp.array(recursion.step_places(config, max_len, slack))
+  starts_BT = _count_from(context, routing)
+
+  def step(carry, step_and_limits):
+    h_BTD, active_BT, memory = carry
+    index, limit, always = step_and_limits
+    selected_BT, overflow_BT = _enter(active_BT, choice_BT >= index, starts_BT, limit, always)
+    h_BTD, memory = _step_on_all(config, block, h_BTD, context, selected_BT, gate_BT1, memory)
+    return (h_BTD, selected_BT, memory), (active_BT, selected_BT, overflow_BT)
+
+  start = x_BTD, context.segments_BC > 0, None
+  per_step = jnp.arange(config.recursions), limit_R, always_R
+  (h_BTD, _, _), decisions = recursion.scan_steps(config, step, start, per_step)
+  return h_BTD, decisions, None
+
+
+def _run_gathered(config, block, x_BTD, context, choice_BT, gate_BT1, routing, max_len, slack):
+  del max_len, slack  # places are static sizes of the row here
+  length = x_BTD.shape[1]
+  starts_BT = _count_from(context, routing)
+  h_BTD, active_BT, memory, decisions, indices = x_BTD, context.segments_BC > 0, None, [], []
+  for index, count in enumerate(config.selected_tokens(length)):
+    entered_BT = active_BT
+    always = config.step_capacities[index] == 1.0
+    active_BT, overflow_BT = _enter(active_BT, choice_BT >= index, starts_BT, count, always)
+    decisions.append((entered_BT, active_BT, overflow_BT))
+    if count == length:
+      indices_BC = jnp.broadcast_to(jnp.arange(length), active_BT.shape)
+      h_BTD, memory = _step_on_all(config, block, h_BTD, context, active_BT, gate_BT1, memory)
+    else:
+      first_BC = jax.lax.top_k(active_BT.astype(jnp.int32), count)[1]
+      indices_BC = jnp.sort(first_BC, axis=-1)
+      chosen_BC = jnp.take_along_axis(active_BT, indices_BC, axis=1)
+      h_BCD, own = recursion.take(h_BTD, indices_BC), context.take(indices_BC)
+      y_BCD, memory = recursion.run_step(config, block, h_BCD, own, indices_BC, chosen_BC, memory)
+      y_BCD = _gated(config, y_BCD, recursion.take(gate_BT1, indices_BC))
+      kept_BCD = jnp.where(chosen_BC[..., None], y_BCD, h_BCD)
+      h_BTD = recursion.at(h_BTD, indices_BC).set(kept_BCD, **recursion.ORDERED)
+    indices.append(indices_BC)
+  return h_BTD, jax.tree.map(lambda *steps: jnp.stack(steps), *decisions), tuple(indices)
+
+
+def _step_on_all(config, block, h_BTD, context, selected_BT, gate_BT1, memory):
+  indices_BT = jnp.broadcast_to(jnp.arange(h_BTD.shape[1]), selected_BT.shape)
+  y_BTD, memory = recursion.run_step(config, block, h_BTD, context, indices_BT, selected_BT, memory)
+  return jnp.where(selected_BT[..., None], _gated(config, y_BTD, gate_BT1), h_BTD), memory
+
+
+def _gated(config: ModelConfig, y: jax.Array, gate: jax.Array) -> jax.Array:
+  """What a step leaves: f(h) in the authors' code, g * f(h) in the paper (eq. 2.2)."""
+  if config.token_gating == 'once':
+    return y
+  return (gate * y.astype(jnp.float32)).astype(y.dtype)
+
+
+def _enter(active_BT, chose_it_BT, starts_BT, places, always) -> tuple[jax.Array, jax.Array]:
+  """Tokens that take a step, in order of position while places last, and those left without one."""
+  wants_BT = active_BT & chose_it_BT
+  fits_BT = always | router.has_place(wants_BT, starts_BT, places)
+  return wants_BT & fits_BT, wants_BT & ~fits_BT
+
+
+def _count_from(context: TokenContext, routing: str) -> jax.Array:
+  """Where the counting of places begins anew: at every row in training, at every document else."""
+  if routing == 'threshold':
+    return context.positions_BC == 0
+  return jnp.zeros(context.positions_BC.shape, bool).at[:, 0].set(True)
+
+
+def _losses(config, logits_BTR, gates_BTR, choice_BT, real_BT) -> dict[str, router.LossTerm]:
+  """Balancing loss, R * sum over depths of share * mean gate, and z-loss; weighted by tokens.
+
+  The balancing loss is not additive over batches: micro-batches contribute theirs by size.
+  """
+  tokens = real_BT.sum()
+  real_BT1 = real_BT[..., None]
+  chosen_BTR = jax.nn.one_hot(choice_BT, config.recursions) * real_BT1
+  share_R = chosen_BTR.sum((0, 1)) / jnp.maximum(tokens, 1)
+  mean_gate_R = jnp.where(real_BT1, gates_BTR, 0).sum((0, 1)) / jnp.maximum(tokens, 1)
+  squared_BT = jnp.square(jax.nn.logsumexp(logits_BTR, axis=-1))
+  losses = {'z': router.LossTerm(jnp.where(real_BT, squared_BT, 0).sum()[None], tokens[None])}
+  if config.balancing == 'loss':
+    balancing = config.recursions * (share_R * mean_gate_R).sum()
+    losses['balancing'] = router.LossTerm((balancing * tokens)[None], tokens[None])
+  return losses
