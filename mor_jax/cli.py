@@ -7,7 +7,6 @@ own, `--config.SECTION.NAME`, so every form absl knows works: `--flag=value`, `-
 Exit codes: 0 finished, 1 error, 2 bad flags or settings, 130 interrupted; main may return others.
 """
 
-from collections.abc import Callable
 import difflib
 import inspect
 import os
@@ -15,6 +14,7 @@ import runpy
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -72,23 +72,24 @@ def _refuse(error: ConfigError) -> NoReturn:
 # ---- flags ----
 
 
+_PARSERS = {
+  bool: (flags.BooleanParser().parse, 'true or false'),
+  int: (flags.IntegerParser().parse, 'an integer'),
+  float: (flags.FloatParser().parse, 'a number'),
+  str: (str, 'text'),
+  tuple: (
+    lambda text: tuple(float(item) for item in text.strip('()[], ').split(',')),
+    'numbers separated by commas',
+  ),
+}
+
+
 class _SettingParser(flags.ArgumentParser):
   """Text -> value of a setting; 'none' resets an optional one."""
 
-  _PARSERS = {
-    bool: (flags.BooleanParser().parse, 'true or false'),
-    int: (flags.IntegerParser().parse, 'an integer'),
-    float: (flags.FloatParser().parse, 'a number'),
-    str: (str, 'text'),
-    tuple: (
-      lambda text: tuple(float(item) for item in text.strip('()[], ').split(',')),
-      'numbers separated by commas',
-    ),
-  }
-
   def __init__(self, hint: Any):
     kind, self._optional = config_lib.unwrap_optional(hint)
-    self._parse, self._allowed = self._PARSERS[kind]
+    self._parse, self._allowed = _PARSERS[kind]
 
   def parse(self, argument: str) -> Any:
     if self._optional and argument.lower() == 'none':

@@ -54,6 +54,12 @@ class ModelConfig:
   num_recursions: int = setting(2, 'times R the shared block is applied (recursive and mor)')
   sharing: str = setting('middle_cycle', 'which layers share parameters (recursive and mor)', SHARING_SCHEMES)
 
+  share_norms: bool = setting(True, 'share the norm scales of shared layers too, as the authors do')
+  lora_rank: int = setting(0, 'rank of the change of the shared kernels that each recursion has; 0: none')
+  lora_alpha: float = setting(32.0, 'that change is scaled by lora_alpha / lora_rank')
+  lora_targets: str = setting('all', 'kernels that have it', ('all', 'query_value'))
+  recursion_encoding: bool = setting(False, "add a learned vector of its own to each recursion's input")
+
   router: str = setting(
     'expert_choice',
     'who chooses (mor): expert_choice, each recursion its best tokens; token_choice, each token its depth',
@@ -81,6 +87,14 @@ class ModelConfig:
   capacities: tuple[float, ...] | None = setting(
     None, 'fraction of tokens that enter each recursion, not rising; none: (R - r) / R'
   )
+  selection: str = setting(
+    'top_k',
+    'threshold of causal routing (expert_choice): top_k, a logit of 0; ema_threshold, a moving average '
+    'of the logit at the border of the top-k choice, kept in training',
+    ('top_k', 'ema_threshold'),
+  )
+  ema_decay: float = setting(0.99, 'decay of that moving average')
+  random_router: bool = setting(False, 'choose at random: uniform scores, as an ablation (expert_choice)')
   causality: str = setting(
     'aux_loss',
     'what teaches routers to decide without the future (expert_choice): aux_loss, a loss on their own '
@@ -94,8 +108,12 @@ class ModelConfig:
     ('once', 'every_step'),
   )
   balancing: str = setting(
-    'loss', 'what keeps depths in use (token_choice): a loss, or nothing', ('loss', 'none')
+    'loss',
+    'what keeps all depths in use (token_choice): a loss; loss_free, a bias on the choice that follows '
+    'the load; none',
+    ('loss', 'loss_free', 'none'),
   )
+  bias_update_rate: float = setting(0.001, 'change of that bias in an optimiser step (token_choice)')
   balancing_loss_weight: float = setting(0.1, 'weight of the balancing loss (token_choice)')
   token_capacity_factor: float | None = setting(
     None,
@@ -359,6 +377,8 @@ def _from_dict(cls: type, raw: dict[str, Any], prefix: str) -> Any:
 def _convert(hint: Any, value: Any, name: str) -> Any:
   kind, optional = unwrap_optional(hint)
   if dataclasses.is_dataclass(kind):
+    if not isinstance(value, dict):
+      raise ConfigError(f'{name}={value!r} must be a group of settings')
     return _from_dict(kind, value, f'{name}.')
   if value is None and optional:
     return None
