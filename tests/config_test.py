@@ -106,6 +106,7 @@ def test_selected_tokens():
     ('train.steps', True, 'train.steps=True must be int'),
     ('train.steps', None, 'train.steps=None must be int'),
     ('train.learning_rate', '3e-3', "train.learning_rate='3e-3' must be float"),
+    ('train.learning_rate', True, 'train.learning_rate=True must be float'),
     ('data.segment_mask', 1, 'data.segment_mask=1 must be bool'),
     ('model.capacities', 0.5, 'model.capacities=0.5 must be a tuple'),
     ('model.capacities', (1.0, 'half'), "model.capacities='half' must be float"),
@@ -157,6 +158,7 @@ def test_what_a_refusal_recommends_works(kind, sharing):
           r'set model.num_layers to (.+), or model.num_recursions to one of (.+)', str(error)
         ).groups()
         for depth in depths.split(' or '):
+          assert abs(int(depth) - num_layers) < num_recursions
           Config().replace(model=shape | {'num_layers': int(depth)})
         for count in recursions.split(', '):
           Config().replace(model=shape | {'num_recursions': int(count)})
