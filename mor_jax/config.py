@@ -177,15 +177,16 @@ class ModelConfig:
   @property
   def step_capacities(self) -> tuple[float, ...]:
     """Fraction of the tokens that enters each recursion (FACTS 1.2: (R - r) / R unless set)."""
-    steps = self.recursions
-    balanced = tuple((steps - r) / steps for r in range(steps))
-    if self.kind != 'mor':
-      return (1.0,) * steps
-    if self.router == 'expert_choice':
-      return self.capacities or balanced
-    if self.token_capacity_factor is None:
-      return (1.0,) * steps
-    return tuple(min(1.0, self.token_capacity_factor * capacity) for capacity in balanced)
+    if self.kind == 'mor' and self.router == 'expert_choice':
+      return self.capacities or self.balanced_capacities
+    if self.kind == 'mor' and self.token_capacity_factor is not None:
+      return tuple(min(1.0, self.token_capacity_factor * capacity) for capacity in self.balanced_capacities)
+    return (1.0,) * self.recursions
+
+  @property
+  def balanced_capacities(self) -> tuple[float, ...]:
+    """Fraction of the tokens that enters each recursion when all depths are equally common."""
+    return tuple((self.recursions - r) / self.recursions for r in range(self.recursions))
 
   @property
   def squash(self) -> str:
@@ -232,7 +233,11 @@ class DataConfig:
 class TrainConfig:
   """Optimisation. Defaults are those of the released 360M runs."""
 
-  steps: int = setting(10000, 'optimiser steps')
+  steps: int = setting(10000, 'optimiser steps; train.flops_budget, where it is set, decides instead')
+  flops_budget: float | None = setting(
+    None,
+    'train for so many forward FLOPs, as the paper counts them: sets train.steps; none: train.steps counts',
+  )
   global_batch: int = setting(1024, 'rows in an optimiser step, over all devices')
   accumulation: int = setting(1, 'micro-batches an optimiser step is split into')
   learning_rate: float = setting(3e-3, 'peak learning rate')

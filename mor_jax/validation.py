@@ -45,9 +45,24 @@ def _validate_model(model: ModelConfig) -> None:
     _require(model.vocab_size >= 2, 'model.vocab_size', model.vocab_size, '>= 2')
   for name in ('rope_theta', 'norm_epsilon', 'router_temperature', 'gate_scale', 'threshold_slack'):
     _require(getattr(model, name) > 0, f'model.{name}', getattr(model, name), '> 0')
-  for name in ('init_std', 'aux_loss_weight', 'router_z_loss_weight', 'balancing_loss_weight'):
+  for name in (
+    'init_std',
+    'aux_loss_weight',
+    'router_z_loss_weight',
+    'balancing_loss_weight',
+    'lora_rank',
+    'lora_alpha',
+    'bias_update_rate',
+  ):
     _require(getattr(model, name) >= 0, f'model.{name}', getattr(model, name), '>= 0')
+  _require(0 <= model.ema_decay < 1, 'model.ema_decay', model.ema_decay, 'in [0, 1)')
   _validate_heads(model)
+  if model.kind == 'vanilla' and (model.lora_rank or model.recursion_encoding or not model.share_norms):
+    raise ConfigError(
+      f'model.lora_rank={model.lora_rank}, model.recursion_encoding={model.recursion_encoding} and '
+      f'model.share_norms={model.share_norms} relax shared layers, which model.kind=vanilla does not have; '
+      f'use 0, False and True'
+    )
   if model.kind != 'vanilla':
     _validate_sharing(model)
   if model.kind == 'mor':
@@ -109,6 +124,16 @@ def _validate_expert_choice(model: ModelConfig) -> None:
       f'model.token_capacity_factor={model.token_capacity_factor} is for model.router=token_choice; '
       f'with expert_choice set model.capacities'
     )
+  if model.selection == 'ema_threshold' and model.causality == 'aux_router':
+    raise ConfigError(
+      'model.selection=ema_threshold and model.causality=aux_router both decide which tokens enter when the '
+      'future is unknown; use causality=aux_loss or none, or selection=top_k'
+    )
+  if model.random_router and (model.causality != 'none' or model.selection == 'ema_threshold'):
+    raise ConfigError(
+      'model.random_router=True chooses by noise, which nothing can learn to predict; set '
+      'model.causality=none and model.selection=top_k'
+    )
   capacities = model.capacities
   if capacities is None:
     return
@@ -128,6 +153,11 @@ def _validate_expert_choice(model: ModelConfig) -> None:
 
 def _validate_token_choice(model: ModelConfig) -> None:
   _refuse_activation(model, ('softmax', 'sigmoid'))
+  if model.selection != 'top_k' or model.random_router:
+    raise ConfigError(
+      f'model.selection={model.selection} and model.random_router={model.random_router} are for '
+      f'model.router=expert_choice; with token_choice leave them at top_k and False'
+    )
   if model.capacities is not None:
     raise ConfigError(
       f'model.capacities={model.capacities} cannot be set with model.router=token_choice, where tokens '
@@ -215,7 +245,9 @@ def _validate_train(train: TrainConfig) -> None:
     raise ConfigError(
       f'train.accumulation={train.accumulation} does not divide train.global_batch={train.global_batch}'
     )
-  if train.warmup_steps > train.steps:
+  if train.flops_budget is not None:  # it decides on the steps later (training/budget.py)
+    _require(train.flops_budget > 0, 'train.flops_budget', train.flops_budget, '> 0')
+  elif train.warmup_steps > train.steps:
     raise ConfigError(
       f'train.warmup_steps={train.warmup_steps} is more than train.steps={train.steps}; lower it'
     )

@@ -66,13 +66,16 @@ def admit(
 
 
 def route_gathered(
-  config: ModelConfig, block: dict, routers: dict, x_BTD: jax.Array, context: TokenContext
+  config: ModelConfig, block: dict, steps_R: dict, x_BTD: jax.Array, context: TokenContext
 ) -> tuple[jax.Array, router.RoutingOutput]:
   """Top-k routing in which a step computes on its selected tokens only.
 
   Args:
     block: stacked parameters of the shared layers.
-    routers: 'main' and, with `causality=aux_router`, 'aux': parameters of R routers each.
+    steps_R: what each step has of its own, leaves with a leading R axis: 'router', with
+      `causality=aux_router` also 'aux_router', their parameters; 'own', relaxed parameters
+      (`relaxation.init_steps`); 'threshold', logits above it enter under threshold routing;
+      with `random_router`, 'key', the step's random key.
     x_BTD: residual stream; tokens of segment 0 are padding and never selected.
     context: positions and segments of the tokens.
   """
@@ -80,16 +83,18 @@ def route_gathered(
   active_BT = context.segments_BC > 0
   memory, decisions, indices = None, [], []
   for step, count in enumerate(config.selected_tokens(length)):
-    logits_BT, causal_BT = _scores(config, jax.tree.map(lambda leaf, r=step: leaf[r], routers), x_BTD)
+    params = jax.tree.map(lambda leaf, r=step: leaf[r], steps_R)
+    logits_BT, causal_BT = _scores(config, params, x_BTD)
     entered_BT = active_BT
     if count == length:  # nothing to leave out: no need to move tokens
       indices_BC = jnp.broadcast_to(jnp.arange(length), active_BT.shape)
-      x_BTD, memory = _step_on_all(config, block, x_BTD, context, logits_BT, active_BT, memory)
+      x_BTD, memory = _step_on_all(config, block, params['own'], x_BTD, context, logits_BT, active_BT, memory)
     else:
       indices_BC, chosen_BC = top_k(logits_BT, active_BT, count)
       x_BCD = recursion.take(x_BTD, indices_BC)
-      own = context.take(indices_BC)
-      y_BCD, memory = recursion.run_step(config, block, x_BCD, own, indices_BC, chosen_BC, memory)
+      y_BCD, memory = recursion.run_step(
+        config, block, params['own'], x_BCD, context.take(indices_BC), indices_BC, chosen_BC, memory
+      )
       change_BCD = _change(config, x_BCD, y_BCD, recursion.take(logits_BT, indices_BC))
       change_BCD = jnp.where(chosen_BC[..., None], change_BCD, 0)
       x_BTD = recursion.at(x_BTD, indices_BC).add(change_BCD, **recursion.ORDERED)
@@ -98,13 +103,13 @@ def route_gathered(
     indices.append(indices_BC)
     decisions.append((logits_BT, causal_BT, entered_BT, active_BT, jnp.zeros_like(active_BT)))
   stacked = jax.tree.map(lambda *steps: jnp.stack(steps), *decisions)
-  return x_BTD, _record(config, *stacked, tuple(indices), 'topk')
+  return x_BTD, _record(config, steps_R, stacked, tuple(indices), 'topk')
 
 
 def route_masked(
   config: ModelConfig,
   block: dict,
-  routers: dict,
+  steps_R: dict,
   x_BTD: jax.Array,
   context: TokenContext,
   routing: str,
@@ -134,28 +139,33 @@ def route_masked(
       selected_BT = top_k_mask(logits_BT, active_BT, limit)
       overflow_BT = jnp.zeros_like(selected_BT)
     else:
-      selected_BT, overflow_BT = admit(causal_BT, active_BT, starts_BT, limit, always)
-    x_BTD, memory = _step_on_all(config, block, x_BTD, context, logits_BT, selected_BT, memory)
+      selected_BT, overflow_BT = admit(causal_BT, active_BT, starts_BT, limit, always, params['threshold'])
+    x_BTD, memory = _step_on_all(config, block, params['own'], x_BTD, context, logits_BT, selected_BT, memory)
     return (x_BTD, selected_BT, memory), (logits_BT, causal_BT, active_BT, selected_BT, overflow_BT)
 
   start = x_BTD, context.segments_BC > 0, None
-  (x_BTD, _, _), decisions = recursion.scan_steps(config, step, start, (routers, limit_R, always_R))
-  return x_BTD, _record(config, *decisions, None, routing)
+  (x_BTD, _, _), decisions = recursion.scan_steps(config, step, start, (steps_R, limit_R, always_R))
+  return x_BTD, _record(config, steps_R, decisions, None, routing)
 
 
-def _scores(config: ModelConfig, routers: dict, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _scores(config: ModelConfig, params: dict, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Logits (B, T) that rank and weigh the tokens of a step, and those that decide causally."""
+  if config.random_router:
+    uniform_BT = jax.random.uniform(params['key'], x_BTD.shape[:2], minval=1e-6, maxval=1 - 1e-6)
+    logits_BT = jax.scipy.special.logit(uniform_BT)
+    return logits_BT, logits_BT
   scaled_BTD = x_BTD.astype(jnp.float32) / config.router_temperature
-  logits_BT = router.score(config, routers['main'], scaled_BTD, 1)[..., 0]
+  logits_BT = router.score(config, params['router'], scaled_BTD, 1)[..., 0]
   if config.causality != 'aux_router':
     return logits_BT, logits_BT
-  return logits_BT, router.score(config, routers['aux'], jax.lax.stop_gradient(x_BTD), 1)[..., 0]
+  aux_BT1 = router.score(config, params['aux_router'], jax.lax.stop_gradient(x_BTD), 1)
+  return logits_BT, aux_BT1[..., 0]
 
 
-def _step_on_all(config, block, x_BTD, context, logits_BT, selected_BT, memory):
+def _step_on_all(config, block, own, x_BTD, context, logits_BT, selected_BT, memory):
   """One step computed on every token and kept where selected."""
   indices_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), selected_BT.shape)
-  y_BTD, memory = recursion.run_step(config, block, x_BTD, context, indices_BT, selected_BT, memory)
+  y_BTD, memory = recursion.run_step(config, block, own, x_BTD, context, indices_BT, selected_BT, memory)
   change_BTD = _change(config, x_BTD, y_BTD, logits_BT)
   return jnp.where(selected_BT[..., None], x_BTD + change_BTD, x_BTD), memory
 
@@ -168,14 +178,36 @@ def _change(config: ModelConfig, x: jax.Array, y: jax.Array, logits: jax.Array) 
   return (router.activate(config, logits)[..., None] * update.astype(jnp.float32)).astype(x.dtype)
 
 
-def _record(config, logits_RBT, causal_RBT, entered_RBT, selected_RBT, overflow_RBT, indices, routing):
-  losses = {'z': _over_entered(jnp.square(logits_RBT), entered_RBT)}
-  if routing == 'topk' and config.causality != 'none':
-    errors_RBT = optax.sigmoid_binary_cross_entropy(causal_RBT, selected_RBT.astype(jnp.float32))
-    losses['aux'] = _over_entered(errors_RBT, entered_RBT)
+def _record(config, steps_R, decisions, indices, routing) -> router.RoutingOutput:
+  logits_RBT, causal_RBT, entered_RBT, selected_RBT, overflow_RBT = decisions
+  losses, extra_counts = {'z': _over_entered(jnp.square(logits_RBT), entered_RBT)}, {}
+  if routing == 'topk':
+    extra_counts = _border(causal_RBT, entered_RBT, selected_RBT)
+    if config.causality != 'none':
+      errors_RBT = optax.sigmoid_binary_cross_entropy(causal_RBT, selected_RBT.astype(jnp.float32))
+      losses['aux'] = _over_entered(errors_RBT, entered_RBT)
   return router.RoutingOutput(
-    logits_RBT, entered_RBT, selected_RBT, causal_RBT > 0, overflow_RBT, indices, losses
+    logits_RBT=logits_RBT,
+    entered_RBT=entered_RBT,
+    selected_RBT=selected_RBT,
+    causal_RBT=causal_RBT > steps_R['threshold'][:, None, None],
+    overflow_RBT=overflow_RBT,
+    indices=indices,
+    losses=losses,
+    extra_counts=extra_counts,
   )
+
+
+def _border(logits_RBT, entered_RBT, selected_RBT) -> dict[str, jax.Array]:
+  """Sum over rows of the logit halfway between the last token taken and the first refused, and their number.
+
+  Rows that refuse nobody have no border.
+  """
+  last_RB = jnp.where(selected_RBT, logits_RBT, jnp.inf).min(axis=2)
+  first_RB = jnp.where(entered_RBT & ~selected_RBT, logits_RBT, -jnp.inf).max(axis=2)
+  exists_RB = jnp.isfinite(last_RB) & jnp.isfinite(first_RB)
+  border_RB = jnp.where(exists_RB, last_RB + first_RB, 0) / 2
+  return {'border_R': border_RB.sum(axis=1), 'border_rows_R': exists_RB.sum(axis=1)}
 
 
 def _over_entered(loss_RBT: jax.Array, entered_RBT: jax.Array) -> router.LossTerm:

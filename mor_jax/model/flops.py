@@ -59,13 +59,15 @@ def paper_flops_per_token(config: ModelConfig, seq_len: int) -> float:
   Sum over unrolled layers at capacity c of c * 2(4D^2 + 3DF) + c^2 * 2TD: all projections
   as D x D, causal half of the attention, no embedding, head, router or backward pass. Where
   keys and values are shared, steps after the first attend to all tokens, c * 2TD, and, unless
-  they overwrite (hybrid), save the two projections, c * 4D^2.
+  they overwrite (hybrid), save the two projections, c * 4D^2. Token-choice counts as balanced.
   """
   d_model = config.d_model
   matrices = 2 * (4 * d_model**2 + 3 * d_model * config.mlp_dim)
   attention = 2 * seq_len * d_model
+  balanced = config.kind == 'mor' and config.router == 'token_choice'
+  capacities = config.balanced_capacities if balanced else config.step_capacities
   total = 2 * config.unique_ends * (matrices + attention)
-  for step, c in enumerate(config.step_capacities):
+  for step, c in enumerate(capacities):
     if config.kv == 'recursion_wise' or step == 0:
       layer = c * matrices + c**2 * attention
     else:

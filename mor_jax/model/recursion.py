@@ -8,43 +8,55 @@ move selected tokens out of their rows and back.
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mor_jax.config import ModelConfig
+from mor_jax.model import relaxation
 from mor_jax.model.layers import Memory, TokenContext
 from mor_jax.model.stack import apply_stack
 
 
-def repeat(config: ModelConfig, block: dict, x_BTD: jax.Array, context: TokenContext) -> jax.Array:
-  """Applies the shared block R times, or under `sequence` sharing each of its layers R times."""
+def repeat(
+  config: ModelConfig, block: dict, own_R: dict, x_BTD: jax.Array, context: TokenContext
+) -> jax.Array:
+  """Applies the shared block R times, or under `sequence` sharing each of its layers R times.
+
+  Args:
+    own_R: what each step has of its own (`relaxation.init_steps`).
+  """
   if config.sharing.endswith('cycle'):
-    return _repeat_stack(config, block, x_BTD, context)
+    return _repeat_stack(config, block, own_R, x_BTD, context)
 
-  def repeat_layer(x_BTD, params):
-    return _repeat_stack(config, jax.tree.map(lambda leaf: leaf[None], params), x_BTD, context), None
+  def repeat_layer(x_BTD, layer_and_own):
+    one_layer = jax.tree.map(lambda leaf: leaf[None], layer_and_own[0])
+    own_R = jax.tree.map(lambda leaf_R: leaf_R[:, None], layer_and_own[1])
+    return _repeat_stack(config, one_layer, own_R, x_BTD, context), None
 
-  return jax.lax.scan(repeat_layer, x_BTD, block, unroll=config.unroll_layers)[0]
+  own_N = jax.tree.map(lambda leaf_RN: leaf_RN.swapaxes(0, 1), own_R)
+  return jax.lax.scan(repeat_layer, x_BTD, (block, own_N), unroll=config.unroll_layers)[0]
 
 
-def _repeat_stack(config: ModelConfig, layers: dict, x_BTD: jax.Array, context: TokenContext) -> jax.Array:
+def _repeat_stack(config, layers, own_R, x_BTD, context):
   """R passes over a stack; under KV sharing all attend to the keys and values of the first."""
-  steps, memory = config.recursions, None
-  if config.kv == 'shared':
-    x_BTD, memory = run_block(config, layers, x_BTD, context, remember=True)
-    steps -= 1
-  return jax.lax.scan(
-    lambda x_BTD, _: (run_block(config, layers, x_BTD, context, memory)[0], None),
-    x_BTD,
-    length=steps,
-    unroll=config.unroll_layers,
-  )[0]
+
+  def one_pass(carry, own):
+    x_BTD, memory = carry
+    inputs_BTD, own_layers = relaxation.encode(x_BTD, own), relaxation.relax(config, layers, own)
+    remember = config.kv == 'shared' and memory is None
+    x_BTD, made = run_block(config, own_layers, inputs_BTD, context, memory, remember)
+    return (x_BTD, made if remember else memory), None
+
+  (x_BTD, _), _ = scan_steps(config, one_pass, (x_BTD, None), own_R)
+  return x_BTD
 
 
 def run_step(
   config: ModelConfig,
   block: dict,
+  own: dict,
   x_BCD: jax.Array,
   context: TokenContext,
   indices_BC: jax.Array,
@@ -54,6 +66,7 @@ def run_step(
   """One pass of the block over C tokens of each row, with the keys and values `config.kv` asks for.
 
   Args:
+    own: what this step has of its own (`relaxation.init_steps`).
     x_BCD: the tokens' residual stream.
     context: positions and segments of the tokens.
     indices_BC: their places in the row, ascending.
@@ -64,6 +77,7 @@ def run_step(
     The block's output and the memory for the next step.
   """
   context = context.only(chosen_BC)
+  x_BCD, block = relaxation.encode(x_BCD, own), relaxation.relax(config, block, own)
   if config.kv == 'recursion_wise':
     return run_block(config, block, x_BCD, context)
   if memory is None:
@@ -81,17 +95,17 @@ def run_block(config, block, x_BCD, context, memory=None, remember=False):
   return run(block, x_BCD, context, memory)
 
 
-def scan_steps(config: ModelConfig, step: Callable, carry: tuple, per_step: tuple) -> tuple[tuple, tuple]:
+def scan_steps(config: ModelConfig, step: Callable, carry: tuple, per_step: Any) -> tuple[tuple, Any]:
   """Scans `step(carry, inputs)` over the R recursions, whose memory is the last entry of the carry.
 
   The first step turns a carry without memory into one with it, so that it stands apart where
   keys and values are shared.
   """
   if config.kv == 'recursion_wise':
-    return jax.lax.scan(step, carry, per_step, unroll=config.unroll_layers)
+    return jax.lax.scan(step, carry, per_step, length=config.recursions, unroll=config.unroll_layers)
   carry, first = step(carry, jax.tree.map(lambda leaf: leaf[0], per_step))
   others = jax.tree.map(lambda leaf: leaf[1:], per_step)
-  carry, rest = jax.lax.scan(step, carry, others, unroll=config.unroll_layers)
+  carry, rest = jax.lax.scan(step, carry, others, config.recursions - 1, unroll=config.unroll_layers)
   return carry, jax.tree.map(lambda one, more: jnp.concatenate([one[None], more]), first, rest)
 
 

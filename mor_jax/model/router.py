@@ -89,6 +89,7 @@ class RoutingOutput:
     overflow_RBT: tokens that would have taken the step and found no place.
     indices: where steps gathered their tokens, the sorted indices (B, C_r) of each; else None.
     losses: by name, 'aux' (only under top-k), 'z', 'balancing'; their weights are `loss_weights`.
+    extra_counts: sums of this kind of router that `update_state` needs, also in `counts`.
   """
 
   logits_RBT: jax.Array
@@ -98,6 +99,7 @@ class RoutingOutput:
   overflow_RBT: jax.Array
   indices: tuple[jax.Array, ...] | None
   losses: Mapping[str, LossTerm]
+  extra_counts: Mapping[str, jax.Array]
 
   @property
   def depth_BT(self) -> jax.Array:
@@ -121,7 +123,46 @@ class RoutingOutput:
       'depth_R1': ((self.depth_BT == depths_R1) & self.entered_RBT[0]).sum((1, 2)),
       'entered_T': self.entered_RBT[0].sum(0),
       'last_step_selected_T': self.selected_RBT[-1].sum(0),
+      **self.extra_counts,
     }
+
+
+def init_state(config: ModelConfig) -> dict[str, jax.Array]:
+  """What routers keep beside their parameters, collection 'routing' of the model's variables.
+
+  * 'bias' (R,) of loss-free balancing;
+  * 'threshold' (R,), the moving average of `selection=ema_threshold`, and 'updates', how many
+    optimiser steps it has seen, per step.
+  """
+  zeros_R = jnp.zeros((config.recursions,), jnp.float32)
+  if config.kind != 'mor':
+    return {}
+  if config.router == 'token_choice':
+    return {'bias': zeros_R} if config.balancing == 'loss_free' else {}
+  return {'threshold': zeros_R, 'updates': zeros_R} if config.selection == 'ema_threshold' else {}
+
+
+def update_state(
+  config: ModelConfig, state: Mapping, counts: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+  """The state after an optimiser step, from the counts of its whole global batch.
+
+  The bias of a depth rises while it is chosen less than the average depth (FACTS 1.3). The
+  threshold follows the mean border of the top-k choice, and starts at the first it sees.
+  """
+  if 'bias' in state:
+    chosen_R = counts['chosen_R'].astype(jnp.float32)
+    return {'bias': state['bias'] + config.bias_update_rate * jnp.sign(chosen_R.mean() - chosen_R)}
+  if 'threshold' in state:
+    seen_R = counts['border_rows_R'] > 0
+    border_R = counts['border_R'] / jnp.maximum(counts['border_rows_R'], 1)
+    decay_R = jnp.where(state['updates'] > 0, config.ema_decay, 0.0)
+    moved_R = decay_R * state['threshold'] + (1 - decay_R) * border_R
+    return {
+      'threshold': jnp.where(seen_R, moved_R, state['threshold']),
+      'updates': state['updates'] + seen_R,
+    }
+  return dict(state)
 
 
 def loss_weights(config: ModelConfig) -> dict[str, float]:

@@ -17,6 +17,8 @@ def route(
   config: ModelConfig,
   block: dict,
   params: dict,
+  own_R: dict,
+  bias_R: jax.Array,
   x_BTD: jax.Array,
   context: TokenContext,
   routing: str,
@@ -31,6 +33,8 @@ def route(
   Args:
     block: stacked parameters of the shared layers.
     params: the router's parameters.
+    own_R: what each step has of its own (`relaxation.init_steps`).
+    bias_R: added to the gates for the choice only (loss-free balancing), else 0.
     x_BTD: residual stream; tokens of segment 0 are padding.
     context: positions and segments of the tokens.
     routing: 'topk', places are counted over the row as in training; 'threshold', over each document.
@@ -40,12 +44,12 @@ def route(
   scaled_BTD = x_BTD.astype(jnp.float32) / config.router_temperature
   logits_BTR = router.score(config, params, scaled_BTD, config.recursions)
   gates_BTR = router.activate(config, logits_BTR)
-  choice_BT = gates_BTR.argmax(axis=-1)  # depth - 1
+  choice_BT = (gates_BTR + bias_R).argmax(axis=-1)  # depth - 1
   gate_BT1 = jnp.take_along_axis(gates_BTR, choice_BT[..., None], axis=-1)
   gather = config.dispatch == 'gather' and routing == 'topk'
   run = _run_gathered if gather else _run_masked
   h_BTD, (entered_RBT, selected_RBT, overflow_RBT), indices = run(
-    config, block, x_BTD, context, choice_BT, gate_BT1, routing, max_len, slack
+    config, block, own_R, x_BTD, context, choice_BT, gate_BT1, routing, max_len, slack
   )
   if config.gating == 'weighted' and config.token_gating == 'once':
     h_BTD = (gate_BT1 * h_BTD.astype(jnp.float32)).astype(h_BTD.dtype)
@@ -59,10 +63,11 @@ def route(
     overflow_RBT=overflow_RBT,
     indices=indices,
     losses=_losses(config, logits_BTR, gates_BTR, choice_BT, real_BT),
+    extra_counts={'chosen_R': ((choice_BT == steps_R11) & real_BT).sum((1, 2))},
   )
 
 
-def _run_masked(config, block, x_BTD, context, choice_BT, gate_BT1, routing, max_len, slack):
+def _run_masked(config, block, own_R, x_BTD, context, choice_BT, gate_BT1, routing, max_len, slack):
   always_R = jnp.array([capacity == 1.0 for capacity in config.step_capacities])
   if routing == 'topk':
     limit_R = jnp.array(config.selected_tokens(x_BTD.shape[1]))
@@ -72,36 +77,39 @@ def _run_masked(config, block, x_BTD, context, choice_BT, gate_BT1, routing, max
 
   def step(carry, step_and_limits):
     h_BTD, active_BT, memory = carry
-    index, limit, always = step_and_limits
+    index, limit, always, own = step_and_limits
     selected_BT, overflow_BT = _enter(active_BT, choice_BT >= index, starts_BT, limit, always)
-    h_BTD, memory = _step_on_all(config, block, h_BTD, context, selected_BT, gate_BT1, memory)
+    h_BTD, memory = _step_on_all(config, block, own, h_BTD, context, selected_BT, gate_BT1, memory)
     return (h_BTD, selected_BT, memory), (active_BT, selected_BT, overflow_BT)
 
   start = x_BTD, context.segments_BC > 0, None
-  per_step = jnp.arange(config.recursions), limit_R, always_R
+  per_step = jnp.arange(config.recursions), limit_R, always_R, own_R
   (h_BTD, _, _), decisions = recursion.scan_steps(config, step, start, per_step)
   return h_BTD, decisions, None
 
 
-def _run_gathered(config, block, x_BTD, context, choice_BT, gate_BT1, routing, max_len, slack):
+def _run_gathered(config, block, own_R, x_BTD, context, choice_BT, gate_BT1, routing, max_len, slack):
   del max_len, slack  # places are static sizes of the row here
   length = x_BTD.shape[1]
   starts_BT = _count_from(context, routing)
   h_BTD, active_BT, memory, decisions, indices = x_BTD, context.segments_BC > 0, None, [], []
   for index, count in enumerate(config.selected_tokens(length)):
     entered_BT = active_BT
+    own = jax.tree.map(lambda leaf, r=index: leaf[r], own_R)
     always = config.step_capacities[index] == 1.0
     active_BT, overflow_BT = _enter(active_BT, choice_BT >= index, starts_BT, count, always)
     decisions.append((entered_BT, active_BT, overflow_BT))
     if count == length:
       indices_BC = jnp.broadcast_to(jnp.arange(length), active_BT.shape)
-      h_BTD, memory = _step_on_all(config, block, h_BTD, context, active_BT, gate_BT1, memory)
+      h_BTD, memory = _step_on_all(config, block, own, h_BTD, context, active_BT, gate_BT1, memory)
     else:
       first_BC = jax.lax.top_k(active_BT.astype(jnp.int32), count)[1]
       indices_BC = jnp.sort(first_BC, axis=-1)
       chosen_BC = jnp.take_along_axis(active_BT, indices_BC, axis=1)
-      h_BCD, own = recursion.take(h_BTD, indices_BC), context.take(indices_BC)
-      y_BCD, memory = recursion.run_step(config, block, h_BCD, own, indices_BC, chosen_BC, memory)
+      h_BCD = recursion.take(h_BTD, indices_BC)
+      y_BCD, memory = recursion.run_step(
+        config, block, own, h_BCD, context.take(indices_BC), indices_BC, chosen_BC, memory
+      )
       y_BCD = _gated(config, y_BCD, recursion.take(gate_BT1, indices_BC))
       kept_BCD = jnp.where(chosen_BC[..., None], y_BCD, h_BCD)
       h_BTD = recursion.at(h_BTD, indices_BC).set(kept_BCD, **recursion.ORDERED)
@@ -109,9 +117,9 @@ def _run_gathered(config, block, x_BTD, context, choice_BT, gate_BT1, routing, m
   return h_BTD, jax.tree.map(lambda *steps: jnp.stack(steps), *decisions), tuple(indices)
 
 
-def _step_on_all(config, block, h_BTD, context, selected_BT, gate_BT1, memory):
+def _step_on_all(config, block, own, h_BTD, context, selected_BT, gate_BT1, memory):
   indices_BT = jnp.broadcast_to(jnp.arange(h_BTD.shape[1]), selected_BT.shape)
-  y_BTD, memory = recursion.run_step(config, block, h_BTD, context, indices_BT, selected_BT, memory)
+  y_BTD, memory = recursion.run_step(config, block, own, h_BTD, context, indices_BT, selected_BT, memory)
   return jnp.where(selected_BT[..., None], _gated(config, y_BTD, gate_BT1), h_BTD), memory
 
 

@@ -6,9 +6,9 @@ from flax import linen as nn
 from flax import struct
 
 from mor_jax.config import ModelConfig
-from mor_jax.model import expert_choice, recursion, sharing, token_choice
+from mor_jax.model import expert_choice, recursion, relaxation, sharing, token_choice
 from mor_jax.model.layers import TokenContext, norm
-from mor_jax.model.router import RoutingOutput, init_router
+from mor_jax.model.router import RoutingOutput, init_router, init_state
 from mor_jax.model.stack import apply_stack, init_stack
 
 
@@ -25,8 +25,10 @@ class Transformer(nn.Module):
 
   Parameters: embed/embedding (V, D); layers/..., every leaf with a leading axis of the U
   unique layers, first and last included; router/... (and aux_router/...), for expert-choice
-  with a leading axis of the R recursions; final_norm/scale (D,); head/kernel (D, V) unless
-  embeddings are tied.
+  with a leading axis of the R recursions; steps/... with that axis for relaxed sharing;
+  final_norm/scale (D,); head/kernel (D, V) unless embeddings are tied. Some routers keep a
+  state of their own, collection 'routing' (`router.init_state`), which the trainer updates.
+  A random router draws from the rng stream 'routing'.
   """
 
   config: ModelConfig
@@ -36,10 +38,18 @@ class Transformer(nn.Module):
     init = nn.initializers.normal(cfg.init_std)
     self.embed = nn.Embed(cfg.vocab_size, cfg.d_model, dtype=jnp.dtype(cfg.dtype), embedding_init=init)
     self.layers = self.param('layers', lambda key: init_stack(cfg, key))
-    if cfg.kind == 'mor':
+    if cfg.kind != 'vanilla':
+      block = sharing.split_stack(cfg, self.layers)[1]
+      own_R = jax.eval_shape(lambda: relaxation.init_steps(cfg, block, jax.random.key(0)))
+      self.steps = self.param('steps', lambda key: relaxation.init_steps(cfg, block, key)) if own_R else {}
+    if cfg.kind == 'mor' and not cfg.random_router:
       self.router = self.param('router', lambda key: init_router(cfg, key))
       if cfg.router == 'expert_choice' and cfg.causality == 'aux_router':
         self.aux_router = self.param('aux_router', lambda key: init_router(cfg, key))
+    self.routing_state = {
+      name: self.variable('routing', name, lambda value=value: value)
+      for name, value in init_state(cfg).items()
+    }
     self.final_norm = norm(cfg, None)
     if not cfg.tie_embeddings:
       self.head = self.param('head', lambda key: {'kernel': init(key, (cfg.d_model, cfg.vocab_size))})
@@ -96,7 +106,7 @@ class Transformer(nn.Module):
       first, block, last = sharing.split_stack(cfg, self.layers)
       x_BTD, _ = apply_stack(cfg, first, x_BTD, context)
       if cfg.kind == 'recursive':
-        x_BTD = recursion.repeat(cfg, block, x_BTD, context)
+        x_BTD = recursion.repeat(cfg, block, self.steps, x_BTD, context)
       else:
         x_BTD, routed = self._route(block, x_BTD, context, routing, max_len, slack)
       x_BTD, _ = apply_stack(cfg, last, x_BTD, context)
@@ -104,14 +114,23 @@ class Transformer(nn.Module):
 
   def _route(self, block, x_BTD, context, routing, max_len, slack):
     cfg = self.config
+    zeros_R = jnp.zeros((cfg.recursions,))
     if cfg.router == 'token_choice':
-      return token_choice.route(cfg, block, self.router, x_BTD, context, routing, max_len, slack)
-    routers = {'main': self.router}
+      bias_R = self.routing_state['bias'].value if 'bias' in self.routing_state else zeros_R
+      return token_choice.route(
+        cfg, block, self.router, self.steps, bias_R, x_BTD, context, routing, max_len, slack
+      )
+    steps_R = {'own': self.steps, 'threshold': self.get_variable('routing', 'threshold', zeros_R)}
+    if cfg.random_router:
+      key = self.make_rng('routing') if self.has_rng('routing') else jax.random.key(0)
+      steps_R['key'] = jax.random.split(key, cfg.recursions)
+    else:
+      steps_R['router'] = self.router
     if cfg.causality == 'aux_router':
-      routers['aux'] = self.aux_router
+      steps_R['aux_router'] = self.aux_router
     if cfg.dispatch == 'gather' and routing == 'topk':
-      return expert_choice.route_gathered(cfg, block, routers, x_BTD, context)
-    return expert_choice.route_masked(cfg, block, routers, x_BTD, context, routing, max_len, slack)
+      return expert_choice.route_gathered(cfg, block, steps_R, x_BTD, context)
+    return expert_choice.route_masked(cfg, block, steps_R, x_BTD, context, routing, max_len, slack)
 
   def logits(self, x_BTD: jax.Array) -> jax.Array:
     """Output head: logits (..., V) in float32."""
