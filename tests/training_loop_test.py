@@ -91,6 +91,22 @@ def test_resumes_after_the_state_it_is_given(tmp_path):
   assert seconds == sorted(seconds), 'seconds of training add up over restarts'
 
 
+def test_router_metrics_are_of_all_steps_since_the_last_record(tmp_path):
+  """Position n mod 5 takes the last recursion in step n: 4 in 5 are dead in a batch, none over 5 steps."""
+
+  def routed(state, batch):
+    state, metrics = _step(state, batch)
+    ones = jnp.ones(1, jnp.int32)
+    names = ('entered_R', 'selected_R', 'correct_R', 'overflow_R')
+    counts = dict.fromkeys(names, ones) | {'depth_R1': jnp.array([0, 1]), 'entered_T': jnp.ones(5, jnp.int32)}
+    counts['last_step_selected_T'] = (jnp.arange(5) == state.step % 5).astype(jnp.int32)
+    return state, metrics | {'counts': counts}
+
+  _, records, _ = _train(tmp_path, jax.jit(routed))
+  dead = {r['step']: r['train/dead_token_ratio'] for r in records if 'train/loss' in r}
+  assert dead == pytest.approx({1: 0.8, 5: 0.2, 10: 0, 15: 0, 20: 0})
+
+
 @pytest.mark.parametrize('name', ['loss', 'grad_norm'])
 def test_non_finite_numbers_stop_the_run(tmp_path, name):
   def diverging(state, batch):

@@ -13,6 +13,7 @@ import tiny_run
 from mor_jax.config import Config
 from mor_jax.model import flops
 from mor_jax.training.loss import predicted
+from mor_jax.training.meter import add_up, router_metrics
 
 GOLDEN = pathlib.Path(__file__).parent / 'fixtures' / 'golden_loss.json'
 
@@ -23,7 +24,8 @@ def train(steps: int, config: Config = tiny_run.CONFIG) -> list[dict[str, float]
   state, history = run.initial(), []
   for batch in itertools.islice(tiny_run.batches(config), steps):
     state, metrics = run.step(state, batch)
-    history.append({name: float(value) for name, value in metrics.items()})
+    routing = router_metrics(add_up(None, metrics.pop('counts')))
+    history.append({name: float(value) for name, value in metrics.items()} | routing)
   return history
 
 
@@ -61,6 +63,7 @@ def test_accumulation_makes_the_same_update():
   for accumulation in (1, 4):
     run = tiny_run.run(config.replace(train={'accumulation': accumulation}))
     state, metrics = run.step(run.initial(), batch)
+    metrics |= router_metrics(add_up(None, metrics.pop('counts')))
     results.append((jax.tree.map(np.asarray, state.opt_state[1][0].mu), metrics))
   (moment, metrics), (split_moment, split_metrics) = results
   for name, value in metrics.items():

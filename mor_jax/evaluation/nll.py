@@ -10,9 +10,9 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from mor_jax.config import Config
-from mor_jax.model import router
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.training import loss as loss_lib
+from mor_jax.training.meter import add_up, router_metrics
 
 
 def make_nll_step(
@@ -53,23 +53,12 @@ def evaluate(
   totals, queued = None, None
   for batch in batches:
     sums = nll_step(params, mesh_lib.put(batch, sharding))
-    totals, queued = _add(totals, queued), sums  # fetched when the next batch is already queued
-  totals = _add(totals, queued)
+    totals, queued = add_up(totals, queued), sums  # fetched when the next batch is already queued
+  totals = add_up(totals, queued)
   if totals is None or not totals['targets']:
     raise ValueError('there is no token to predict in these rows')
-  result = {'nll': float(totals['nll'] / totals['targets'])}
-  if 'counts' in totals:
-    with jax.transfer_guard('allow'):
-      summary = router.summarize(totals['counts'])
-      result |= {name: float(value) for name, value in summary.items()}
-  return result
-
-
-def _add(totals: dict | None, sums: dict | None) -> dict | None:
-  if sums is None:
-    return totals
-  sums = jax.tree.map(lambda value: np.asarray(value, np.float64), jax.device_get(sums))
-  return sums if totals is None else jax.tree.map(np.add, totals, sums)
+  nll = {'nll': float(totals['nll'] / totals['targets'])}
+  return nll | (router_metrics(totals['counts']) if 'counts' in totals else {})
 
 
 def bits_per_byte(nats_per_token: float, tokens: int, num_bytes: int) -> float:

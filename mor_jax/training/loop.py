@@ -46,7 +46,7 @@ def train(
   seconds_before = max((record.get('train/seconds', 0.0) for record in log.records), default=0.0)
   meter = Meter(
     config.train.global_batch * config.data.seq_len,
-    is_logged=lambda step: step % config.train.log_every == 0 or step in (first, steps),
+    is_logged=lambda step: step % config.train.log_every == 0 or step in (1, steps),
     seconds_before=seconds_before,
   )
   sharding = mesh_lib.micro_batch_sharding(mesh)

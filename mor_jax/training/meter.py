@@ -1,13 +1,16 @@
-"""Measures a running training: metrics fetched late, tokens per second, waiting for data."""
+"""Measures a running training: metrics fetched late, router metrics, tokens per second, waiting for data."""
 
 import collections
 import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
+import numpy as np
 
+from mor_jax.model import router
 from mor_jax.training.metrics import Record
 
 
@@ -16,6 +19,9 @@ class Meter:
 
   Fetching waits for the step that made the metrics. Since it happens `run_ahead` steps
   later, the device always has the next step queued when it finishes one.
+
+  A record has the loss, gradient norm and learning rate of its own step; router metrics,
+  which say little about a few rows, are of all steps since the record before.
 
   Args:
     tokens_per_step: tokens of a global batch.
@@ -37,9 +43,9 @@ class Meter:
     self._restart()
 
   def _restart(self) -> None:
-    self._since, self._steps, self._data_wait = time.perf_counter(), 0, 0.0
+    self._since, self._steps, self._data_wait, self._counts = time.perf_counter(), 0, 0.0, None
 
-  def push(self, step: int, metrics: dict[str, jax.Array], data_wait: float) -> list[tuple[int, Record]]:
+  def push(self, step: int, metrics: dict[str, Any], data_wait: float) -> list[tuple[int, Record]]:
     """Takes the metrics of a dispatched step; returns (step, record) of logged steps that have ended."""
     self._pending.append((step, metrics, data_wait))
     return list(self._fetch(keep=self._run_ahead))
@@ -58,8 +64,11 @@ class Meter:
   def _fetch(self, keep: int) -> Iterator[tuple[int, Record]]:
     while len(self._pending) > keep:
       step, metrics, data_wait = self._pending.popleft()
-      values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+      metrics = jax.device_get(metrics)
+      counts = metrics.pop('counts', None)
+      values = {name: float(value) for name, value in metrics.items()}
       check_finite(step, values)
+      self._counts = add_up(self._counts, counts)
       self._steps += 1
       self._data_wait += data_wait
       if self._is_logged(step):
@@ -68,6 +77,8 @@ class Meter:
 
   def _record(self, values: Record) -> Record:
     now = time.perf_counter()
+    if self._counts is not None:
+      values |= router_metrics(self._counts)
     values |= {
       'seconds_per_step': (now - self._since) / self._steps,
       'tokens_per_second': self._steps * self._tokens_per_step / (now - self._since),
@@ -75,6 +86,20 @@ class Meter:
       'seconds': now - self._begin,
     }
     return {f'train/{name}': value for name, value in values.items()}
+
+
+def add_up(totals: Any, sums: Any) -> Any:
+  """Fetches the sums of a batch and adds them to the totals, in float64; either may be None for nothing."""
+  if sums is None:
+    return totals
+  sums = jax.tree.map(lambda value: np.asarray(value, np.float64), jax.device_get(sums))
+  return sums if totals is None else jax.tree.map(np.add, totals, sums)
+
+
+def router_metrics(counts: dict[str, np.ndarray]) -> Record:
+  """`router.summarize` of counts that were added up on the host."""
+  with jax.transfer_guard('allow'):
+    return {name: float(value) for name, value in router.summarize(counts).items()}
 
 
 class NonFiniteError(ArithmeticError):

@@ -11,13 +11,12 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from mor_jax.config import Config
-from mor_jax.model import router
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.training import loss as loss_lib
 from mor_jax.training.optimizer import learning_rate_schedule
 from mor_jax.training.state import TrainState
 
-TrainStep = Callable[[TrainState, loss_lib.Batch], tuple[TrainState, dict[str, jax.Array]]]
+TrainStep = Callable[[TrainState, loss_lib.Batch], tuple[TrainState, dict[str, Any]]]
 
 
 def make_train_step(
@@ -26,8 +25,8 @@ def make_train_step(
   """The jitted step (state, batch) -> (state, metrics); the state given is donated.
 
   A batch holds int32 arrays (A, B, T): A = `train.accumulation` micro-batches. Metrics are
-  float32 scalars: loss, grad_norm (before clipping), learning_rate and, with a router,
-  aux_loss and those of `router.summarize`, all of the global batch.
+  those of the loss (`make_loss`), of the global batch, and grad_norm (before clipping) and
+  learning_rate, float32 scalars.
   """
   schedule = learning_rate_schedule(config.train)
   gradient = jax.value_and_grad(loss_lib.make_loss(model.apply, config.model), has_aux=True)
@@ -40,8 +39,6 @@ def make_train_step(
     params = optax.apply_updates(state.params, updates)
     metrics['grad_norm'] = optax.tree.norm(grads)
     metrics['learning_rate'] = jnp.asarray(schedule(state.step), jnp.float32)
-    if 'counts' in metrics:
-      metrics |= router.summarize(metrics.pop('counts'))
     return TrainState(state.step + 1, params, opt_state), metrics
 
   shard = mesh_lib.replicated(mesh)

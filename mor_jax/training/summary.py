@@ -96,8 +96,9 @@ def _training(config: Config) -> str:
   train = config.train
   micro = f' in {train.accumulation} micro-batches' if train.accumulation > 1 else ''
   tokens = train.steps * train.global_batch * config.data.seq_len
+  budget = f', as train.flops_budget={train.flops_budget:g} sets them' if train.flops_budget else ''
   return (
-    f'{train.steps:,} steps of {train.global_batch} rows x {config.data.seq_len} tokens{micro}, '
+    f'{train.steps:,} steps{budget}, of {train.global_batch} rows x {config.data.seq_len} tokens{micro}, '
     f'{quantity(tokens)} tokens in all'
   )
 
