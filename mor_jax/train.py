@@ -24,7 +24,7 @@ from mor_jax.inference import sampling
 from mor_jax.model import flops
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
-from mor_jax.training import loop, summary
+from mor_jax.training import budget, loop, summary
 from mor_jax.training.checkpoint import Checkpoints
 from mor_jax.training.loss import visible_segments
 from mor_jax.training.metrics import MetricsLog
@@ -42,6 +42,7 @@ def main(config: Config, workdir: str | None) -> None:
     ConfigError: before anything is compiled or written.
   """
   console = Console()
+  config = budget.with_budgeted_steps(config)
   folder = RunFolder(Path(workdir or f'runs/{config.name}'))
 
   # ---- what is cheap to check comes first ----
