@@ -51,8 +51,14 @@ class ModelConfig:
   tie_embeddings: bool = setting(True, 'use the embedding matrix as output head')
   init_std: float = setting(0.02, 'standard deviation of initial weights')
 
-  num_recursions: int = setting(2, 'times R the shared block is applied (recursive and mor)')
-  sharing: str = setting('middle_cycle', 'which layers share parameters (recursive and mor)', SHARING_SCHEMES)
+  num_recursions: int = setting(
+    2, 'times R the shared block is applied (recursive and mor); passes that share keys and values (vanilla)'
+  )
+  sharing: str = setting(
+    'middle_cycle',
+    'which layers share parameters (recursive and mor), or keys and values (vanilla with kv=shared)',
+    SHARING_SCHEMES,
+  )
 
   share_norms: bool = setting(True, 'share the norm scales of shared layers too, as the authors do')
   lora_rank: int = setting(0, 'rank of the change of the shared kernels that each recursion has; 0: none')
@@ -168,6 +174,15 @@ class ModelConfig:
   def shared_depth(self) -> int:
     """Layers in the shared block, that is per recursion."""
     return (self.num_layers - 2 * self.unique_ends) // self.recursions
+
+  @property
+  def passes(self) -> int:
+    """Passes over the middle layers between which keys and values may be shared.
+
+    R, or under `kv=shared` of a vanilla model the number that `num_recursions` gives: its layers
+    have parameters of their own and read the keys and values of those that R would tie them to.
+    """
+    return self.num_recursions if self.kv == 'shared' else self.recursions
 
   @property
   def num_unique_layers(self) -> int:

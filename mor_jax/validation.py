@@ -57,13 +57,18 @@ def _validate_model(model: ModelConfig) -> None:
     _require(getattr(model, name) >= 0, f'model.{name}', getattr(model, name), '>= 0')
   _require(0 <= model.ema_decay < 1, 'model.ema_decay', model.ema_decay, 'in [0, 1)')
   _validate_heads(model)
+  if model.recursion_encoding and model.sharing.endswith('sequence'):
+    raise ConfigError(
+      f'model.recursion_encoding=True marks the passes over the shared block, which '
+      f'model.sharing={model.sharing!r} does not make; use cycle or middle_cycle'
+    )
   if model.kind == 'vanilla' and (model.lora_rank or model.recursion_encoding or not model.share_norms):
     raise ConfigError(
       f'model.lora_rank={model.lora_rank}, model.recursion_encoding={model.recursion_encoding} and '
       f'model.share_norms={model.share_norms} relax shared layers, which model.kind=vanilla does not have; '
       f'use 0, False and True'
     )
-  if model.kind != 'vanilla':
+  if model.kind != 'vanilla' or model.kv == 'shared':
     _validate_sharing(model)
   if model.kind == 'mor':
     _validate_routing(model)
@@ -191,11 +196,6 @@ def _refuse_activation(model: ModelConfig, allowed: tuple[str, ...]) -> None:
 def _validate_kv(model: ModelConfig) -> None:
   if model.kv == 'recursion_wise':
     return
-  if model.kind == 'vanilla':
-    raise ConfigError(
-      f'model.kv={model.kv!r} cannot be used with model.kind=vanilla, which has no recursions to share '
-      f'keys and values between; use recursion_wise'
-    )
   if model.kv == 'hybrid' and (model.kind != 'mor' or model.router != 'expert_choice'):
     raise ConfigError(
       'model.kv=hybrid overwrites shared keys and values at the tokens that an expert-choice router '

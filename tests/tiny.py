@@ -40,9 +40,11 @@ def _variables(made: Transformer, seed: int) -> dict:
 
   def draw(path, leaf):
     noise = rng.normal(size=leaf.shape).astype(leaf.dtype)
+    if path[0].key == 'routing':
+      return jnp.zeros(leaf.shape, leaf.dtype)
     if path[-1].key == 'scale':
-      return 1 + 0.1 * noise
-    return noise * made.config.init_std * (3 if path[1].key == 'router' else 1)
+      return 0.1 * noise + (path[1].key != 'steps')  # what a step has of its own is a change
+    return noise * made.config.init_std * (3 if 'router' in path[1].key else 1)
 
   return jax.tree_util.tree_map_with_path(draw, shapes)
 

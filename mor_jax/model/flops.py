@@ -6,6 +6,7 @@ A FLOP is one multiplication or one addition; a product of (m, k) and (k, n) cos
 import dataclasses
 
 from mor_jax.config import ModelConfig
+from mor_jax.model.relaxation import LORA_TARGETS
 from mor_jax.model.router import HIDDEN_FACTOR
 
 
@@ -37,8 +38,29 @@ def router_parameters(config: ModelConfig) -> int:
   heads = config.recursions if config.router == 'expert_choice' else 1
   outputs = 1 if config.router == 'expert_choice' else config.recursions
   one = config.d_model * hidden + hidden * outputs if hidden else config.d_model * outputs
+  if config.random_router:
+    return 0
   copies = 2 if config.router == 'expert_choice' and config.causality == 'aux_router' else 1
   return copies * heads * one
+
+
+def relaxation_parameters(config: ModelConfig) -> int:
+  """Parameters that the recursion steps have of their own (`model/relaxation.py`)."""
+  heads, kv_heads = (count * config.head_width for count in (config.num_heads, config.num_kv_heads))
+  sides = {
+    'attention/query': config.d_model + heads,
+    'attention/key': config.d_model + kv_heads,
+    'attention/value': config.d_model + kv_heads,
+    'attention/output': heads + config.d_model,
+    'mlp/gate': config.d_model + config.mlp_dim,
+    'mlp/up': config.d_model + config.mlp_dim,
+    'mlp/down': config.mlp_dim + config.d_model,
+  }
+  per_layer = config.lora_rank * sum(sides[name] for name in LORA_TARGETS[config.lora_targets])
+  if not config.share_norms:
+    per_layer += 2 * config.d_model
+  encoding = config.d_model if config.recursion_encoding else 0
+  return config.recursions * (config.shared_depth * per_layer + encoding)
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
@@ -48,6 +70,8 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
   outside_layers = config.d_model  # final norm
   if config.kind == 'mor':
     outside_layers += router_parameters(config)
+  if config.kind != 'vanilla':
+    outside_layers += relaxation_parameters(config)
   non_embedding = config.num_unique_layers * layer_parameters(config) + outside_layers
   unrolled = config.num_layers * layer_parameters(config) + outside_layers
   return ParameterCount(embedding + non_embedding, embedding, non_embedding, unrolled)
@@ -65,7 +89,7 @@ def paper_flops_per_token(config: ModelConfig, seq_len: int) -> float:
   matrices = 2 * (4 * d_model**2 + 3 * d_model * config.mlp_dim)
   attention = 2 * seq_len * d_model
   balanced = config.kind == 'mor' and config.router == 'token_choice'
-  capacities = config.balanced_capacities if balanced else config.step_capacities
+  capacities = config.balanced_capacities if balanced else _pass_capacities(config)
   total = 2 * config.unique_ends * (matrices + attention)
   for step, c in enumerate(capacities):
     if config.kv == 'recursion_wise' or step == 0:
@@ -73,7 +97,7 @@ def paper_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     else:
       saved = 4 * d_model**2 if config.kv == 'shared' else 0
       layer = c * (matrices - saved) + c * attention
-    total += config.shared_depth * layer
+    total += _pass_depth(config) * layer
   return total
 
 
@@ -83,15 +107,15 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
   With grouped-query projections, full T x T attention (as plain XLA computes it), routers
   and output head; a step computes on the C_r tokens it selected (on all under mask dispatch).
   """
-  masked = config.kind == 'mor' and config.dispatch == 'mask'
-  per_step = (seq_len,) * config.recursions if masked else config.selected_tokens(seq_len)
+  everywhere = config.kind == 'vanilla' or config.dispatch == 'mask'
+  per_step = (seq_len,) * config.passes if everywhere else config.selected_tokens(seq_len)
   per_row = 2 * config.unique_ends * _layer_forward_flops(config, seq_len, seq_len)
   for step, count in enumerate(per_step):
     if config.kv == 'recursion_wise' or step == 0:
       layer = _layer_forward_flops(config, count, count)
     else:
       layer = _layer_forward_flops(config, count, seq_len, own_keys=config.kv == 'hybrid')
-    per_row += config.shared_depth * layer
+    per_row += _pass_depth(config) * layer
   if config.kind == 'mor':
     per_row += 2 * seq_len * router_parameters(config)
   return per_row / seq_len + 2 * config.d_model * config.vocab_size
@@ -120,8 +144,17 @@ def kv_cache_bytes(config: ModelConfig, max_len: int, bytes_per_element: int = 2
     shared_entries = sum(config.selected_tokens(max_len))
   else:
     shared_entries = max_len
-  entries = 2 * config.unique_ends * max_len + config.shared_depth * shared_entries
+  entries = 2 * config.unique_ends * max_len + _pass_depth(config) * shared_entries
   return 2 * entries * config.num_kv_heads * config.head_width * bytes_per_element
+
+
+def _pass_depth(config: ModelConfig) -> int:
+  """Layers in one of `config.passes`."""
+  return (config.num_layers - 2 * config.unique_ends) // config.passes
+
+
+def _pass_capacities(config: ModelConfig) -> tuple[float, ...]:
+  return (1.0,) * config.passes if config.kind == 'vanilla' else config.step_capacities
 
 
 def _layer_kernel_size(config: ModelConfig, own_keys: bool = True) -> int:

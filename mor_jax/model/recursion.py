@@ -39,6 +39,29 @@ def repeat(
   return jax.lax.scan(repeat_layer, x_BTD, (block, own_N), unroll=config.unroll_layers)[0]
 
 
+def share_memory(config: ModelConfig, layers_N: dict, x_BTD: jax.Array, context: TokenContext) -> jax.Array:
+  """Layers of their own parameters, which in every pass but the first read keys and values of the first.
+
+  Under `cycle` layer n of each pass reads those of layer n of the first pass; under
+  `sequence` the layers of a group follow one another and read those of its first.
+  """
+  passes = config.passes
+
+  def run_passes(x_BTD, layers_Rn):
+    def one_pass(carry, layers_n):
+      x_BTD, memory = carry
+      x_BTD, made = run_block(config, layers_n, x_BTD, context, memory, remember=memory is None)
+      return (x_BTD, made if memory is None else memory), None
+
+    return scan_steps(config, one_pass, (x_BTD, None), layers_Rn)[0][0], None
+
+  if config.sharing.endswith('cycle'):
+    layers_Rn = jax.tree.map(lambda leaf: leaf.reshape(passes, -1, *leaf.shape[1:]), layers_N)
+    return run_passes(x_BTD, layers_Rn)[0]
+  groups = jax.tree.map(lambda leaf: leaf.reshape(-1, passes, 1, *leaf.shape[1:]), layers_N)
+  return jax.lax.scan(run_passes, x_BTD, groups, unroll=config.unroll_layers)[0]
+
+
 def _repeat_stack(config, layers, own_R, x_BTD, context):
   """R passes over a stack; under KV sharing all attend to the keys and values of the first."""
 
@@ -102,10 +125,10 @@ def scan_steps(config: ModelConfig, step: Callable, carry: tuple, per_step: Any)
   keys and values are shared.
   """
   if config.kv == 'recursion_wise':
-    return jax.lax.scan(step, carry, per_step, length=config.recursions, unroll=config.unroll_layers)
+    return jax.lax.scan(step, carry, per_step, length=config.passes, unroll=config.unroll_layers)
   carry, first = step(carry, jax.tree.map(lambda leaf: leaf[0], per_step))
   others = jax.tree.map(lambda leaf: leaf[1:], per_step)
-  carry, rest = jax.lax.scan(step, carry, others, config.recursions - 1, unroll=config.unroll_layers)
+  carry, rest = jax.lax.scan(step, carry, others, config.passes - 1, unroll=config.unroll_layers)
   return carry, jax.tree.map(lambda one, more: jnp.concatenate([one[None], more]), first, rest)
 
 

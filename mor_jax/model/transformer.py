@@ -100,12 +100,14 @@ class Transformer(nn.Module):
     context = token_context(tokens_BT, segment_ids, positions)
     x_BTD = self.embed(tokens_BT)
     routed = None
-    if cfg.kind == 'vanilla':
+    if cfg.kind == 'vanilla' and cfg.passes == 1:
       x_BTD, _ = apply_stack(cfg, self.layers, x_BTD, context)
     else:
       first, block, last = sharing.split_stack(cfg, self.layers)
       x_BTD, _ = apply_stack(cfg, first, x_BTD, context)
-      if cfg.kind == 'recursive':
+      if cfg.kind == 'vanilla':
+        x_BTD = recursion.share_memory(cfg, block, x_BTD, context)
+      elif cfg.kind == 'recursive':
         x_BTD = recursion.repeat(cfg, block, self.steps, x_BTD, context)
       else:
         x_BTD, routed = self._route(block, x_BTD, context, routing, max_len, slack)
