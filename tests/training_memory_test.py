@@ -1,0 +1,30 @@
+"""The memory estimate against the sizes of real states, and what it must show."""
+
+import jax
+import tiny_run
+
+from mor_jax.config import Config
+from mor_jax.training.memory import train_memory
+
+
+def test_state_is_the_size_of_the_train_state():
+  state = tiny_run.run().abstract
+  size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.params, state.opt_state)))
+  counters = 4 * 2  # the optimiser's two counts of steps
+  assert train_memory(tiny_run.CONFIG, 1).state == size - counters
+
+
+def test_mor_needs_less_than_vanilla():
+  """Parameters, gradients and activations all do."""
+  vocabulary = {'vocab_size': 49152}
+  mor = train_memory(Config().replace(model=vocabulary), 8)
+  vanilla = train_memory(Config().replace(model=vocabulary | {'kind': 'vanilla'}), 8)
+  assert mor.state < vanilla.state
+  assert mor.gradients < vanilla.gradients
+  assert mor.activations < vanilla.activations
+
+
+def test_accumulation_keeps_a_second_gradient():
+  once = train_memory(tiny_run.CONFIG, 4)
+  twice = train_memory(tiny_run.CONFIG.replace(train={'accumulation': 2}), 4)
+  assert twice.total - once.total == once.gradients
