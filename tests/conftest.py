@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib import metadata
 from collections.abc import Iterator
 
 import pytest
@@ -21,3 +22,9 @@ def without_tensorflow() -> Iterator[None]:
   """mor_jax must work without TensorFlow. (Entries in sys.modules that forbid it would confuse TFDS.)"""
   yield
   assert 'tensorflow' not in sys.modules, 'a test imported TensorFlow'
+
+
+def pytest_report_header() -> str:
+  return ', '.join(
+    f'{name} {metadata.version(name)}' for name in ('jax', 'flax', 'orbax-checkpoint', 'numpy')
+  )
