@@ -2,8 +2,8 @@
 
 import os
 import sys
-from importlib import metadata
 from collections.abc import Iterator
+from importlib import metadata
 
 import pytest
 
