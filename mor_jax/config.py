@@ -101,6 +101,9 @@ class ModelConfig:
   )
   ema_decay: float = setting(0.99, 'decay of that moving average')
   random_router: bool = setting(False, 'choose at random: uniform scores, as an ablation (expert_choice)')
+  capacity_warmup_steps: int = setting(
+    0, 'optimiser steps in which capacities fall from 1 to their values, in at most 8 sizes (expert_choice)'
+  )
   causality: str = setting(
     'aux_loss',
     'what teaches routers to decide without the future (expert_choice): aux_loss, a loss on their own '
@@ -120,6 +123,9 @@ class ModelConfig:
     ('loss', 'loss_free', 'none'),
   )
   bias_update_rate: float = setting(0.001, 'change of that bias in an optimiser step (token_choice)')
+  balance_warmup_steps: int = setting(
+    0, 'first optimiser steps in which every token takes all recursions (token_choice)'
+  )
   balancing_loss_weight: float = setting(0.1, 'weight of the balancing loss (token_choice)')
   token_capacity_factor: float | None = setting(
     None,
@@ -202,6 +208,11 @@ class ModelConfig:
   def balanced_capacities(self) -> tuple[float, ...]:
     """Fraction of the tokens that enters each recursion when all depths are equally common."""
     return tuple((self.recursions - r) / self.recursions for r in range(self.recursions))
+
+  @property
+  def has_aux_router(self) -> bool:
+    """Whether second routers make the causal decisions."""
+    return self.kind == 'mor' and self.router == 'expert_choice' and self.causality == 'aux_router'
 
   @property
   def squash(self) -> str:

@@ -24,7 +24,7 @@ from mor_jax.inference import sampling
 from mor_jax.model import flops
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
-from mor_jax.training import budget, loop, summary
+from mor_jax.training import budget, loop, phases, summary
 from mor_jax.training.checkpoint import Checkpoints
 from mor_jax.training.loss import visible_segments
 from mor_jax.training.metrics import MetricsLog
@@ -63,13 +63,15 @@ def main(config: Config, workdir: str | None) -> None:
   # ---- model and step ----
   _use_compilation_cache(dataset)
   model = Transformer(config.model)
-  optimizer = make_optimizer(config.train)
+  optimizer = make_optimizer(config.train, config.model.has_aux_router)
   initialize = initializer(model, optimizer, mesh, config.data.seq_len)
   abstract = abstract_state(initialize, mesh)
-  begin = time.perf_counter()
-  train_step = make_train_step(model, config, optimizer, mesh)
-  train_step = train_step.lower(abstract, abstract_batch(config, mesh)).compile()
-  summary.print_rows(console, [summary.describe_compiled(train_step, time.perf_counter() - begin)])
+  programs = []
+  for first, phase in phases.plan(config):
+    begin = time.perf_counter()
+    step = make_train_step(Transformer(phase.model), phase, optimizer, mesh)
+    programs.append((first, step.lower(abstract, abstract_batch(phase, mesh)).compile()))
+    summary.print_rows(console, summary.describe_program(phase, *programs[-1], time.perf_counter() - begin))
   validate = _validator(model, config, mesh, dataset)
 
   with Checkpoints(folder.checkpoints, config.checkpoint.keep) as checkpoints:
@@ -83,6 +85,7 @@ def main(config: Config, workdir: str | None) -> None:
 
     # ---- training ----
     batches = loader.train_batches(dataset, config.data, config.train.global_batch, start_step=done)
+    train_step = phases.PhasedStep(programs, done)
     with MetricsLog(folder.path, done) as log, Progress(console, config.train.steps, done) as progress:
       state = loop.train(config, mesh, state, train_step, batches, validate, checkpoints, log, progress)
       last = log.records[-1] if log.records else {}
@@ -90,7 +93,7 @@ def main(config: Config, workdir: str | None) -> None:
 
   # ---- result ----
   if 'validation/nll' not in last:
-    last |= validate(state.params)
+    last |= validate(state.variables)
   result = _result(config, dataset, last, folder.checkpoints.name)
   if config.train.sample_tokens:
     result['sample'] = _sample(model, config, dataset, state)
@@ -122,14 +125,14 @@ def _use_compilation_cache(dataset: dataset_lib.PreparedDataset) -> None:
 def _validator(
   model: Transformer, config: Config, mesh: Mesh, dataset: dataset_lib.PreparedDataset
 ) -> Callable[[Any], dict[str, float]]:
-  """Parameters -> validation/nll, validation/bits_per_byte and router metrics, under top-k routing."""
+  """Variables -> validation/nll, validation/bits_per_byte and router metrics, under top-k routing."""
   nll_step = nll.make_nll_step(model, config, mesh)
   rows = config.train.global_batch // config.train.accumulation
   split = dataset.manifest.splits['validation']
 
-  def validate(params: Any) -> dict[str, float]:
+  def validate(variables: Any) -> dict[str, float]:
     batches = loader.validation_batches(dataset, rows, config.train.eval_rows)
-    metrics = nll.evaluate(nll_step, params, batches, mesh)
+    metrics = nll.evaluate(nll_step, variables, batches, mesh)
     metrics['bits_per_byte'] = nll.bits_per_byte(metrics['nll'], split.tokens, split.bytes)
     return {f'validation/{name}': value for name, value in metrics.items()}
 
@@ -176,7 +179,7 @@ def _sample(
   train = config.train
   text = sampling.sample_text(
     model,
-    {'params': state.params},
+    state.variables,
     dataset.tokenizer,
     train.sample_prompt,
     train.sample_tokens,

@@ -53,6 +53,8 @@ def _validate_model(model: ModelConfig) -> None:
     'lora_rank',
     'lora_alpha',
     'bias_update_rate',
+    'capacity_warmup_steps',
+    'balance_warmup_steps',
   ):
     _require(getattr(model, name) >= 0, f'model.{name}', getattr(model, name), '>= 0')
   _require(0 <= model.ema_decay < 1, 'model.ema_decay', model.ema_decay, 'in [0, 1)')
@@ -124,6 +126,11 @@ def _validate_routing(model: ModelConfig) -> None:
 
 def _validate_expert_choice(model: ModelConfig) -> None:
   _refuse_activation(model, ('sigmoid', 'tanh', 'identity'))
+  if model.balance_warmup_steps:
+    raise ConfigError(
+      f'model.balance_warmup_steps={model.balance_warmup_steps} is for model.router=token_choice; '
+      f'with expert_choice set model.capacity_warmup_steps'
+    )
   if model.token_capacity_factor is not None:
     raise ConfigError(
       f'model.token_capacity_factor={model.token_capacity_factor} is for model.router=token_choice; '
@@ -158,6 +165,11 @@ def _validate_expert_choice(model: ModelConfig) -> None:
 
 def _validate_token_choice(model: ModelConfig) -> None:
   _refuse_activation(model, ('softmax', 'sigmoid'))
+  if model.capacity_warmup_steps:
+    raise ConfigError(
+      f'model.capacity_warmup_steps={model.capacity_warmup_steps} is for model.router=expert_choice; '
+      f'with token_choice set model.balance_warmup_steps'
+    )
   if model.selection != 'top_k' or model.random_router:
     raise ConfigError(
       f'model.selection={model.selection} and model.random_router={model.random_router} are for '

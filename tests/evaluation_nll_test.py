@@ -21,9 +21,9 @@ def _evaluate(nll_step, batch_size):
     {name: rows[first : first + batch_size] for name, rows in filled.items()}
     for first in range(0, count, batch_size)
   )
-  params = tiny_run.run().initial().params
+  variables = tiny_run.run().initial().variables
   with jax.transfer_guard('disallow'):  # as the training loop has it
-    return nll.evaluate(nll_step, params, batches, tiny_run.MESH), missing
+    return nll.evaluate(nll_step, variables, batches, tiny_run.MESH), missing
 
 
 def test_batch_size_and_filling_change_nothing(nll_step):
@@ -36,7 +36,7 @@ def test_batch_size_and_filling_change_nothing(nll_step):
 
 def test_loss_of_no_token_is_refused(nll_step):
   with pytest.raises(ValueError, match='no token to predict'):
-    nll.evaluate(nll_step, tiny_run.run().initial().params, [], tiny_run.MESH)
+    nll.evaluate(nll_step, tiny_run.run().initial().variables, [], tiny_run.MESH)
 
 
 def test_bits_per_byte():

@@ -155,12 +155,12 @@ def test_the_moving_threshold_takes_what_top_k_takes():
   model, variables = tiny.model(selection='ema_threshold', causality='none', num_layers=5, num_recursions=3)
   row_BT = tiny.tokens(1, 40)
   counts = tiny.apply(model)(variables, row_BT).routing.counts
-  state = router.update_state(model.config, variables['routing'], counts)
+  state = router.update_state(model.config, variables['routing'], counts, jnp.int32(0))
   assert state['updates'].tolist() == [0, 1, 1], 'the first step takes all tokens and has no border'
   routing = tiny.apply(model)({**variables, 'routing': state}, row_BT).routing
   np.testing.assert_array_equal(routing.causal_RBT[1:] & routing.entered_RBT[1:], routing.selected_RBT[1:])
   moved = {**counts, 'border_R': counts['border_R'] + counts['border_rows_R']}  # every border one higher
-  later = router.update_state(model.config, state, moved)
+  later = router.update_state(model.config, state, moved, jnp.int32(1))
   step = 1 - model.config.ema_decay
   np.testing.assert_allclose(later['threshold'][1:], state['threshold'][1:] + step, rtol=1e-4)
 
@@ -170,7 +170,7 @@ def test_the_bias_moves_towards_the_neglected_depths():
   counts = tiny.apply(model)(variables, TOKENS, segment_ids=SEGMENTS).routing.counts
   load_R = np.asarray(counts['chosen_R'])
   assert load_R.sum() == 40
-  bias_R = router.update_state(model.config, variables['routing'], counts)['bias']
+  bias_R = router.update_state(model.config, variables['routing'], counts, jnp.int32(0))['bias']
   np.testing.assert_allclose(bias_R, 0.001 * np.sign(load_R.mean() - load_R))
   pushed = {**variables, 'routing': {'bias': jnp.array([0.0, 0.0, 9.0])}}
   routing = tiny.apply(model)(pushed, TOKENS, segment_ids=SEGMENTS).routing

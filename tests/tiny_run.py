@@ -76,7 +76,9 @@ class Run:
   @functools.cached_property
   def step(self):
     """(state, batch of rows) -> (state, metrics)."""
-    compiled = make_train_step(self.model, self.config, make_optimizer(self.config.train), MESH)
+    compiled = make_train_step(
+      self.model, self.config, make_optimizer(self.config.train, self.config.model.has_aux_router), MESH
+    )
     return lambda state, batch: compiled(state, self.put(batch))
 
   def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -90,7 +92,9 @@ class Run:
 
   @functools.cached_property
   def _initialize(self):
-    return initializer(self.model, make_optimizer(self.config.train), MESH, SEQ_LEN)
+    return initializer(
+      self.model, make_optimizer(self.config.train, self.config.model.has_aux_router), MESH, SEQ_LEN
+    )
 
 
 @functools.cache

@@ -72,7 +72,7 @@ def _loss_and_gradient(batch, micro_batches):
   total = None
   for index in range(micro_batches):
     rows = {name: values[index] for name, values in batch_ABT.items()}
-    (loss, _), grads = gradient(params, rows, whole)
+    (loss, _), grads = gradient(params, rows, whole, {}, jax.random.key(0))
     total = (loss, grads) if total is None else jax.tree.map(jnp.add, total, (loss, grads))
   return total
 

@@ -18,12 +18,12 @@ from mor_jax.training.meter import add_up, router_metrics
 def make_nll_step(
   model: nn.Module, config: Config, mesh: Mesh, routing: str = 'topk'
 ) -> Callable[[Any, loss_lib.Batch], dict[str, Any]]:
-  """The jitted function (params, batch (B, T)) -> sums 'nll' in nats, 'targets', 'counts' of the routers."""
+  """The jitted function (variables, batch (B, T)) -> sums 'nll' in nats, 'targets', 'counts' of the routers."""
 
-  def nll_step(params, batch: loss_lib.Batch):
+  def nll_step(variables, batch: loss_lib.Batch):
     batch = loss_lib.visible_batch(batch, config.data.segment_mask)
     output = model.apply(
-      {'params': params},
+      variables,
       batch['tokens'],
       routing=routing,
       segment_ids=batch['segment_ids'],
@@ -40,7 +40,7 @@ def make_nll_step(
 
 
 def evaluate(
-  nll_step: Callable, params: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh
+  nll_step: Callable, variables: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh
 ) -> dict[str, float]:
   """'nll' in nats per predicted token over all batches, and the router metrics.
 
@@ -52,7 +52,7 @@ def evaluate(
   sharding = mesh_lib.batch_sharding(mesh)
   totals, queued = None, None
   for batch in batches:
-    sums = nll_step(params, mesh_lib.put(batch, sharding))
+    sums = nll_step(variables, mesh_lib.put(batch, sharding))
     totals, queued = add_up(totals, queued), sums  # fetched when the next batch is already queued
   totals = add_up(totals, queued)
   if totals is None or not totals['targets']:

@@ -40,7 +40,7 @@ def router_parameters(config: ModelConfig) -> int:
   one = config.d_model * hidden + hidden * outputs if hidden else config.d_model * outputs
   if config.random_router:
     return 0
-  copies = 2 if config.router == 'expert_choice' and config.causality == 'aux_router' else 1
+  copies = 2 if config.has_aux_router else 1
   return copies * heads * one
 
 

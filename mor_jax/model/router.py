@@ -9,6 +9,7 @@ from flax import struct
 
 from mor_jax.config import ModelConfig
 
+FORCING_BIAS = 1e6  # larger than any gate
 HIDDEN_FACTOR = {'linear': 0, 'mlp': 2, 'wide_mlp': 4}
 
 
@@ -130,7 +131,7 @@ class RoutingOutput:
 def init_state(config: ModelConfig) -> dict[str, jax.Array]:
   """What routers keep beside their parameters, collection 'routing' of the model's variables.
 
-  * 'bias' (R,) of loss-free balancing;
+  * 'bias' (R,) of loss-free balancing; in the balance warm-up it forces the largest depth;
   * 'threshold' (R,), the moving average of `selection=ema_threshold`, and 'updates', how many
     optimiser steps it has seen, per step.
   """
@@ -138,21 +139,25 @@ def init_state(config: ModelConfig) -> dict[str, jax.Array]:
   if config.kind != 'mor':
     return {}
   if config.router == 'token_choice':
+    if config.balance_warmup_steps:
+      return {'bias': zeros_R.at[-1].set(FORCING_BIAS)}
     return {'bias': zeros_R} if config.balancing == 'loss_free' else {}
   return {'threshold': zeros_R, 'updates': zeros_R} if config.selection == 'ema_threshold' else {}
 
 
 def update_state(
-  config: ModelConfig, state: Mapping, counts: Mapping[str, jax.Array]
+  config: ModelConfig, state: Mapping, counts: Mapping[str, jax.Array], step: jax.Array
 ) -> dict[str, jax.Array]:
   """The state after an optimiser step, from the counts of its whole global batch.
 
   The bias of a depth rises while it is chosen less than the average depth (FACTS 1.3). The
   threshold follows the mean border of the top-k choice, and starts at the first it sees.
+
+  Args:
+    step: optimiser steps done before this one.
   """
   if 'bias' in state:
-    chosen_R = counts['chosen_R'].astype(jnp.float32)
-    return {'bias': state['bias'] + config.bias_update_rate * jnp.sign(chosen_R.mean() - chosen_R)}
+    return {'bias': _next_bias(config, state['bias'], counts['chosen_R'], step)}
   if 'threshold' in state:
     seen_R = counts['border_rows_R'] > 0
     border_R = counts['border_R'] / jnp.maximum(counts['border_rows_R'], 1)
@@ -163,6 +168,14 @@ def update_state(
       'updates': state['updates'] + seen_R,
     }
   return dict(state)
+
+
+def _next_bias(config: ModelConfig, bias_R: jax.Array, chosen_R: jax.Array, step: jax.Array) -> jax.Array:
+  chosen_R = chosen_R.astype(jnp.float32)
+  moved_R = bias_R + config.bias_update_rate * jnp.sign(chosen_R.mean() - chosen_R)
+  following_R = moved_R if config.balancing == 'loss_free' else bias_R
+  after_warmup_R = jnp.where(step + 1 == config.balance_warmup_steps, jnp.zeros_like(bias_R), following_R)
+  return jnp.where(step + 1 < config.balance_warmup_steps, bias_R, after_warmup_R)
 
 
 def loss_weights(config: ModelConfig) -> dict[str, float]:

@@ -44,7 +44,7 @@ class Transformer(nn.Module):
       self.steps = self.param('steps', lambda key: relaxation.init_steps(cfg, block, key)) if own_R else {}
     if cfg.kind == 'mor' and not cfg.random_router:
       self.router = self.param('router', lambda key: init_router(cfg, key))
-      if cfg.router == 'expert_choice' and cfg.causality == 'aux_router':
+      if cfg.has_aux_router:
         self.aux_router = self.param('aux_router', lambda key: init_router(cfg, key))
     self.routing_state = {
       name: self.variable('routing', name, lambda value=value: value)
@@ -128,7 +128,7 @@ class Transformer(nn.Module):
       steps_R['key'] = jax.random.split(key, cfg.recursions)
     else:
       steps_R['router'] = self.router
-    if cfg.causality == 'aux_router':
+    if cfg.has_aux_router:
       steps_R['aux_router'] = self.aux_router
     if cfg.dispatch == 'gather' and routing == 'topk':
       return expert_choice.route_gathered(cfg, block, steps_R, x_BTD, context)

@@ -37,7 +37,7 @@ def train(
   Args:
     train_step: made for `mesh`; donates the state.
     batches: global batches, beginning with that of the state's step.
-    validate: parameters -> metrics of the validation split.
+    validate: variables of the model -> metrics of the validation split.
 
   Raises:
     NonFiniteError: the loss or gradient is not finite; names the step and the last checkpoint.
@@ -74,7 +74,7 @@ def train(
         raise NonFiniteError(f'{error}; {_last_good(checkpoints)}') from None
       if validates:
         with meter.paused():
-          ended = _extended(ended, step, validate(state.params))
+          ended = _extended(ended, step, validate(state.variables))
       note(ended)
       if saves:
         with meter.paused():

@@ -73,21 +73,24 @@ def normalizers(config: ModelConfig, segment_ids_ABT: jax.Array) -> Normalizers:
 
 def make_loss(
   apply: Callable[..., ModelOutput], config: ModelConfig
-) -> Callable[[Any, Batch, Normalizers], tuple[jax.Array, dict[str, Any]]]:
-  """The training loss of a model: (params, micro-batch, normalizers) -> (loss, parts).
+) -> Callable[..., tuple[jax.Array, dict[str, Any]]]:
+  """The training loss of a model: (params, micro-batch, normalizers, routing, key) -> (loss, parts).
 
   The loss is the micro-batch's share of `mean NLL + sum over auxiliary losses of weight *
   sum over steps of the mean over entrants`; shares add up to the loss of the global batch.
   The parts add up in the same way: 'loss' (mean NLL) and, for models with a router, 'counts'
   for `router.summarize` and the auxiliary losses before their weights, 'aux_loss' and so on.
+
+  `routing` is the routers' state, {} for most; `key` is what a random router draws from.
   """
 
   weights = router.loss_weights(config)
 
-  def loss(params, batch: Batch, whole: Normalizers):
+  def loss(params, batch: Batch, whole: Normalizers, routing: Mapping[str, jax.Array], key: jax.Array):
     output = apply(
-      {'params': params},
+      {'params': params, 'routing': routing} if routing else {'params': params},
       batch['tokens'],
+      rngs={'routing': key},
       routing='topk',
       segment_ids=batch['segment_ids'],
       positions=batch['positions'],

@@ -34,16 +34,16 @@ class TrainMemory:
 def train_memory(config: Config, rows: int) -> TrainMemory:
   """Memory of a step with `remat=full` and `rows` rows of each micro-batch on the device.
 
-  Activations are, per row: the input of every unrolled layer for the tokens that enter it,
-  and the larger of logits with their gradient, float32 (8TV bytes), and one layer's attention
-  scores with weights and gradient (10HT^2).
+  Activations are, per row: the input of every unrolled layer for the tokens that enter it;
+  and the larger of the loss's float32 arrays (16TV bytes: logits, those with a target, and
+  the gradients of both) and one layer's attention scores with weights and gradient (10HT^2).
   """
   model, seq_len = config.model, config.data.seq_len
   parameters = flops.count_parameters(model).total
   tokens = 2 * model.unique_ends * seq_len
   tokens += model.shared_depth * sum(model.selected_tokens(seq_len))
   kept = tokens * model.d_model * jnp.dtype(model.dtype).itemsize
-  logits = 8 * seq_len * model.vocab_size
+  logits = 16 * seq_len * model.vocab_size
   scores = 10 * model.num_heads * seq_len**2
   return TrainMemory(
     state=12 * parameters,

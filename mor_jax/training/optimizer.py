@@ -9,6 +9,7 @@ import optax
 from mor_jax.config import TrainConfig
 
 NOT_DECAYED = ('scale', 'bias')
+AUX_ROUTER_RATE = 10.0  # FACTS 1.2
 
 
 def learning_rate_schedule(train: TrainConfig) -> optax.Schedule:
@@ -41,12 +42,29 @@ def decayed(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
 
 
-def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
-  """Clips the gradient by its global norm, then takes an AdamW step."""
+def make_optimizer(train: TrainConfig, aux_router: bool = False) -> optax.GradientTransformation:
+  """Clips the gradient by its global norm, then takes an AdamW step.
+
+  Args:
+    aux_router: the model has auxiliary routers (top-level parameter 'aux_router'). They are a
+      group of their own: clipped by themselves, at AUX_ROUTER_RATE times the learning rate.
+  """
+  if not aux_router:
+    return _adamw(train, rate=1.0)
+  groups = {'main': _adamw(train, rate=1.0), 'aux_router': _adamw(train, rate=AUX_ROUTER_RATE)}
+
+  def group_of(params):
+    return {name: 'aux_router' if name == 'aux_router' else 'main' for name in params}
+
+  return optax.partition(groups, group_of)
+
+
+def _adamw(train: TrainConfig, rate: float) -> optax.GradientTransformation:
+  schedule = learning_rate_schedule(train)
   return optax.chain(
     optax.clip_by_global_norm(train.clip_norm),
     optax.adamw(
-      learning_rate_schedule(train),
+      lambda count: rate * schedule(count),
       b1=train.beta1,
       b2=train.beta2,
       eps=train.adam_epsilon,

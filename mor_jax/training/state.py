@@ -1,4 +1,4 @@
-"""Everything that a checkpoint holds: step, parameters, optimiser state.
+"""Everything that a checkpoint holds: step, parameters, optimiser state, router state.
 
 The data position needs no field: the batch of a step is a function of (seed, step).
 """
@@ -24,11 +24,18 @@ class TrainState:
     step: updates done, int32 ().
     params: parameters of the model, float32.
     opt_state: state of the optimiser.
+    routing: what routers keep beside their parameters (`router.init_state`), mostly nothing.
   """
 
   step: jax.Array
   params: Any
   opt_state: Any
+  routing: Any = struct.field(default_factory=dict)
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """What `model.apply` takes."""
+    return {'params': self.params, 'routing': self.routing} if self.routing else {'params': self.params}
 
 
 def initializer(
@@ -37,8 +44,9 @@ def initializer(
   """The jitted function from a seed (uint32) to the state at step 0, made on the devices themselves."""
 
   def initialize(seed: jax.Array) -> TrainState:
-    params = model.init(jax.random.key(seed), jnp.zeros((1, seq_len), jnp.int32))['params']
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    variables = model.init(jax.random.key(seed), jnp.zeros((1, seq_len), jnp.int32))
+    opt_state = optimizer.init(variables['params'])
+    return TrainState(jnp.zeros((), jnp.int32), variables['params'], opt_state, variables.get('routing', {}))
 
   return jax.jit(initialize, out_shardings=mesh_lib.replicated(mesh))
 

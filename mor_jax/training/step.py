@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from mor_jax.config import Config
+from mor_jax.model import router
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.training import loss as loss_lib
 from mor_jax.training.optimizer import learning_rate_schedule
@@ -34,12 +35,14 @@ def make_train_step(
   def train_step(state: TrainState, batch_ABT: loss_lib.Batch):
     batch_ABT = loss_lib.visible_batch(batch_ABT, config.data.segment_mask)
     whole = loss_lib.normalizers(config.model, batch_ABT['segment_ids'])
-    grads, metrics = _add_up(gradient, state.params, batch_ABT, whole)
+    key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+    grads, metrics = _add_up(gradient, state, batch_ABT, whole, key)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    routing = router.update_state(config.model, state.routing, metrics.get('counts', {}), state.step)
     metrics['grad_norm'] = optax.tree.norm(grads)
     metrics['learning_rate'] = jnp.asarray(schedule(state.step), jnp.float32)
-    return TrainState(state.step + 1, params, opt_state), metrics
+    return TrainState(state.step + 1, params, opt_state, routing), metrics
 
   shard = mesh_lib.replicated(mesh)
   return jax.jit(
@@ -51,18 +54,26 @@ def make_train_step(
 
 
 def _add_up(
-  gradient: Callable, params: Any, batch_ABT: loss_lib.Batch, whole: loss_lib.Normalizers
+  gradient: Callable,
+  state: TrainState,
+  batch_ABT: loss_lib.Batch,
+  whole: loss_lib.Normalizers,
+  key: jax.Array,
 ) -> tuple[Any, dict[str, Any]]:
   """Sums of the gradients and of the loss's parts over the micro-batches, run one after the other."""
-  if batch_ABT['tokens'].shape[0] == 1:
-    (_, parts), grads = gradient(params, jax.tree.map(lambda rows: rows[0], batch_ABT), whole)
+  count = batch_ABT['tokens'].shape[0]
+  if count == 1:
+    batch_BT = jax.tree.map(lambda rows: rows[0], batch_ABT)
+    (_, parts), grads = gradient(state.params, batch_BT, whole, state.routing, key)
     return grads, parts
 
-  def add(total, batch_BT):
-    (_, parts), grads = gradient(params, batch_BT, whole)
+  def add(total, batch_and_key):
+    batch_BT, own_key = batch_and_key
+    (_, parts), grads = gradient(state.params, batch_BT, whole, state.routing, own_key)
     return jax.tree.map(jnp.add, total, grads), parts
 
-  grads, parts_A = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), batch_ABT)
+  zeros = jax.tree.map(jnp.zeros_like, state.params)
+  grads, parts_A = jax.lax.scan(add, zeros, (batch_ABT, jax.random.split(key, count)))
   return grads, jax.tree.map(lambda part_A: part_A.sum(axis=0), parts_A)
 
 

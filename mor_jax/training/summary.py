@@ -103,6 +103,14 @@ def _training(config: Config) -> str:
   )
 
 
+def describe_program(config: Config, first: int, compiled: Any, seconds: float) -> list[Row]:
+  """The program of one phase of the training: how it compiled and, in a warm-up, its capacities."""
+  rows = [describe_compiled(compiled, seconds)]
+  if config.model.kind == 'mor' and config.model.capacity_warmup_steps:
+    rows += [(f'from step {first + 1}', _capacities(config.model, config.data.seq_len))]
+  return rows
+
+
 def describe_compiled(compiled: Any, seconds: float) -> Row:
   """Memory per device and compile time of the train step (a `jax.stages.Compiled`)."""
   memory = compiled.memory_analysis()

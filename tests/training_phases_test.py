@@ -1,0 +1,83 @@
+"""What changes in the course of a training: capacities, router state, groups of parameters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny_run
+
+from mor_jax.training import optimizer, phases
+
+CONFIG = tiny_run.CONFIG
+
+
+def train(config, steps):
+  """States after each of the first steps, and the metrics."""
+  run, batches = tiny_run.run(config), tiny_run.batches(config)
+  state, states, metrics = run.initial(), [], []
+  for _ in range(steps):
+    state, values = run.step(state, next(batches))
+    states.append(jax.device_get(state))
+    metrics.append(jax.device_get(values))
+  return states, metrics
+
+
+def test_capacities_fall_in_at_most_eight_sizes():
+  config = CONFIG.replace(model={'capacity_warmup_steps': 70})
+  plan = phases.plan(config)
+  assert [first for first, _ in plan] == [0, 10, 20, 30, 40, 50, 60, 70]
+  capacities = np.array([phase.model.step_capacities for _, phase in plan])
+  assert (capacities[:, 0] == 1).all()
+  t = np.array([5, 15, 25, 35, 45, 55, 65])  # the middles of the stairs, by the published formula
+  np.testing.assert_allclose(capacities[:-1, 1], 0.5 + 0.5 * 0.5 * (1 + np.cos(np.pi * t / 70)))
+  assert plan[-1][1] == config
+  assert phases.plan(CONFIG) == [(0, CONFIG)]
+  assert [first for first, _ in phases.plan(CONFIG.replace(model={'capacity_warmup_steps': 2}))] == [0, 1, 2]
+
+
+def test_each_step_runs_the_program_of_its_phase():
+  programs = [(first, lambda state, batch, first=first: (state, first)) for first in (0, 3, 5)]
+  step = phases.PhasedStep(programs, done=0)
+  assert [step(None, None)[1] for _ in range(7)] == [0, 0, 0, 3, 3, 5, 5]
+  resumed = phases.PhasedStep(programs, done=4)
+  assert [resumed(None, None)[1] for _ in range(2)] == [3, 5]
+
+
+def test_balance_warmup_sends_every_token_all_the_way_and_then_the_bias_follows_the_load():
+  model = {'router': 'token_choice', 'balancing': 'loss_free', 'balance_warmup_steps': 2}
+  states, metrics = train(CONFIG.replace(model=model), steps=4)
+  chosen = np.array([values['counts']['chosen_R'] for values in metrics])
+  assert (chosen[:2, 0] == 0).all()
+  assert (chosen[2:, 0] > 0).all(), 'after the warm-up tokens choose for themselves'
+  np.testing.assert_array_equal(states[1].routing['bias'], 0)
+  np.testing.assert_allclose(states[2].routing['bias'], 0.001 * np.sign(chosen[2].mean() - chosen[2]))
+
+
+def test_moving_threshold_is_updated_once_a_step_whatever_the_micro_batches():
+  model = {'selection': 'ema_threshold', 'causality': 'none'}
+  whole, _ = train(CONFIG.replace(model=model), steps=2)
+  split, _ = train(CONFIG.replace(model=model, train={'accumulation': 4}), steps=2)
+  assert whole[1].routing['updates'].tolist() == [0, 2]
+  np.testing.assert_allclose(whole[1].routing['threshold'], split[1].routing['threshold'], rtol=1e-4)
+  assert abs(whole[1].routing['threshold'][1]) > 1e-4
+
+
+def test_auxiliary_routers_are_a_group_of_their_own():
+  """Ten times the learning rate, and a clipping that the rest of the model neither feels nor causes."""
+  params = {'layers': {'kernel': jnp.ones(3)}, 'aux_router': {'output': {'kernel': jnp.ones(3)}}}
+  grads = {'layers': {'kernel': jnp.full(3, 0.1)}, 'aux_router': {'output': {'kernel': jnp.full(3, 1e6)}}}
+  train_config = CONFIG.replace(train={'weight_decay': 0.0, 'clip_norm': 1e3}).train
+  both = optimizer.make_optimizer(train_config, aux_router=True)
+  updates, _ = both.update(grads, both.init(params), params)
+  alone = optimizer.make_optimizer(train_config)
+  main = {'layers': params['layers']}
+  expected, _ = alone.update({'layers': grads['layers']}, alone.init(main), main)
+  np.testing.assert_allclose(updates['layers']['kernel'], expected['layers']['kernel'], rtol=1e-6)
+  ratio = updates['aux_router']['output']['kernel'] / updates['layers']['kernel']
+  np.testing.assert_allclose(ratio, 10.0, rtol=1e-5)
+
+
+def test_a_random_router_is_drawn_anew_in_every_step():
+  states, metrics = train(CONFIG.replace(model={'random_router': True, 'causality': 'none'}), steps=2)
+  assert 'router' not in states[0].params
+  first, second = (values['counts']['last_step_selected_T'] for values in metrics)
+  assert (first != second).any()
