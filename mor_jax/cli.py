@@ -22,6 +22,7 @@ from ml_collections import config_dict
 
 from mor_jax import config as config_lib
 from mor_jax.config import Config, ConfigError
+from mor_jax.settings import unwrap_optional
 
 FLAGS = flags.FLAGS
 BAD_FLAGS = 2
@@ -88,7 +89,7 @@ class _SettingParser(flags.ArgumentParser):
   """Text -> value of a setting; 'none' resets an optional one."""
 
   def __init__(self, hint: Any):
-    kind, self._optional = config_lib.unwrap_optional(hint)
+    kind, self._optional = unwrap_optional(hint)
     self._parse, self._allowed = _PARSERS[kind]
 
   def parse(self, argument: str) -> Any:

@@ -14,24 +14,15 @@ Symbols used in code and docstrings all over the package, as suffixes of array n
 """
 
 import dataclasses
-import difflib
-import math
-import types
 import typing
 from typing import Any
 
 from ml_collections import config_dict
 
+from mor_jax.settings import ConfigError as ConfigError
+from mor_jax.settings import describe_field, from_dict, setting, to_config_dict
+
 SHARING_SCHEMES = ('cycle', 'sequence', 'middle_cycle', 'middle_sequence')
-
-
-class ConfigError(ValueError):
-  """A setting that cannot work. The message names the flag, its value and the remedy."""
-
-
-def setting(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
-  """A dataclass field with the text that `--help` shows and, optionally, its allowed values."""
-  return dataclasses.field(default=default, metadata={'help': help_text, 'choices': choices})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,7 +314,7 @@ class Config:
 
 def default() -> config_dict.ConfigDict:
   """A locked ConfigDict with every setting at its default, for config files to start from."""
-  return _to_config_dict(Config())
+  return to_config_dict(Config())
 
 
 def resolve(settings: config_dict.ConfigDict | dict[str, Any]) -> Config:
@@ -333,7 +324,7 @@ def resolve(settings: config_dict.ConfigDict | dict[str, Any]) -> Config:
     ConfigError: unknown setting, wrong type, or a value that cannot work.
   """
   raw = settings.to_dict() if isinstance(settings, config_dict.ConfigDict) else settings
-  config = _from_dict(Config, raw, prefix='')
+  config = from_dict(Config, raw)
   config.validate()
   return config
 
@@ -344,11 +335,11 @@ def describe() -> str:
   for section in dataclasses.fields(Config):
     value = getattr(Config(), section.name)
     if not dataclasses.is_dataclass(value):
-      lines.append(_describe_field(Config, section, value, 'config'))
+      lines.append(describe_field(Config, section, value, 'config'))
       continue
     lines.append(f'\n  {type(value).__doc__.splitlines()[0]}')
     for field in dataclasses.fields(value):
-      text = _describe_field(type(value), field, getattr(value, field.name), f'config.{section.name}')
+      text = describe_field(type(value), field, getattr(value, field.name), f'config.{section.name}')
       lines.append(text)
   return '\n'.join(lines)
 
@@ -362,63 +353,3 @@ def settings() -> dict[str, Any]:
     else:
       hints[name] = hint
   return hints
-
-
-def _describe_field(owner: type, field: dataclasses.Field, default_value: Any, prefix: str) -> str:
-  kind, _ = unwrap_optional(typing.get_type_hints(owner)[field.name])
-  allowed = '|'.join(field.metadata['choices']) or getattr(kind, '__name__', str(kind))
-  shown = 'none' if default_value is None else default_value
-  return f'  --{prefix}.{field.name}={shown}  ({allowed})\n      {field.metadata["help"]}'
-
-
-def unwrap_optional(hint: Any) -> tuple[Any, bool]:
-  """(type, may be None) of a type hint; parametrised tuples become `tuple`."""
-  optional = isinstance(hint, types.UnionType)
-  if optional:
-    hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
-  return typing.get_origin(hint) or hint, optional
-
-
-def _to_config_dict(value: Any) -> config_dict.ConfigDict:
-  result = config_dict.ConfigDict()
-  hints = typing.get_type_hints(type(value))
-  for field in dataclasses.fields(value):
-    item = getattr(value, field.name)
-    kind, optional = unwrap_optional(hints[field.name])
-    if dataclasses.is_dataclass(item):
-      result[field.name] = _to_config_dict(item)
-    elif optional:
-      result[field.name] = config_dict.placeholder(kind)  # so that an override may set it
-      result[field.name] = item
-    else:
-      result[field.name] = item
-  return result.lock()
-
-
-def _from_dict(cls: type, raw: dict[str, Any], prefix: str) -> Any:
-  hints = typing.get_type_hints(cls)
-  for name in raw:
-    if name not in hints:
-      close = difflib.get_close_matches(name, hints, n=1)
-      hint = f'; did you mean {prefix}{close[0]}?' if close else ''
-      raise ConfigError(f'unknown setting {prefix}{name}{hint} (--help lists all settings)')
-  return cls(**{name: _convert(hints[name], value, f'{prefix}{name}') for name, value in raw.items()})
-
-
-def _convert(hint: Any, value: Any, name: str) -> Any:
-  kind, optional = unwrap_optional(hint)
-  if dataclasses.is_dataclass(kind):
-    if not isinstance(value, dict):
-      raise ConfigError(f'{name}={value!r} must be a group of settings')
-    return _from_dict(kind, value, f'{name}.')
-  if value is None and optional:
-    return None
-  if kind is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  if kind is tuple and isinstance(value, (list, tuple)):
-    return tuple(_convert(float, item, name) for item in value)
-  if type(value) is not kind:
-    raise ConfigError(f'{name}={value!r} must be {"" if kind is not tuple else "a "}{kind.__name__}')
-  if kind is float and not math.isfinite(value):
-    raise ConfigError(f'{name}={value} must be a finite number')
-  return value

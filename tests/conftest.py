@@ -1,13 +1,19 @@
 """Settings of every test run: CPU, no network, no TensorFlow, compiled programs kept between runs."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
+# Tests compile many programs and run each a few times: compiling without optimisation takes half as long.
+FAST_COMPILATION = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+
 os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = f'{FAST_COMPILATION} {os.environ.get("XLA_FLAGS", "")}'.strip()
 os.environ['HF_HUB_OFFLINE'] = os.environ['HF_DATASETS_OFFLINE'] = os.environ['TRANSFORMERS_OFFLINE'] = '1'
 
 
@@ -28,3 +34,24 @@ def pytest_report_header() -> str:
   return ', '.join(
     f'{name} {metadata.version(name)}' for name in ('jax', 'flax', 'orbax-checkpoint', 'numpy')
   )
+
+
+@pytest.fixture(scope='session')
+def finished_run(tmp_path_factory):
+  """Config and folder of a finished training of 20 steps; what it printed is in output.txt beside the folder."""
+  import tiny_run
+
+  from mor_jax import train
+
+  data = {'max_documents': 40, 'validation_fraction': 0.2, 'cache_dir': str(tmp_path_factory.mktemp('cache'))}
+  steps = {'log_every': 1, 'eval_every': 10, 'eval_rows': 12, 'sample_tokens': 8}
+  # Model and batch are those of tiny_run, so that the compiled step is found in the cache.
+  small = tiny_run.CONFIG.replace(
+    model={'vocab_size': None}, data=data, train=steps, checkpoint={'every_steps': 6}
+  )
+  config = dataclasses.replace(small, name='small')
+  folder: Path = tmp_path_factory.mktemp('runs') / 'finished'
+  with pytest.MonkeyPatch.context() as patch, (folder.parent / 'output.txt').open('w') as output:
+    patch.setattr(sys, 'stdout', output)
+    train.main(config, str(folder))
+  return config, folder

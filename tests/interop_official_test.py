@@ -101,3 +101,41 @@ def test_settings_and_tensors_that_do_not_fit_are_refused(tmp_path):
   name = 'model.layers.2.block.0.mlp.up_proj.weight'
   with pytest.raises(ValueError, match='differ, though the layers are shared'):
     official.to_params(config, {**tensors, name: tensors[name] + 1})
+
+
+def test_every_setting_the_authors_have_becomes_a_setting_of_ours():
+  expert = Fixture('expert_middle_cycle_r3').settings
+  settings = {**expert, 'func': 'tanh', 'gating': 'additive', 'sampling': 'aux_router', 'theta': 500.0}
+  config = official.model_config({**settings, 'alpha': 1.0, 'router': 'wide_mlp', 'kvshare': True})
+  assert (config.squash, config.gate_scale, config.gating) == ('tanh', 1.0, 'additive')
+  assert (config.causality, config.rope_theta, config.kv) == ('aux_router', 500.0, 'shared')
+  assert official.model_config({**expert, 'func': None}).squash == 'identity'
+  token = Fixture('token_middle_cycle_r3').settings
+  config = official.model_config({**token, 'tfunc': 'sigmoid', 'talpha': 0.1, 'bal': 'loss_free'})
+  assert (config.squash, config.gate_scale, config.balancing) == ('sigmoid', 0.1, 'loss_free')
+
+
+def test_auxiliary_routers_and_balancing_bias_are_read(tmp_path):
+  fixture = Fixture('expert_middle_cycle_r3')
+  tensors = safetensors.numpy.load_file(fixture.weights)
+  aux = {
+    name.replace('mor_router', 'mlp_router'): -value
+    for name, value in tensors.items()
+    if 'mor_router' in name
+  }
+  safetensors.numpy.save_file({**tensors, **aux}, tmp_path / 'aux.safetensors')
+  model, variables = official.load(
+    tmp_path / 'aux.safetensors', {**fixture.settings, 'sampling': 'aux_router'}
+  )
+  router = variables['params']['router']['output']['kernel']
+  np.testing.assert_array_equal(variables['params']['aux_router']['output']['kernel'], -router)
+  model.apply(variables, fixture.tokens_BT, routing='threshold')
+
+  fixture = Fixture('token_middle_cycle_r3')
+  bias_R = np.array([0.0, 0.0, 9.0], np.float32)
+  tensors = {**safetensors.numpy.load_file(fixture.weights), 'model.layers.1.router_bias': bias_R}
+  safetensors.numpy.save_file(tensors, tmp_path / 'bias.safetensors')
+  model, variables = official.load(tmp_path / 'bias.safetensors', {**fixture.settings, 'bal': 'loss_free'})
+  assert (model.apply(variables, fixture.tokens_BT).routing.depth_BT == 3).all()
+  with pytest.raises(ValueError, match="set bal='loss_free'"):
+    official.load(tmp_path / 'bias.safetensors', fixture.settings)

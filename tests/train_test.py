@@ -1,6 +1,5 @@
 """The training job from settings to result, on a tiny model and a few of the corpus's documents."""
 
-import dataclasses
 import json
 import os
 import re
@@ -12,7 +11,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tiny_run
 from orbax.checkpoint import v1 as ocp
 
 from mor_jax import train
@@ -40,29 +38,14 @@ train.main(config.resolve(json.loads(sys.argv[1])), sys.argv[2])
 """
 
 
-@pytest.fixture(scope='module')
-def config(tmp_path_factory) -> Config:
-  data = {
-    'max_documents': 40,
-    'validation_fraction': 0.2,
-    'cache_dir': str(tmp_path_factory.mktemp('cache')),
-  }
-  train = {'log_every': 1, 'eval_every': 10, 'eval_rows': 12, 'sample_tokens': 8}
-  # Model and batch are those of tiny_run, so that the compiled step is found in the cache.
-  small = tiny_run.CONFIG.replace(
-    model={'vocab_size': None}, data=data, train=train, checkpoint={'every_steps': 6}
-  )
-  return dataclasses.replace(small, name='small')
+@pytest.fixture
+def config(finished_run) -> Config:
+  return finished_run[0]
 
 
-@pytest.fixture(scope='module')
-def finished(config, tmp_path_factory) -> Path:
-  """The folder of an uninterrupted run, and what it printed in output.txt beside it."""
-  folder = tmp_path_factory.mktemp('runs') / 'finished'
-  with pytest.MonkeyPatch.context() as patch, (folder.parent / 'output.txt').open('w') as output:
-    patch.setattr(sys, 'stdout', output)
-    train.main(config, str(folder))
-  return folder
+@pytest.fixture
+def finished(finished_run) -> Path:
+  return finished_run[1]
 
 
 def test_leaves_a_complete_run_folder(config, finished):

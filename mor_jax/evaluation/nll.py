@@ -39,6 +39,11 @@ def make_nll_step(
   return jax.jit(nll_step, in_shardings=(shard, mesh_lib.batch_sharding(mesh)), out_shardings=shard)
 
 
+def run(nll_step: Callable, variables: Any, batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
+  """The sums of one batch, on the host in float64."""
+  return add_up(None, nll_step(variables, mesh_lib.put(batch, mesh_lib.batch_sharding(mesh))))
+
+
 def evaluate(
   nll_step: Callable, variables: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh
 ) -> dict[str, float]:

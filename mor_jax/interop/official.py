@@ -10,6 +10,7 @@ from etils import epath
 
 from mor_jax.config import Config, ModelConfig
 from mor_jax.model import sharing
+from mor_jax.model.router import init_state
 from mor_jax.model.transformer import Transformer
 
 # Our leaf of one layer: their tensor, below the layer's prefix. Kernels are stored transposed there.
@@ -46,7 +47,14 @@ def load(weights_path: epath.PathLike, settings: Mapping[str, Any]) -> tuple[Tra
   if hidden is not None and len(hidden) == 2 * config.d_model:
     # Their wide_mlp is as wide as their mlp, half of what the paper says.
     config = dataclasses.replace(config, router_head='mlp')
-  return Transformer(config), {'params': to_params(config, tensors)}
+  variables, state = {}, init_state(config)
+  for name in [name for name in tensors if name.endswith('router_bias')]:
+    if 'bias' not in state:
+      raise ValueError(f"tensor {name} belongs to loss-free balancing; set bal='loss_free'")
+    state['bias'] = tensors.pop(name).reshape(-1)
+  if state:
+    variables['routing'] = state
+  return Transformer(config), {**variables, 'params': to_params(config, tensors)}
 
 
 def model_config(settings: Mapping[str, Any]) -> ModelConfig:

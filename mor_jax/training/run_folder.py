@@ -45,6 +45,7 @@ class RunFolder:
     self._config = path / 'config.json'
     self._data = path / 'data.json'
     self._summary = path / 'summary.json'
+    self.calibrations = path / 'calibrations.json'
 
   def check(self, config: Config) -> None:
     """Raises ConfigError unless the folder can be written and holds nothing or this very run."""
@@ -55,18 +56,23 @@ class RunFolder:
           f'workdir={self.path} holds checkpoints but no config.json; choose another workdir or remove it'
         )
       return
-    try:
-      stored = resolve(json.loads(self._config.read_text()))
-    except (json.JSONDecodeError, ConfigError) as error:
-      raise ConfigError(
-        f'{self._config} cannot be read ({error}); choose another workdir or remove it'
-      ) from None
-    changed = list(_differences(stored.to_dict(), config.to_dict()))
+    changed = list(_differences(self.read_config().to_dict(), config.to_dict()))
     if changed:
       raise ConfigError(
         f'workdir={self.path} holds a run with other settings: {"; ".join(changed)}; '
         f'choose another workdir, or restore these settings to resume it'
       )
+
+  def read_config(self) -> Config:
+    """The config of the run. Raises ConfigError if there is none, or it cannot be read."""
+    try:
+      return resolve(json.loads(self._config.read_text()))
+    except FileNotFoundError:
+      raise ConfigError(f'{self.path} is not the folder of a run: it holds no {self._config.name}') from None
+    except (json.JSONDecodeError, ConfigError) as error:
+      raise ConfigError(
+        f'{self._config} cannot be read ({error}); choose another workdir or remove it'
+      ) from None
 
   def create(self, config: Config, dataset: PreparedDataset) -> None:
     """Writes tokenizer, description of the data and config, unless this run has written them before.

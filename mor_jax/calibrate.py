@@ -1,0 +1,101 @@
+"""Chooses the compute of a trained model: python -m mor_jax.calibrate --checkpoint=RUN --capacities=1.0,0.3
+
+Finds the thresholds with which causal routing takes these shares of the tokens at each recursion, stores
+them in RUN/calibrations.json, and compares the validation loss with that of the capacities trained with.
+"""
+
+import jax
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from mor_jax import cli
+from mor_jax.config import ConfigError
+from mor_jax.data import dataset as dataset_lib
+from mor_jax.data import loader
+from mor_jax.evaluation import calibration as calibration_lib
+from mor_jax.evaluation import nll
+from mor_jax.model import flops
+from mor_jax.model.transformer import Transformer
+from mor_jax.parallel import mesh as mesh_lib
+from mor_jax.training.restore import load_run
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string('checkpoint', None, 'folder of the run')
+flags.DEFINE_list('capacities', None, 'fraction of the tokens that shall enter each recursion, not rising')
+flags.DEFINE_integer('rows', 256, 'rows of the train split to calibrate on')
+flags.DEFINE_integer('eval_rows', 256, 'rows of the validation split to compare on')
+
+
+def main() -> None:
+  """Calibrates, stores and compares. Raises ConfigError for flags that cannot work."""
+  console = Console()
+  capacities = _capacities()
+  for name in ('rows', 'eval_rows'):
+    if FLAGS[name].value < 1:
+      raise ConfigError(f'--{name}={FLAGS[name].value} is not allowed: must be >= 1')
+  run = load_run(FLAGS.checkpoint)
+  wanted = calibration_lib.check(run.config, capacities)
+  dataset = dataset_lib.prepare(run.config.data, report=console.print)
+  mesh, rows_at_once = mesh_lib.make_mesh(), 8 * len(jax.devices())
+
+  batches = loader.train_batches(dataset, run.config.data, rows_at_once, start_step=run.step)
+  batches = calibration_lib.take(batches, FLAGS.rows)
+  thresholds, rows = calibration_lib.calibrate(wanted, run.variables, batches, mesh)
+  calibration = calibration_lib.Calibration(wanted.model.step_capacities, thresholds, run.step, rows)
+  calibration_lib.store(run.folder.calibrations, calibration)
+
+  table = Table('capacities', 'thresholds', 'FLOPs', 'top-k', 'threshold', 'gap', 'mean depth', 'no place')
+  for config, variables, shown in (
+    (run.config, run.variables, _trained_thresholds(run)),
+    (*calibration_lib.apply(run.config, run.variables, calibration), thresholds),
+  ):
+    results = [
+      nll.evaluate(
+        nll.make_nll_step(Transformer(config.model), config, mesh, routing),
+        variables,
+        loader.validation_batches(dataset, rows_at_once, FLAGS.eval_rows),
+        mesh,
+      )
+      for routing in ('topk', 'threshold')
+    ]
+    table.add_row(*_row(config, shown, *results))
+  console.print(table)
+  console.print(f'stored in {run.folder.calibrations}', soft_wrap=True)
+
+
+def _capacities() -> tuple[float, ...]:
+  for name in ('checkpoint', 'capacities'):
+    if not FLAGS[name].value:
+      raise ConfigError(f'--{name} is missing (--help shows an example)')
+  try:
+    return tuple(float(item) for item in FLAGS.capacities)
+  except ValueError:
+    raise ConfigError(
+      f'--capacities={",".join(FLAGS.capacities)} must be numbers separated by commas'
+    ) from None
+
+
+def _trained_thresholds(run) -> list[float]:
+  stored = run.variables.get('routing', {}).get('threshold')
+  return [0.0] * run.config.model.num_recursions if stored is None else stored.tolist()
+
+
+def _row(config, thresholds, topk, threshold) -> list[str]:
+  model, length = config.model, config.data.seq_len
+  share = flops.forward_flops_per_token(model, length)
+  share /= flops.forward_flops_per_token(flops.vanilla_of(model), length)
+  return [
+    ' '.join(f'{capacity:.3f}' for capacity in model.step_capacities),
+    ' '.join(f'{value:.2f}' for value in thresholds),
+    f'{share:.0%}',
+    f'{topk["nll"]:.4f}',
+    f'{threshold["nll"]:.4f}',
+    f'{threshold["nll"] - topk["nll"]:+.4f}',
+    f'{topk["mean_depth"]:.2f}, {threshold["mean_depth"]:.2f}',
+    f'{threshold["overflow_ratio"]:.1%}',
+  ]
+
+
+if __name__ == '__main__':
+  cli.run(main, __doc__, with_config=False)

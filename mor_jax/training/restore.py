@@ -1,0 +1,47 @@
+"""Opens a run for use: its config, model and newest variables."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from mor_jax.config import Config, ConfigError
+from mor_jax.model.transformer import Transformer
+from mor_jax.parallel import mesh as mesh_lib
+from mor_jax.training.checkpoint import Checkpoints
+from mor_jax.training.optimizer import make_optimizer
+from mor_jax.training.run_folder import RunFolder
+from mor_jax.training.state import abstract_state, initializer
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+  """A run's folder, config and model, and the variables of its newest checkpoint, made at `step`."""
+
+  folder: RunFolder
+  config: Config
+  model: Transformer
+  variables: dict[str, Any]
+  step: int
+
+
+def load_run(path: str | os.PathLike) -> LoadedRun:
+  """Reads the newest checkpoint of the run in a folder, onto the devices of this process.
+
+  Raises:
+    ConfigError: the folder is no run's, or the run has no checkpoint yet.
+  """
+  folder = RunFolder(Path(path))
+  config = folder.read_config()
+  if not folder.checkpoints.is_dir():
+    raise ConfigError(f'the run {path} has no checkpoint yet')
+  mesh, model = mesh_lib.make_mesh(), Transformer(config.model)
+  optimizer = make_optimizer(config.train, config.model.has_aux_router)
+  with Checkpoints(folder.checkpoints, config.checkpoint.keep) as checkpoints:
+    step = checkpoints.latest_step
+    if step is None:
+      raise ConfigError(f'the run {path} has no checkpoint yet')
+    state = checkpoints.restore(
+      abstract_state(initializer(model, optimizer, mesh, config.data.seq_len), mesh)
+    )
+  return LoadedRun(folder, config, model, state.variables, step)
