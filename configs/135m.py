@@ -27,9 +27,9 @@ Memory of a device, estimated (mor_jax/training/memory.py), with as many rows at
 global_batch / accumulation / devices:
 
                            mor R=3  recursive R=3   vanilla
-  v5e (16 GB)    8 rows     8.3 GB         8.5 GB    9.7 GB
-  H100 (80 GB)  64 rows    56.3 GB        57.8 GB   58.8 GB
-  v5p (95 GB)   64 rows    56.3 GB        57.8 GB   58.8 GB
+  v5e (16 GB)    8 rows    11.3 GB        11.5 GB   12.7 GB
+  H100 (80 GB)  32 rows    40.9 GB        41.7 GB   42.8 GB
+  v5p (95 GB)   64 rows    80.4 GB        81.9 GB   82.9 GB
 """
 
 from mor_jax import paper

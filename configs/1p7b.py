@@ -28,9 +28,11 @@ Memory of a device, estimated (mor_jax/training/memory.py), with as many rows at
 global_batch / accumulation / devices:
 
                            mor R=3  recursive R=3   vanilla
-  v5e (16 GB)    1 row     16.9 GB        17.0 GB   35.8 GB
-  H100 (80 GB)  16 rows    39.3 GB        40.4 GB   58.9 GB
-  v5p (95 GB)   16 rows    39.3 GB        40.4 GB   58.9 GB
+  v5e (16 GB)    1 row     17.7 GB        17.8 GB   36.6 GB
+  H100 (80 GB)  16 rows    52.2 GB        53.3 GB   71.8 GB
+  v5p (95 GB)   16 rows    52.2 GB        53.3 GB   71.8 GB
+
+A v5e has too little, since every device holds all parameters.
 """
 
 from mor_jax import paper

@@ -34,9 +34,9 @@ Memory of a device, estimated (mor_jax/training/memory.py), with as many rows at
 global_batch / accumulation / devices:
 
                            mor R=3  recursive R=3   vanilla
-  v5e (16 GB)    4 rows     6.9 GB         7.0 GB   11.0 GB
-  H100 (80 GB)  64 rows    60.4 GB        62.9 GB   66.8 GB
-  v5p (95 GB)   64 rows    60.4 GB        62.9 GB   66.8 GB
+  v5e (16 GB)    4 rows     9.4 GB         9.5 GB   13.5 GB
+  H100 (80 GB)  32 rows    52.0 GB        53.2 GB   57.2 GB
+  v5p (95 GB)   32 rows    52.0 GB        53.2 GB   57.2 GB
 """
 
 from mor_jax import paper

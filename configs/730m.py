@@ -27,9 +27,11 @@ Memory of a device, estimated (mor_jax/training/memory.py), with as many rows at
 global_batch / accumulation / devices:
 
                            mor R=3  recursive R=3   vanilla
-  v5e (16 GB)    4 rows    11.0 GB        11.2 GB   19.3 GB
-  H100 (80 GB)  32 rows    42.4 GB        44.0 GB   52.0 GB
-  v5p (95 GB)   32 rows    42.4 GB        44.0 GB   52.0 GB
+  v5e (16 GB)    4 rows    14.2 GB        14.4 GB   22.5 GB
+  H100 (80 GB)  16 rows    37.3 GB        38.2 GB   46.2 GB
+  v5p (95 GB)   32 rows    68.1 GB        69.8 GB   77.8 GB
+
+A v5e has too little for vanilla, since every device holds all parameters.
 """
 
 from mor_jax import paper
