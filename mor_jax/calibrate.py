@@ -37,29 +37,24 @@ def main() -> None:
   run = load_run(FLAGS.checkpoint)
   wanted = calibration_lib.check(run.config, capacities)
   dataset = dataset_lib.prepare(run.config.data, report=console.print)
-  mesh, rows_at_once = mesh_lib.make_mesh(), 8 * len(jax.devices())
+  mesh = mesh_lib.make_mesh()
 
-  batches = loader.train_batches(dataset, run.config.data, rows_at_once, start_step=run.step)
+  batches = loader.train_batches(dataset, run.config.data, 8 * len(jax.devices()), start_step=run.step)
   batches = calibration_lib.take(batches, FLAGS.rows)
   thresholds, rows = calibration_lib.calibrate(wanted, run.variables, batches, mesh)
   calibration = calibration_lib.Calibration(wanted.model.step_capacities, thresholds, run.step, rows)
   calibration_lib.store(run.folder.calibrations, calibration)
 
-  table = Table('capacities', 'thresholds', 'FLOPs', 'top-k', 'threshold', 'gap', 'mean depth', 'no place')
-  for config, variables, shown in (
-    (run.config, run.variables, _trained_thresholds(run)),
-    (*calibration_lib.apply(run.config, run.variables, calibration), thresholds),
-  ):
-    results = [
-      nll.evaluate(
-        nll.make_nll_step(Transformer(config.model), config, mesh, routing),
-        variables,
-        loader.validation_batches(dataset, rows_at_once, FLAGS.eval_rows),
-        mesh,
-      )
-      for routing in ('topk', 'threshold')
-    ]
-    table.add_row(*_row(config, shown, *results))
+  columns = [
+    _column(config, variables, shown, dataset, mesh)
+    for config, variables, shown in (
+      (run.config, run.variables, _trained_thresholds(run)),
+      (*calibration_lib.apply(run.config, run.variables, calibration), thresholds),
+    )
+  ]
+  table = Table('', 'as trained', 'calibrated')
+  for label in columns[0]:
+    table.add_row(label, *(column[label] for column in columns))
   console.print(table)
   console.print(f'stored in {run.folder.calibrations}', soft_wrap=True)
 
@@ -81,20 +76,32 @@ def _trained_thresholds(run) -> list[float]:
   return [0.0] * run.config.model.num_recursions if stored is None else stored.tolist()
 
 
-def _row(config, thresholds, topk, threshold) -> list[str]:
+def _column(config, variables, thresholds, dataset, mesh) -> dict[str, str]:
+  """What threshold routing costs and reaches with a config's capacities, beside top-k routing."""
   model, length = config.model, config.data.seq_len
+  rows_at_once = 8 * len(jax.devices())
+  topk, threshold = (
+    nll.evaluate(
+      nll.make_nll_step(Transformer(model), config, mesh, routing),
+      variables,
+      loader.validation_batches(dataset, rows_at_once, FLAGS.eval_rows),
+      mesh,
+    )
+    for routing in ('topk', 'threshold')
+  )
   share = flops.forward_flops_per_token(model, length)
   share /= flops.forward_flops_per_token(flops.vanilla_of(model), length)
-  return [
-    ' '.join(f'{capacity:.3f}' for capacity in model.step_capacities),
-    ' '.join(f'{value:.2f}' for value in thresholds),
-    f'{share:.0%}',
-    f'{topk["nll"]:.4f}',
-    f'{threshold["nll"]:.4f}',
-    f'{threshold["nll"] - topk["nll"]:+.4f}',
-    f'{topk["mean_depth"]:.2f}, {threshold["mean_depth"]:.2f}',
-    f'{threshold["overflow_ratio"]:.1%}',
-  ]
+  return {
+    'capacities': ' '.join(f'{capacity:.3f}' for capacity in model.step_capacities),
+    'thresholds': ' '.join(f'{value:.2f}' for value in thresholds),
+    'FLOPs, share of vanilla': f'{share:.0%}',
+    'loss, top-k routing': f'{topk["nll"]:.4f}',
+    'loss, threshold routing': f'{threshold["nll"]:.4f}',
+    'gap': f'{threshold["nll"] - topk["nll"]:+.4f}',
+    'mean depth, top-k': f'{topk["mean_depth"]:.2f}',
+    'mean depth, threshold': f'{threshold["mean_depth"]:.2f}',
+    'tokens without a place': f'{threshold["overflow_ratio"]:.1%}',
+  }
 
 
 if __name__ == '__main__':

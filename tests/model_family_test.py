@@ -190,11 +190,13 @@ def test_auxiliary_router_does_not_disturb_the_model():
   """Its loss reaches its own parameters alone, and its scores decide only where the future is unknown."""
   model, variables = tiny.model(causality='aux_router', num_layers=4)
 
-  def aux_loss(params):
+  @jax.jit
+  @jax.grad
+  def gradient(params):
     term = model.apply({'params': params}, TOKENS).routing.losses['aux']
     return (term.sum / term.count).sum()
 
-  gradients = jax.grad(aux_loss)(variables['params'])
+  gradients = gradient(variables['params'])
   norms = {
     name: float(sum(jnp.abs(leaf).sum() for leaf in jax.tree.leaves(g))) for name, g in gradients.items()
   }
@@ -204,8 +206,9 @@ def test_auxiliary_router_does_not_disturb_the_model():
 
 def test_random_router_draws_anew_for_every_key():
   model, variables = tiny.model(random_router=True, causality='none', num_layers=5, num_recursions=3)
+  apply = tiny.apply(model)
   selected = [
-    model.apply(variables, TOKENS, segment_ids=SEGMENTS, rngs={'routing': jax.random.key(seed)}).routing
+    apply(variables, TOKENS, segment_ids=SEGMENTS, rngs={'routing': jax.random.key(seed)}).routing
     for seed in (1, 1, 2)
   ]
   a, b, c = (np.asarray(routing.selected_RBT) for routing in selected)

@@ -177,8 +177,7 @@ def test_bfloat16_is_close_to_float32():
   assert rounded.dtype == jnp.float32
   error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
   assert 1e-4 < error < 0.03  # not exact (it did compute in bfloat16), and eight bits of mantissa near
-  mor = Transformer(tiny.config(dtype='bfloat16'))
-  mor_variables = mor.init(jax.random.key(0), tokens_BT)
+  mor, mor_variables = tiny.model(dtype='bfloat16')
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(mor_variables))
   (value, _), gradients = value_and_grad(mor, mor_variables, tokens_BT, jnp.ones_like(tokens_BT))
   assert np.isfinite(value)

@@ -11,7 +11,7 @@ from tests import tiny
 STRICT = {'num_layers': 5, 'num_recursions': 3, 'router_alpha': 0.8}
 
 
-def futures_replaced(made, variables, routing, draws=40, length=24):
+def futures_replaced(made, variables, routing, draws=20, length=24):
   """Largest change of logits up to a random t when all tokens after t are replaced, over many draws."""
   apply = tiny.apply(made, routing)
   rng = np.random.default_rng(0)
