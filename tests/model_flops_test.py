@@ -79,6 +79,10 @@ def test_shared_keys_and_values_are_cached_once(steps):
 
 def compiled_train_flops(config, batch, length):
   """XLA's own count of forward and backward, on an unrolled program (it counts a loop body once)."""
+  return compile_gradient(config, batch, length).cost_analysis()['flops']
+
+
+def compile_gradient(config, batch, length):
   model = Transformer(dataclasses.replace(config, unroll_layers=True))
   tokens_BT = jax.ShapeDtypeStruct((batch, length), jnp.int32)
   variables = jax.eval_shape(model.init, jax.random.key(0), tokens_BT)
@@ -86,7 +90,7 @@ def compiled_train_flops(config, batch, length):
   def loss(variables, tokens_BT):
     return jax.nn.log_softmax(model.apply(variables, tokens_BT).logits)[..., 0].mean()
 
-  return jax.jit(jax.grad(loss)).lower(variables, tokens_BT).compile().cost_analysis()['flops']
+  return jax.jit(jax.grad(loss)).lower(variables, tokens_BT).compile()
 
 
 @pytest.mark.parametrize(
@@ -105,3 +109,30 @@ def test_compiled_flops_fall_as_the_formula_says(steps, kv):
   assert compiled[1] == pytest.approx(expected, rel=0.06)  # the rest is element-wise work
   masked = dataclasses.replace(config, dispatch='mask')
   assert compiled_train_flops(masked, batch, length) > 0.97 * compiled[1], 'masking must not look cheaper'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'change',
+  [
+    {},
+    {'kv': 'shared'},
+    {'kv': 'hybrid'},
+    {'router': 'token_choice', 'token_capacity_factor': 1.0},
+    {'router': 'token_choice', 'token_capacity_factor': 1.0, 'kv': 'shared'},
+  ],
+)
+def test_gathering_saves_flops_and_memory_of_the_compiled_step(change):
+  config = tiny.config(num_layers=8, num_recursions=3, d_model=64, mlp_dim=160, **change)
+  gathered, masked = (
+    compile_gradient(dataclasses.replace(config, dispatch=dispatch), 2, 192)
+    for dispatch in ('gather', 'mask')
+  )
+  flops_ratio = gathered.cost_analysis()['flops'] / masked.cost_analysis()['flops']
+  per_token = [
+    flops.train_flops_per_token(dataclasses.replace(config, dispatch=dispatch), 192)
+    for dispatch in ('gather', 'mask')
+  ]
+  assert flops_ratio == pytest.approx(per_token[0] / per_token[1], rel=0.03)
+  memory = [program.memory_analysis().temp_size_in_bytes for program in (gathered, masked)]
+  assert memory[0] < 0.9 * memory[1]
