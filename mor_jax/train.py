@@ -60,7 +60,7 @@ def main(config: Config, workdir: str | None) -> None:
   summary.print_table(console, config.name, summary.describe_run(config, mesh, dataset, folder.path))
 
   # ---- model and step ----
-  _use_compilation_cache(dataset)
+  _use_compilation_cache(config)
   model = Transformer(config.model)
   optimizer = make_optimizer(config.train)
   initialize = initializer(model, optimizer, mesh, config.data.seq_len)
@@ -112,10 +112,10 @@ def _with_vocabulary(config: Config, tokenizer_size: int) -> Config:
   return config.replace(model={'vocab_size': size})
 
 
-def _use_compilation_cache(dataset: dataset_lib.PreparedDataset) -> None:
+def _use_compilation_cache(config: Config) -> None:
   """Compiled programs are kept in the cache folder of the datasets, so that a restart begins at once."""
   if jax.config.jax_compilation_cache_dir is None:
-    jax.config.update('jax_compilation_cache_dir', str(dataset.folder.parents[1] / 'xla'))
+    jax.config.update('jax_compilation_cache_dir', str(dataset_lib.cache_dir(config.data) / 'xla'))
 
 
 def _validator(
