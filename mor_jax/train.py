@@ -81,7 +81,15 @@ def main(config: Config, workdir: str | None) -> None:
       state = initialize(jnp.uint32(config.train.seed))
 
     # ---- training ----
-    batches = loader.train_batches(dataset, config.data, config.train.global_batch, start_step=done)
+    batches = loader.train_batches(
+      dataset,
+      config.data,
+      config.train.global_batch,
+      start_step=done,
+      accumulation=config.train.accumulation,
+      host=jax.process_index(),
+      num_hosts=jax.process_count(),
+    )
     with MetricsLog(folder.path, done) as log, Progress(console, config.train.steps, done) as progress:
       state = loop.train(config, mesh, state, train_step, batches, validate, checkpoints, log, progress)
       last = log.records[-1] if log.records else {}

@@ -63,7 +63,7 @@ class TfdsSource:
       raise self._refused(f'has no split {self._split!r}; its splits are {", ".join(splits)}')
     if self._key not in (builder.info.features or {}):
       raise self._refused(
-        f'has no feature {self._key!r}; its features are {", ".join(builder.info.features)}'
+        f'has no feature {self._key!r}; its features are {", ".join(sorted(builder.info.features))}'
       )
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
       raise self._refused(
