@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import types
 
 import jax
 import numpy as np
@@ -124,16 +125,26 @@ def test_hosts_together_have_the_same_micro_batches(prepared, data, num_hosts, a
   np.testing.assert_array_equal(np.concatenate(parts, axis=2), whole[2:])
 
 
-def test_a_host_reads_only_its_rows(prepared, data, monkeypatch):
-  read = []
-  original = dataset.shards.Rows.__getitem__
-  monkeypatch.setattr(
-    dataset.shards.Rows, '__getitem__', lambda rows, i: read.append(int(i)) or original(rows, i)
-  )
+class RecordedRows(list):
+  """Rows that note which of them are read."""
+
+  def __init__(self, rows):
+    super().__init__(rows)
+    self.read = []
+
+  def __getitem__(self, index):
+    self.read.append(int(index))
+    return super().__getitem__(int(index))
+
+
+def test_a_host_reads_only_its_rows(prepared, data):
+  rows = RecordedRows(prepared.rows('train'))
+  recorded = types.SimpleNamespace(rows=lambda split: rows)
   still = dataclasses.replace(data, prefetch=0)
-  take(loader.train_batches(prepared, still, 8, host=1, num_hosts=4), 3)
-  count = len(prepared.rows('train'))
-  assert read == [int(i) for step in range(3) for i in loader.batch_rows(count, 8, data.seed, step)[2:4]]
+  take(loader.train_batches(recorded, still, 8, host=1, num_hosts=4), 3)
+  assert rows.read == [
+    int(i) for step in range(3) for i in loader.batch_rows(len(rows), 8, data.seed, step)[2:4]
+  ]
 
 
 def test_batches_that_hosts_cannot_share(prepared, data):
