@@ -30,14 +30,17 @@ INTERRUPTED = 130
 HELP_FLAGS = ('h', '?', 'help', 'helpshort', 'helpfull')
 
 
-def run(main: Callable[..., int | None], doc: str, with_config: bool = True) -> NoReturn:
+def run(
+  main: Callable[..., int | None], doc: str, with_config: bool = True, needs_config: bool = True
+) -> NoReturn:
   """Parses the command line, calls main and exits with what it returns (None: 0).
 
   Args:
     main: `main(config, workdir)`; workdir is the value of --workdir or None. Without config: `main()`.
       May raise ConfigError. Reads flags that the entry point defined itself from `flags.FLAGS`.
     doc: shown by --help; the first words say what the program does, an example says how.
-    with_config: define --config, the settings and --workdir, and require --config.
+    with_config: define --config, the settings and --workdir.
+    needs_config: require --config; without, the settings start from their defaults.
   """
   if with_config:
     _define_config_flags()
@@ -49,7 +52,7 @@ def run(main: Callable[..., int | None], doc: str, with_config: bool = True) -> 
       sys.exit(0)
     try:
       _parse_flags(argv)
-      return _load_config() if with_config else None
+      return _load_config(needs_config) if with_config else None
     except ConfigError as error:
       _refuse(error)
 
@@ -142,11 +145,11 @@ def _suggestion(unknown: str) -> str:
 # ---- config ----
 
 
-def _load_config() -> Config:
+def _load_config(needs_config: bool) -> Config:
   """The validated Config of --config and the overrides; raises ConfigError."""
-  if not FLAGS.config:
+  if not FLAGS.config and needs_config:
     raise ConfigError('--config is missing: name a file of settings, for example --config=configs/tiny.py')
-  settings = _read_config_file(FLAGS.config)
+  settings = _read_config_file(FLAGS.config) if FLAGS.config else config_lib.default()
   flag_of = {name: FLAGS[f'config.{name}'] for name in config_lib.settings()}
   overrides = {name: flag.value for name, flag in flag_of.items() if flag.present}
   # A file may build a ConfigDict by hand, with sections left out; resolve() checks names and types.

@@ -229,20 +229,40 @@ class DataConfig:
   """Text, tokenizer and rows."""
 
   source: str = setting(
-    'embedded', "where documents come from: the running Python's documentation and sources", ('embedded',)
+    'embedded',
+    "documents: embedded, the running Python's documentation and sources; files:PATTERN (.txt .md .jsonl, also "
+    '.gz .zst, and .parquet; several separated by commas); tfds:NAME/SPLIT/KEY or tfds:FOLDER/SPLIT/KEY; '
+    'hf:DATASET:CONFIG:SPLIT; prepared:FOLDER, a dataset made before; a mixture as 0.7*SOURCE;0.3*SOURCE',
   )
-  tokenizer: str = setting('bpe', 'bpe: trained on the corpus; bytes: one token a byte', ('bpe', 'bytes'))
-  vocab_size: int = setting(4096, 'entries of the trained tokenizer, special tokens included')
+  text_key: str = setting('text', 'key of the text in .jsonl files, .parquet files and hf: datasets')
+  max_bad_fraction: float = setting(
+    0.001, 'share of documents that may be undecodable (not UTF-8, not JSON, no text) and are skipped'
+  )
+  drop_duplicates: bool = setting(False, 'leave out documents whose text came before')
+  tokenizer: str = setting(
+    'bpe',
+    'bpe: trained on the corpus; bytes: one token a byte; else the path of a tokenizer.json, or a model on '
+    'the Hugging Face hub, such as HuggingFaceTB/SmolLM-135M',
+  )
+  vocab_size: int = setting(4096, 'entries of the trained tokenizer (bpe), special tokens included')
+  separator: str = setting('<|endoftext|>', 'token of the vocabulary that ends every document')
+  packing: str = setting(
+    'concat',
+    'documents to rows: concat, one after the other and cut, as in the paper; first_fit, whole documents '
+    'where there is room, padding where there is none',
+    ('concat', 'first_fit'),
+  )
   seq_len: int = setting(2048, 'tokens T in a row')
   segment_mask: bool = setting(
     True, 'tokens attend within their document only, positions restart with it; false: as in the paper'
   )
-  validation_fraction: float = setting(0.05, 'share of the source files held out for validation')
+  validation_fraction: float = setting(0.05, 'share of the documents held out for validation')
   max_documents: int | None = setting(None, 'stop after this many documents; none: the whole corpus')
   seed: int = setting(0, 'shuffles the rows, anew in every epoch')
   cache_dir: str | None = setting(
     None, 'folder for prepared datasets; none: $XDG_CACHE_HOME/mor_jax or ~/.cache/mor_jax'
   )
+  workers: int | None = setting(None, 'processes that tokenise while preparing; none: one for each core')
   prefetch: int = setting(2, 'batches read ahead on threads')
 
 

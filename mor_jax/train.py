@@ -61,7 +61,7 @@ def main(config: Config, workdir: str | None) -> None:
   summary.print_table(console, config.name, summary.describe_run(config, mesh, dataset, folder.path))
 
   # ---- model and step ----
-  _use_compilation_cache(dataset)
+  _use_compilation_cache(config)
   model = Transformer(config.model)
   optimizer = make_optimizer(config.train, config.model.has_aux_router)
   initialize = initializer(model, optimizer, mesh, config.data.seq_len)
@@ -84,7 +84,15 @@ def main(config: Config, workdir: str | None) -> None:
       state = initialize(jnp.uint32(config.train.seed))
 
     # ---- training ----
-    batches = loader.train_batches(dataset, config.data, config.train.global_batch, start_step=done)
+    batches = loader.train_batches(
+      dataset,
+      config.data,
+      config.train.global_batch,
+      start_step=done,
+      accumulation=config.train.accumulation,
+      host=jax.process_index(),
+      num_hosts=jax.process_count(),
+    )
     train_step = phases.PhasedStep(programs, done)
     with MetricsLog(folder.path, done) as log, Progress(console, config.train.steps, done) as progress:
       state = loop.train(config, mesh, state, train_step, batches, validate, checkpoints, log, progress)
@@ -116,10 +124,10 @@ def _with_vocabulary(config: Config, tokenizer_size: int) -> Config:
   return config.replace(model={'vocab_size': size})
 
 
-def _use_compilation_cache(dataset: dataset_lib.PreparedDataset) -> None:
+def _use_compilation_cache(config: Config) -> None:
   """Compiled programs are kept in the cache folder of the datasets, so that a restart begins at once."""
   if jax.config.jax_compilation_cache_dir is None:
-    jax.config.update('jax_compilation_cache_dir', str(dataset.folder.parents[1] / 'xla'))
+    jax.config.update('jax_compilation_cache_dir', str(dataset_lib.cache_dir(config.data) / 'xla'))
 
 
 def _validator(

@@ -227,6 +227,12 @@ def _validate_data(data: DataConfig) -> None:
   )
   _require(data.seed >= 0, 'data.seed', data.seed, '>= 0')
   _require(data.prefetch >= 0, 'data.prefetch', data.prefetch, '>= 0')
+  _require(0 <= data.max_bad_fraction <= 1, 'data.max_bad_fraction', data.max_bad_fraction, 'in [0, 1]')
+  _require(bool(data.text_key), 'data.text_key', repr(data.text_key), 'a non-empty name')
+  _require(bool(data.separator), 'data.separator', repr(data.separator), 'a token of the vocabulary')
+  _require(bool(data.tokenizer), 'data.tokenizer', repr(data.tokenizer), 'bpe, bytes, a path or a name')
+  if data.workers is not None:
+    _require(data.workers >= 1, 'data.workers', data.workers, '>= 1')
   if data.tokenizer == 'bpe':
     _require(
       data.vocab_size >= SPECIAL_AND_BYTE_TOKENS,

@@ -9,7 +9,7 @@ import sysconfig
 import pytest
 
 from mor_jax.config import ConfigError, DataConfig
-from mor_jax.data import corpus
+from mor_jax.data import corpus, embedded
 
 PROSE = 'Words that a reader can read, one after the other, on several lines.\n' * 5
 
@@ -130,7 +130,7 @@ class Shape(Base, metaclass=Meta):
 async def load(*paths, strict=True):
   """Loads shapes."""
 '''
-  assert corpus.docstrings(source, 'shapes') == (
+  assert embedded.docstrings(source, 'shapes') == (
     'Module shapes\n\nWhat the module does.\n\n'
     'class Shape(Base)\n\nA shape.\n\nWith an area.\n\n'
     "Shape.area(self, unit: str='m')\n\nThe area in `unit`.\n\n"

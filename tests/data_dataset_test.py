@@ -1,7 +1,6 @@
 """Prepared datasets: what was written comes back, and nothing unfinished or damaged is read."""
 
 import dataclasses
-import itertools
 import json
 import os
 import pathlib
@@ -59,6 +58,7 @@ def test_manifest_counts_what_is_there(prepared, data, split):
     'tokens': np.sum(segments > 0),
     'targets': np.sum((segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)),
     'rows': len(rows),
+    'cut': sum(len(prepared.tokenizer.encode(document.text)) >= 64 for document in documents),
   }
   assert prepared.manifest.vocab_size == prepared.tokenizer.vocab_size == 400
 
@@ -85,13 +85,19 @@ def test_rows_are_a_sequence(prepared):
     rows[len(rows)]
 
 
-def test_wide_integers_and_many_shards(tmp_path, monkeypatch):
-  monkeypatch.setattr(shards, 'SHARD_TOKENS', 300)
+def test_wide_integers_and_many_shards(tmp_path):
   written = list(packing.concat_and_split([range(65_000, 66_000), range(70)], 100, 70_000))
-  with shards.ShardWriter(tmp_path, 'train', vocab_size=70_001, seq_len=100) as writer:
-    for row in written:
-      writer.write(row)
-  shards.write_tfds_metadata(tmp_path, [writer])
+  row_format = shards.RowFormat(vocab_size=70_001, seq_len=100)
+  paths = [tmp_path / f'{i}.shard' for i in range(4)]
+  lengths, size = [], 0
+  for i, path in enumerate(paths):
+    file = shards.ShardFile(path)
+    for row in written[3 * i : 3 * i + 3]:
+      file.append(row_format.serialize(row))
+    file.close()
+    lengths, size = [*lengths, file.rows], size + file.num_bytes
+  shards.publish(tmp_path, 'train', paths)
+  shards.write_tfds_metadata(tmp_path, row_format, {'train': lengths}, {'train': size})
   assert len(shard_bytes(tmp_path)) == 4
   rows = shards.Rows(tmp_path, 'train')
   assert len(rows) == len(written) == 11
@@ -113,7 +119,7 @@ def test_second_call_opens_and_a_second_build_is_identical(prepared, data, tmp_p
 
 def test_folder_depends_on_what_decides_the_content(data):
   changes = [{'seq_len': 65}, {'vocab_size': 401}, {'tokenizer': 'bytes'}, {'max_documents': None}]
-  changes += [{'validation_fraction': 0.06}, {}]
+  changes += [{'validation_fraction': 0.06}, {'packing': 'first_fit'}, {'drop_duplicates': True}, {}]
   folders = [dataset.dataset_folder(dataclasses.replace(data, **change)) for change in changes]
   assert len(set(folders)) == len(changes)
   same = dataclasses.replace(data, seed=5, prefetch=0, segment_mask=False)
@@ -128,17 +134,25 @@ def test_default_cache_folder(monkeypatch):
   assert dataset.dataset_folder(DataConfig()).parent == pathlib.Path('/home/someone/.cache/mor_jax/datasets')
 
 
-def test_failure_leaves_nothing_behind(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize('where', [(shards, 'publish'), (shards, 'write_tfds_metadata'), (shutil, 'rmtree')])
+def test_interrupted_while_finishing(prepared, data, tmp_path, monkeypatch, where):
   data = dataclasses.replace(data, cache_dir=str(tmp_path))
 
-  def interrupt(*args):
+  def interrupt(*args, **kwargs):
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(shards, 'write_tfds_metadata', interrupt)
+    patch.setattr(*where, interrupt)
     with pytest.raises(KeyboardInterrupt):
       dataset.prepare(data)
-  assert [path for path in (tmp_path / 'datasets').iterdir() if path.is_dir()] == []
+  folder = dataset.dataset_folder(data)
+  with pytest.raises(ConfigError, match='its preparation was interrupted, run it again'):
+    dataset.open_dataset(folder)
+  lines = []
+  assert dataset.prepare(data, lines.append).manifest == prepared.manifest
+  assert lines[0].startswith('continuing')
+  assert shard_bytes(folder) == shard_bytes(prepared.folder)
+  assert sorted(path.name for path in folder.iterdir()) == sorted(p.name for p in prepared.folder.iterdir())
 
 
 def test_killed_preparation_is_not_read_and_done_again(prepared, data, tmp_path):
@@ -146,7 +160,7 @@ def test_killed_preparation_is_not_read_and_done_again(prepared, data, tmp_path)
 import os, sys
 from mor_jax.config import DataConfig
 from mor_jax.data import dataset, shards
-kill = lambda *args: os.kill(os.getpid(), 9)
+kill = lambda *args, **kwargs: os.kill(os.getpid(), 9)
 shards.write_tfds_metadata = kill
 dataset.prepare(DataConfig(cache_dir=sys.argv[1], vocab_size=400, seq_len=64, max_documents=24))
 """
@@ -253,10 +267,3 @@ def test_too_little_text_is_refused(data, tmp_path, split, documents):
   ):
     dataset.prepare(dataclasses.replace(data, **settings))
   assert [path for path in (tmp_path / 'datasets').iterdir() if path.is_dir()] == []
-
-
-def test_large_corpora_are_encoded_in_parts():
-  documents = [corpus.Document(str(i), 'x' * size, str(i)) for i, size in enumerate([3, 9, 1, 1, 12, 2])]
-  parts = list(dataset._batches(iter(documents), characters=10))
-  assert [[len(text) for text in part] for part in parts] == [[3, 9], [1, 1, 12], [2]]
-  assert list(itertools.chain(*parts)) == [document.text for document in documents]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import types
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mor_jax.config import DataConfig
+from mor_jax.config import ConfigError, DataConfig
 from mor_jax.data import dataset, loader
 
 
@@ -109,3 +110,43 @@ def test_validation_in_order_with_padding_at_the_end(prepared, batch_size, max_r
     np.testing.assert_array_equal(array[: len(rows)], [row[name] for row in rows])
   assert not together['segment_ids'][len(rows) :].any()
   assert (together['tokens'][len(rows) :] == prepared.tokenizer.end_of_text).all()
+
+
+@pytest.mark.parametrize('accumulation', [1, 2])
+@pytest.mark.parametrize('num_hosts', [1, 2, 4])
+def test_hosts_together_have_the_same_micro_batches(prepared, data, num_hosts, accumulation):
+  """Resuming at step 2 on another number of hosts included."""
+  whole = np.stack(take(loader.train_batches(prepared, data, 8), 4)).reshape(4, accumulation, -1, 512)
+  hosts = [
+    np.stack(take(loader.train_batches(prepared, data, 8, 2, accumulation, host, num_hosts), 2))
+    for host in range(num_hosts)
+  ]
+  parts = [host.reshape(2, accumulation, -1, 512) for host in hosts]
+  np.testing.assert_array_equal(np.concatenate(parts, axis=2), whole[2:])
+
+
+class RecordedRows(list):
+  """Rows that note which of them are read."""
+
+  def __init__(self, rows):
+    super().__init__(rows)
+    self.read = []
+
+  def __getitem__(self, index):
+    self.read.append(int(index))
+    return super().__getitem__(int(index))
+
+
+def test_a_host_reads_only_its_rows(prepared, data):
+  rows = RecordedRows(prepared.rows('train'))
+  recorded = types.SimpleNamespace(rows=lambda split: rows)
+  still = dataclasses.replace(data, prefetch=0)
+  take(loader.train_batches(recorded, still, 8, host=1, num_hosts=4), 3)
+  assert rows.read == [
+    int(i) for step in range(3) for i in loader.batch_rows(len(rows), 8, data.seed, step)[2:4]
+  ]
+
+
+def test_batches_that_hosts_cannot_share(prepared, data):
+  with pytest.raises(ConfigError, match=r'train\.global_batch=8 .*among 3 hosts; .* multiple of 6'):
+    loader.train_batches(prepared, data, 8, accumulation=2, num_hosts=3)

@@ -64,3 +64,28 @@ def test_streams_without_reading_ahead():
   first, second = next(rows), next(rows)
   assert first.tokens_T.tolist() == [1, 2, 3, END, 1, 2, 3, END]
   assert first.tokens_T is not second.tokens_T
+
+
+@settings(deadline=None)
+@given(documents=DOCUMENTS, seq_len=st.integers(2, 17))
+def test_first_fit_keeps_documents_whole_and_loses_nothing(documents, seq_len):
+  documents = [[*document, END] for document in documents]
+  segments = []
+  for row in packing.first_fit([document[:-1] for document in documents], seq_len, END):
+    row = packing.unpack(row)
+    for segment in range(1, row['segment_ids'].max() + 1):
+      inside = row['segment_ids'] == segment
+      segments.append(row['tokens'][inside].tolist())
+      assert row['positions'][inside].tolist() == list(range(inside.sum()))
+    padding = row['segment_ids'] == 0
+    assert (row['tokens'][padding] == END).all()
+    assert not row['positions'][padding].any()
+  pieces = [doc[i : i + seq_len] for doc in documents for i in range(0, len(doc), seq_len)]
+  assert sorted(segments) == sorted(pieces)
+
+
+def test_first_fit_fills_gaps():
+  documents = [[1] * 5, [2] * 7, [3], [4] * 2, [5] * 13]
+  rows = [row.segment_lengths.tolist() for row in packing.first_fit(documents, 10, END)]
+  # 6 | 8 | 2 joins 6 | 3 opens the third, 10 fills the fourth, its rest of 4 joins 3
+  assert rows == [[6, 2], [8], [3, 4], [10]]

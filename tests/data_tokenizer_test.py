@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mor_jax.config import DataConfig
+from mor_jax.config import ConfigError, DataConfig
 from mor_jax.data import corpus, tokenizer
 
 TEXTS = st.text() | st.lists(st.sampled_from(['<|endoftext|>', ' ', '\n', 'é', '🙂', 'def f', '\x00'])).map(
@@ -83,3 +83,29 @@ def test_unusable_files_are_refused(built, tmp_path):
   path.write_text(json.dumps(content | {'added_tokens': []}))
   with pytest.raises(ValueError, match=r'no token <\|endoftext\|>'):
     tokenizer.Tokenizer.load(path)
+
+
+def test_any_tokenizer_file_by_path_or_folder(built, tmp_path):
+  path = tmp_path / 'tokenizer.json'
+  built['bpe'].save(path)
+  for place in (path, tmp_path):
+    assert tokenizer.build(DataConfig(tokenizer=str(place))).digest == built['bpe'].digest
+  data = DataConfig(tokenizer=str(tmp_path))
+  fingerprint = tokenizer.fingerprint(data)
+  path.write_text(path.read_text() + ' ')
+  assert tokenizer.fingerprint(data) != fingerprint
+  with pytest.raises(ConfigError, match=r'data\.tokenizer=.*no token </s>.*data\.separator'):
+    tokenizer.build(DataConfig(tokenizer=str(path), separator='</s>'))
+
+
+def test_separator_of_another_name():
+  made = tokenizer.build(DataConfig(tokenizer='bytes', separator='</s>'))
+  assert (made.end_of_text, made.vocab_size) == (256, 257)
+  assert made.encode('</s>') == list(b'</s>')
+
+
+def test_no_such_tokenizer():
+  with pytest.raises(ConfigError, match=r'data\.tokenizer=none\.json is neither bpe nor bytes'):
+    tokenizer.build(DataConfig(tokenizer='none.json'))
+  with pytest.raises(ConfigError, match=r'some/model is no file .* HF_HUB_OFFLINE is set; .*tokenizer=bpe'):
+    tokenizer.build(DataConfig(tokenizer='some/model'))

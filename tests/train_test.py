@@ -27,8 +27,8 @@ from mor_jax.data import loader
 
 batches = loader.train_batches
 
-def deadly(dataset, data, global_batch, start_step):
-  for step, batch in enumerate(batches(dataset, data, global_batch, start_step), start_step + 1):
+def deadly(dataset, data, global_batch, start_step, **hosts):
+  for step, batch in enumerate(batches(dataset, data, global_batch, start_step, **hosts), start_step + 1):
     if step == {KILL_BEFORE_STEP}:
       os.kill(os.getpid(), signal.SIGKILL)
     yield batch
@@ -115,9 +115,9 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(config, finishe
   starts = []
   batches = loader.train_batches
 
-  def recorded(*args, start_step):
+  def recorded(*args, start_step, **hosts):
     starts.append(start_step)
-    return batches(*args, start_step=start_step)
+    return batches(*args, start_step=start_step, **hosts)
 
   monkeypatch.setattr(loader, 'train_batches', recorded)
   train.main(config, str(folder))

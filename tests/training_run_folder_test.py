@@ -17,9 +17,23 @@ class Tokenizer:
     path.write_text('{}')
 
 
-def _dataset(folder, rows=100):
-  splits = {name: dataset_lib.SplitCounts(1, 10, 10, 9, rows) for name in ('train', 'validation')}
-  manifest = dataset_lib.Manifest(1, 'embedded', 64, 257, 'digest', splits, {'shard': 1})
+def _dataset(folder, rows=100, digest='digest'):
+  splits = {name: dataset_lib.SplitCounts(1, 10, 10, 9, rows, 0) for name in ('train', 'validation')}
+  manifest = dataset_lib.Manifest(
+    format_version=2,
+    source='embedded',
+    documents_digest='documents',
+    seq_len=64,
+    packing='concat',
+    tokenizer='bytes',
+    separator='<|endoftext|>',
+    vocab_size=257,
+    tokenizer_digest=digest,
+    dropped={},
+    dropped_examples=[],
+    splits=splits,
+    files={'shard': 1},
+  )
   return dataset_lib.PreparedDataset(folder, Tokenizer(), manifest)
 
 
@@ -73,6 +87,13 @@ def test_all_differing_settings_are_listed(folder):
   assert 'model.num_layers' in str(error.value)
   assert 'model.d_model' in str(error.value)
   assert 'log_every' not in str(error.value)
+
+
+def test_another_vocabulary_is_refused(folder, tmp_path):
+  with pytest.raises(
+    ConfigError, match=r'run with another vocabulary: its tokenizer had 257 .*data\.tokenizer'
+  ):
+    folder.create(CONFIG, _dataset(tmp_path, digest='another'))
 
 
 def test_other_data_is_refused(folder):

@@ -1,74 +1,175 @@
-"""Documents: where text comes from, and which side of the train/validation split it is on.
+"""Documents of `data.source`: mixed, split into train and validation, filtered and limited.
 
-A source is a function that yields all its documents in a fixed order; `documents`
-splits and limits them the same way for every source. The only source yet is the
-embedded corpus, the text that every full Python installation carries: documentation
-topics, and the docstrings and sources of the standard library. It needs no network
-and differs between Python versions.
+Every source is read the same way: in one pass and in a fixed order. Which side of the
+split a document is on follows from a hash of its origin, so that it never changes.
 """
 
-import ast
-import dataclasses
 import hashlib
 import itertools
-import os
-import pathlib
-import platform
 import re
-import sysconfig
-import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 
 from mor_jax.config import ConfigError, DataConfig
+from mor_jax.data.document import Document, Source, Unreadable, uniform_hash
+from mor_jax.data.embedded import EmbeddedCorpus
+from mor_jax.data.files import Files
+from mor_jax.data.hubs import HuggingFaceSource, TfdsSource
 
 SPLITS = ('train', 'validation')
+EXAMPLES_SHOWN = 5
 
-# Tests, tables made by programs, an application with tests of its own, and what is not the library's.
-_SKIPPED_FOLDERS = frozenset(
-  ('site-packages', 'dist-packages', '__pycache__', 'test', 'tests', 'idlelib', 'encodings', 'pydoc_data')
-)
-_SKIPPED_PREFIXES = ('config-', '_sysconfigdata')
-_SHORTEST_DOCUMENT = 200  # characters; shorter files are empty packages and one-line shims
-_SMALLEST_WORD_SHARE = 1 / 3  # below it a file is mostly a table of numbers or codes
-
-_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_JUDGED_AFTER = 1000  # documents; fewer say little about the share of bad ones, except at the end
+_EMPTY, _DUPLICATE = 'empty', 'duplicate'
+_WEIGHTED = re.compile(r'\s*(?:(?P<weight>\d*\.?\d+)\s*\*\s*)?(?P<source>.*\S)\s*', re.DOTALL)
 
 
-@dataclasses.dataclass(frozen=True)
-class Document:
-  """A text with its name; documents of one `origin` always fall into the same split."""
+def open_source(data: DataConfig) -> Source:
+  """The source that `data.source` names, after cheap checks.
 
-  name: str
-  text: str
-  origin: str
+  Raises:
+    ConfigError: unknown kind, no matching file, a missing package.
+  """
+  parts = [_WEIGHTED.fullmatch(part) for part in data.source.split(';')]
+  if not all(parts):
+    raise ConfigError(f'data.source={data.source!r} has an empty part; write it as 0.7*SOURCE;0.3*SOURCE')
+  sources = [_open_single(part['source'], data) for part in parts]
+  if len(sources) == 1:
+    return sources[0]
+  weights = [float(part['weight'] or 1) for part in parts]
+  if min(weights) <= 0:
+    raise ConfigError(f'data.source={data.source!r}: weights must be above 0')
+  return Mixture(sources, weights)
+
+
+def _open_single(spec: str, data: DataConfig) -> Source:
+  kind, _, rest = spec.partition(':')
+  if spec == 'embedded':
+    return EmbeddedCorpus()
+  if kind == 'files' and rest:
+    return Files(rest, data.text_key)
+  if kind == 'tfds' and rest:
+    return TfdsSource(rest)
+  if kind == 'hf' and rest:
+    return HuggingFaceSource(rest, data.text_key)
+  raise ConfigError(
+    f'data.source={spec!r} is not one of embedded, files:PATTERN, tfds:NAME/SPLIT/KEY, '
+    f'hf:DATASET:CONFIG, or several as 0.7*SOURCE;0.3*SOURCE'
+  )
+
+
+class Mixture:
+  """Several sources in given shares of characters; ends when the first of them does."""
+
+  def __init__(self, sources: list[Source], weights: list[float]):
+    self._sources, self._weights = sources, weights
+    self.total_bytes = None  # which source ends first is not known
+    self.bytes_read = 0
+
+  def fingerprint(self) -> str:
+    """Those of the sources, with their weights."""
+    parts = (f'{w:g}*{s.fingerprint()}' for w, s in zip(self._weights, self._sources, strict=True))
+    return ';'.join(parts)
+
+  def records(self) -> Iterator[Document | Unreadable]:
+    """Next is always a document of the source that lags furthest behind its share."""
+    streams = [source.records() for source in self._sources]
+    taken = [0.0] * len(streams)
+    while True:
+      index = taken.index(min(taken))
+      for record in streams[index]:
+        yield record
+        if isinstance(record, Document):
+          taken[index] += max(1, len(record.text)) / self._weights[index]
+          break
+      else:
+        return
+
+
+class Reading:
+  """One pass over the documents of both splits, counting what is left out. Iterate it once.
+
+  Attributes:
+    source: tells how far the reading is.
+    dropped: number of documents left out by reason.
+    examples: where the first unreadable ones are, and why.
+  """
+
+  def __init__(self, data: DataConfig):
+    self.source = open_source(data)
+    self.dropped: Counter[str] = Counter()
+    self.examples: list[str] = []
+    self._data = data
+    self._seen = self._unreadable = 0
+
+  def __iter__(self) -> Iterator[tuple[str, Document]]:
+    """Yields (split, document).
+
+    Raises:
+      ConfigError: more than `data.max_bad_fraction` of the documents cannot be read, or a file
+        or dataset as a whole.
+    """
+    room = {split: _limit(self._data, split) for split in SPLITS}
+    for document in self._usable():
+      split = split_of(document, self._data.validation_fraction)
+      if room[split] is not None:
+        room[split] -= 1
+        if room[split] < 0:
+          continue
+      yield split, document
+      if all(left is not None and left <= 0 for left in room.values()):
+        return
+    self._judge(at_least=0)
+
+  def _usable(self) -> Iterator[Document]:
+    texts = set()
+    for record in self.source.records():
+      self._seen += 1
+      if isinstance(record, Unreadable):
+        self._note_unreadable(record)
+      elif not record.text.strip():
+        self.dropped[_EMPTY] += 1
+      elif self._data.drop_duplicates and _seen_before(record.text, texts):
+        self.dropped[_DUPLICATE] += 1
+      else:
+        yield record
+
+  def _note_unreadable(self, record: Unreadable) -> None:
+    self.dropped[record.reason] += 1
+    self._unreadable += 1
+    if len(self.examples) < EXAMPLES_SHOWN:
+      self.examples.append(f'{record.where}: {record.reason}')
+    self._judge(at_least=_JUDGED_AFTER)
+
+  def _judge(self, at_least: int) -> None:
+    allowed = self._data.max_bad_fraction * max(self._seen, at_least)
+    if self._unreadable > allowed:
+      raise ConfigError(
+        f'{self._unreadable} of {self._seen} documents cannot be read, more than '
+        f'data.max_bad_fraction={self._data.max_bad_fraction:g} allows: {"; ".join(self.examples)}; '
+        f'repair or leave out these files, or raise data.max_bad_fraction to skip such documents'
+      )
 
 
 def documents(data: DataConfig, split: str) -> Iterator[Document]:
   """Yields the documents of a split, 'train' or 'validation', in an order that never changes.
 
-  The side is decided by a hash of the document's origin, so that a file's docstrings and
-  its source are never on both. `data.max_documents` is shared out between the splits by
-  `data.validation_fraction`, at least one to each.
+  `data.max_documents` is shared out between the splits by `data.validation_fraction`, at
+  least one to each.
 
   Raises:
-    ConfigError: this Python installation does not carry the embedded corpus.
+    ConfigError: the source cannot be read.
   """
   if split not in SPLITS:
     raise ValueError(f'split={split!r} is not one of {", ".join(SPLITS)}')
-
-  def wanted(origin: str) -> bool:
-    return _split_of(origin, data.validation_fraction) == split
-
-  return itertools.islice(_SOURCES[data.source](wanted), _limit(data, split))
+  found = (document for side, document in Reading(data) if side == split)
+  return itertools.islice(found, _limit(data, split))
 
 
-def fingerprint(data: DataConfig) -> str:
-  """Names what the source will yield: equal fingerprints mean equal documents."""
-  return f'{data.source}-python{platform.python_version()}'
-
-
-def _split_of(origin: str, validation_fraction: float) -> str:
-  return 'validation' if _uniform_hash('split', origin) < validation_fraction else 'train'
+def split_of(document: Document, validation_fraction: float) -> str:
+  """The side a document is on."""
+  origin = document.text if document.origin is None else document.origin
+  return 'validation' if uniform_hash('split', origin) < validation_fraction else 'train'
 
 
 def _limit(data: DataConfig, split: str) -> int | None:
@@ -79,107 +180,8 @@ def _limit(data: DataConfig, split: str) -> int | None:
   return validation if split == 'validation' else data.max_documents - validation
 
 
-def _uniform_hash(purpose: str, text: str) -> float:
-  """A number in [0, 1) that depends on nothing but its arguments."""
-  digest = hashlib.sha256(f'{purpose}:{text}'.encode()).digest()
-  return int.from_bytes(digest[:6], 'big') / 2**48
-
-
-def _embedded_documents(wanted: Callable[[str], bool]) -> Iterator[Document]:
-  """Topics, docstrings and sources, mixed, so that any beginning is a fair sample of the whole."""
-  topics = _topics()
-  folder = pathlib.Path(sysconfig.get_path('stdlib'))
-  files = _library_files(folder)
-  if not files:
-    raise ConfigError(
-      f"data.source='embedded' needs the sources of Python's standard library, and {folder} holds none; "
-      f'use a complete Python installation'
-    )
-  names = [f'topics/{topic}' for topic in topics]
-  names += [f'{kind}/{file}' for file in files for kind in ('docstrings', 'source')]
-  for name in sorted(names, key=lambda name: _uniform_hash('order', name)):
-    kind, file = name.split('/', 1)
-    origin = name if kind == 'topics' else file
-    if wanted(origin):
-      text = topics[file] if kind == 'topics' else _library_text(folder, kind, file)
-      if len(text) >= _SHORTEST_DOCUMENT:
-        yield Document(name, text, origin)
-
-
-# By the name in data.source: a function that takes `wanted(origin)` and yields the wanted documents.
-_SOURCES: dict[str, Callable[[Callable[[str], bool]], Iterator[Document]]] = {'embedded': _embedded_documents}
-
-
-def _topics() -> dict[str, str]:
-  try:
-    from pydoc_data import topics
-  except ImportError as error:
-    raise ConfigError(
-      "data.source='embedded' needs Python's documentation topics, and this installation has no "
-      'module pydoc_data.topics; use a complete Python installation'
-    ) from error
-  return topics.topics
-
-
-def _library_files(folder: pathlib.Path) -> list[str]:
-  """Relative names of the modules worth reading, sorted."""
-  found = []
-  for parent, subfolders, files in os.walk(folder):
-    subfolders[:] = [name for name in subfolders if not _skipped(name)]
-    paths = (pathlib.Path(parent, name) for name in files if name.endswith('.py') and not _skipped(name))
-    found += [path.relative_to(folder).as_posix() for path in paths]
-  return sorted(found)
-
-
-def _skipped(name: str) -> bool:
-  return name in _SKIPPED_FOLDERS or name.startswith(_SKIPPED_PREFIXES)
-
-
-def _library_text(folder: pathlib.Path, kind: str, file: str) -> str:
-  """Source or docstrings of a module; empty where it isn't UTF-8, is a table, or cannot be parsed."""
-  try:
-    source = (folder / file).read_text(encoding='utf-8')
-  except UnicodeDecodeError:
-    return ''
-  letters = sum(map(len, re.findall('[A-Za-z]{3,}', source)))
-  if letters < _SMALLEST_WORD_SHARE * len(source):
-    return ''
-  return source if kind == 'source' else docstrings(source, _module_name(file))
-
-
-def _module_name(file: str) -> str:
-  return file.removesuffix('.py').removesuffix('/__init__').replace('/', '.')
-
-
-def docstrings(source: str, module: str) -> str:
-  """The docstrings of a module as one text: a heading for each class and function, then its docstring.
-
-  The module is parsed, never imported. Returns '' if nothing is documented or it doesn't parse.
-  """
-  with warnings.catch_warnings():
-    warnings.simplefilter('ignore')  # invalid escape sequences are the library's business
-    try:
-      tree = ast.parse(source)
-    except SyntaxError:
-      return ''
-  sections = [f'{heading}\n\n{text}\n' for heading, text in _sections(tree, f'Module {module}', prefix='')]
-  return '\n'.join(sections)
-
-
-def _sections(node: ast.AST, heading: str, prefix: str) -> Iterator[tuple[str, str]]:
-  """(heading, docstring) of a module, class or function and of what it defines for its users."""
-  text = ast.get_docstring(node)
-  if text:
-    yield heading, text
-  if isinstance(node, _FUNCTIONS):
-    return  # functions within functions are nobody's interface
-  for child in ast.iter_child_nodes(node):
-    if isinstance(child, (ast.ClassDef, *_FUNCTIONS)):
-      yield from _sections(child, _heading(child, prefix), f'{prefix}{child.name}.')
-
-
-def _heading(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, prefix: str) -> str:
-  if isinstance(node, _FUNCTIONS):
-    return f'{prefix}{node.name}({ast.unparse(node.args)})'
-  bases = ', '.join(map(ast.unparse, node.bases))
-  return f'class {prefix}{node.name}({bases})' if bases else f'class {prefix}{node.name}'
+def _seen_before(text: str, texts: set[bytes]) -> bool:
+  digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+  seen = digest in texts
+  texts.add(digest)
+  return seen

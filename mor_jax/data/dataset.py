@@ -2,7 +2,7 @@
 
 The folder holds the rows (shards.py), tokenizer.json, and manifest.json with the counts. It
 is built under another name and renamed when it is complete, so a folder that has its final
-name is finished.
+name is finished. An interrupted build is continued by the next one.
 """
 
 import contextlib
@@ -12,17 +12,18 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 from mor_jax.config import ConfigError, DataConfig
-from mor_jax.data import corpus, packing, shards
+from mor_jax.data import corpus, pipeline, shards
 from mor_jax.data import tokenizer as tokenizers
 
-FORMAT_VERSION = 1  # raise it when the same settings would give another folder content
-ENCODED_AT_ONCE = 2**22  # characters of text given to the tokenizer's threads together
+FORMAT_VERSION = 2  # raise it when the same settings would give another folder content
+PREPARED = 'prepared:'  # data.source=prepared:FOLDER
 
 _MANIFEST, _TOKENIZER = 'manifest.json', 'tokenizer.json'
 
@@ -36,6 +37,7 @@ class SplitCounts:
   tokens: int  # one end of text per document included, padding left out
   targets: int  # tokens that the loss predicts: all but the first of each segment
   rows: int
+  cut: int  # documents longer than a row, which are in several
 
   @property
   def bytes_per_token(self) -> float:
@@ -49,9 +51,15 @@ class Manifest:
 
   format_version: int
   source: str
+  documents_digest: str  # of all texts
   seq_len: int
+  packing: str
+  tokenizer: str
+  separator: str
   vocab_size: int
   tokenizer_digest: str
+  dropped: dict[str, int]  # documents left out, by reason
+  dropped_examples: list[str]  # where the first unreadable ones are
   splits: dict[str, SplitCounts]
   files: dict[str, int]  # size in bytes of every file that is needed to read the dataset
 
@@ -77,39 +85,71 @@ class PreparedDataset:
 
 
 def dataset_folder(data: DataConfig) -> pathlib.Path:
-  """Where the dataset of these settings lives; its name has a digest of all that decides its content."""
+  """Where the dataset of these settings lives; its name has a digest of all that decides its content.
+
+  Raises:
+    ConfigError: the source or the tokenizer cannot be found.
+  """
+  if data.source.startswith(PREPARED):
+    return pathlib.Path(data.source.removeprefix(PREPARED)).expanduser()
+  tokenizer = tokenizers.fingerprint(data)
   content = {
     'format_version': FORMAT_VERSION,
-    'source': corpus.fingerprint(data),
+    'source': corpus.open_source(data).fingerprint(),
     'max_documents': data.max_documents,
+    'drop_duplicates': data.drop_duplicates,
     'validation_fraction': data.validation_fraction,
-    'tokenizer': data.tokenizer if data.tokenizer == 'bytes' else f'{data.tokenizer}{data.vocab_size}',
+    'tokenizer': tokenizer,
+    'separator': data.separator,
+    'packing': data.packing,
     'seq_len': data.seq_len,
   }
   digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:10]
-  return _cache_dir(data) / 'datasets' / f'{data.source}-{content["tokenizer"]}-seq{data.seq_len}-{digest}'
+  words = [re.sub(r'[^A-Za-z0-9]+', '_', word).strip('_')[:40] for word in (data.source, tokenizer)]
+  return cache_dir(data) / 'datasets' / f'{"-".join(words)}-seq{data.seq_len}-{digest}'
 
 
-def _cache_dir(data: DataConfig) -> pathlib.Path:
+def cache_dir(data: DataConfig) -> pathlib.Path:
+  """The folder for what can be made again."""
   if data.cache_dir:
     return pathlib.Path(data.cache_dir).expanduser()
   return pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'mor_jax'
 
 
-def prepare(data: DataConfig, report: Callable[[str], None] = lambda line: None) -> PreparedDataset:
+@dataclasses.dataclass(frozen=True)
+class Progress:
+  """How far a preparation is. Bytes and documents include those that were done before it was continued."""
+
+  done: Counter[str]  # documents, bytes, tokens, rows
+  skipped_bytes: int  # prepared before
+  fraction: float | None  # of the source that has been read; none: its size is not known
+
+
+def prepare(
+  data: DataConfig,
+  report: Callable[[str], None] = lambda line: None,
+  progress: Callable[[Progress], None] = lambda state: None,
+) -> PreparedDataset:
   """Opens the prepared dataset of these settings, after building it if there is none.
 
-  Several processes may call this at once: one builds, the others wait for it.
+  Several processes may call this at once: one builds, the others wait for it. A build that was
+  interrupted, by SIGKILL even, is continued, with the same result as if it had not been.
 
   Args:
-    data: settings; all but `segment_mask`, `seed`, `prefetch` decide the content.
+    data: settings; all but `segment_mask`, `seed`, `prefetch`, `workers` decide the content.
     report: called with lines that tell a user what is going on.
+    progress: called every few megabytes while building.
 
   Raises:
-    ConfigError: the cache folder cannot be written to, the corpus is missing or too small for
-      a row in each split, or the prepared folder is damaged.
+    ConfigError: the cache folder cannot be written to, the corpus is missing, unreadable or too
+      small for a row in each split, the prepared folder is damaged, or one that `data.source`
+      names was made with other settings.
   """
   folder = dataset_folder(data)
+  if data.source.startswith(PREPARED):
+    dataset = open_dataset(folder)
+    _check_settings(dataset.manifest, data)
+    return dataset
   if folder.exists():
     return open_dataset(folder)
   lock = folder.with_name(f'{folder.name}.lock')
@@ -118,13 +158,23 @@ def prepare(data: DataConfig, report: Callable[[str], None] = lambda line: None)
     lock.touch()
   except OSError as error:
     raise ConfigError(
-      f'data.cache_dir={_cache_dir(data)} cannot be written to ({error.strerror}); '
-      f'set it to a folder that can'
+      f'data.cache_dir={cache_dir(data)} cannot be written to ({error.strerror}); set it to a folder that can'
     ) from error
   with _exclusive(lock, report):
     if not folder.exists():
-      _build(data, folder, report)
+      _build(data, folder, report, progress)
   return open_dataset(folder)
+
+
+def _check_settings(manifest: Manifest, data: DataConfig) -> None:
+  """Raises ConfigError unless the dataset is what these settings ask for."""
+  wanted = {'seq_len': data.seq_len, 'tokenizer': tokenizers.fingerprint(data), 'separator': data.separator}
+  for name, value in wanted.items():
+    if getattr(manifest, name) != value:
+      raise ConfigError(
+        f'data.source={data.source} was prepared with {name}={getattr(manifest, name)}, and data.{name} asks '
+        f'for {value}; change data.{name}, or prepare the documents again'
+      )
 
 
 def open_dataset(folder: str | os.PathLike) -> PreparedDataset:
@@ -135,13 +185,15 @@ def open_dataset(folder: str | os.PathLike) -> PreparedDataset:
   """
   folder = pathlib.Path(folder)
   if not folder.is_dir():
-    raise ConfigError(f'there is no prepared dataset {folder}')
+    unfinished = folder.with_name(f'{folder.name}.partial').is_dir()
+    remedy = '; its preparation was interrupted, run it again to continue' if unfinished else ''
+    raise ConfigError(f'there is no prepared dataset {folder}{remedy}')
   try:
     manifest = Manifest.from_json((folder / _MANIFEST).read_text(encoding='utf-8'))
     for name, size in manifest.files.items():
       if (folder / name).stat().st_size != size:
         raise ValueError(f'{name} does not have its {size} bytes')
-    tokenizer = tokenizers.Tokenizer.load(folder / _TOKENIZER)
+    tokenizer = tokenizers.Tokenizer.load(folder / _TOKENIZER, manifest.separator)
     if tokenizer.digest != manifest.tokenizer_digest:
       raise ValueError(f'{_TOKENIZER} is not the one that the rows were made with')
   except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -164,67 +216,114 @@ def _exclusive(path: pathlib.Path, report: Callable[[str], None]) -> Iterator[No
     yield
 
 
-def _build(data: DataConfig, folder: pathlib.Path, report: Callable[[str], None]) -> None:
+class _TooSmallError(ConfigError):
+  """A split has not one full row."""
+
+
+def _build(
+  data: DataConfig, folder: pathlib.Path, report: Callable[[str], None], progress: Callable[[Progress], None]
+) -> None:
   """Makes the dataset beside `folder` and renames it last. Only the holder of the lock gets here."""
   partial = folder.with_name(f'{folder.name}.partial')
-  shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-  partial.mkdir()
-  report(f'preparing the dataset {folder.name}')
+  report(f'{"continuing" if partial.exists() else "preparing"} the dataset {folder.name}')
+  partial.mkdir(exist_ok=True)
   try:
-    _write_dataset(data, partial, report)
+    if not (partial / _MANIFEST).exists():
+      _write_dataset(data, partial, report, progress)
+    shutil.rmtree(partial / pipeline.NOTES, ignore_errors=True)
     partial.rename(folder)
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
+  except _TooSmallError:
+    shutil.rmtree(partial, ignore_errors=True)  # other settings mean another folder
     raise
+  except OSError as error:
+    raise ConfigError(
+      f'data.cache_dir={cache_dir(data)}: {error}; free some space or set data.cache_dir to another disk, then '
+      f'run the same command again: finished shards are kept'
+    ) from error
   report(f'dataset ready in {folder}')
 
 
-def _write_dataset(data: DataConfig, folder: pathlib.Path, report: Callable[[str], None]) -> None:
+def _write_dataset(
+  data: DataConfig, folder: pathlib.Path, report: Callable[[str], None], progress: Callable[[Progress], None]
+) -> None:
   start = time.perf_counter()
-  tokenizer = tokenizers.build(data)
-  tokenizer.save(folder / _TOKENIZER)
+  tokenizer = _tokenizer(data, folder / _TOKENIZER)
   report(f'tokenizer: {data.tokenizer}, {tokenizer.vocab_size} entries ({time.perf_counter() - start:.1f} s)')
-  writers, splits = [], {}
-  for split in corpus.SPLITS:
-    start = time.perf_counter()
-    writer = shards.ShardWriter(folder, split, tokenizer.vocab_size, data.seq_len)
-    counts = splits[split] = _write_split(data, split, tokenizer, writer)
-    writers.append(writer)
+
+  start = time.perf_counter()
+  reading = corpus.Reading(data)
+  recipe = pipeline.Recipe(str(folder / _TOKENIZER), data.separator, data.seq_len, data.packing)
+  workers = data.workers or len(os.sched_getaffinity(0))
+  writers = pipeline.write_splits(reading, folder, recipe, workers, _follow(reading, progress))
+  splits = {split: _split_counts(data, split, writer.counts) for split, writer in writers.items()}
+  for split, counts in splits.items():
     report(
       f'{split}: {counts.documents:,} documents, {counts.bytes / 1e6:.1f} MB, {counts.tokens:,} tokens, '
-      f'{counts.rows:,} rows ({time.perf_counter() - start:.1f} s)'
+      f'{counts.rows:,} rows'
     )
-  shards.write_tfds_metadata(folder, writers)
+  if reading.dropped:
+    report('left out: ' + ', '.join(f'{count:,} {reason}' for reason, count in reading.dropped.items()))
+  report(f'written in {time.perf_counter() - start:.1f} s')
+
+  for writer in writers.values():
+    writer.publish()
+  shards.write_tfds_metadata(
+    folder,
+    shards.RowFormat(tokenizer.vocab_size, data.seq_len),
+    lengths={split: [note.counts['rows'] for note in writer.notes] for split, writer in writers.items()},
+    num_bytes={split: sum(note.num_bytes for note in writer.notes) for split, writer in writers.items()},
+  )
+  digests = ''.join(note.digest for writer in writers.values() for note in writer.notes)
   manifest = Manifest(
     format_version=FORMAT_VERSION,
-    source=corpus.fingerprint(data),
+    source=data.source,
+    documents_digest=hashlib.sha256(digests.encode()).hexdigest(),
     seq_len=data.seq_len,
+    packing=data.packing,
+    tokenizer=tokenizers.fingerprint(data),
+    separator=data.separator,
     vocab_size=tokenizer.vocab_size,
     tokenizer_digest=tokenizer.digest,
+    dropped=dict(reading.dropped),
+    dropped_examples=reading.examples,
     splits=splits,
-    files={path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+    files={path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
   )
-  (folder / _MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + '\n', encoding='utf-8')
+  partial = folder / f'{_MANIFEST}.partial'
+  partial.write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + '\n', encoding='utf-8')
+  partial.rename(folder / _MANIFEST)  # last: it says that all is there
 
 
-def _write_split(
-  data: DataConfig, split: str, tokenizer: tokenizers.Tokenizer, writer: shards.ShardWriter
-) -> SplitCounts:
-  """Encodes, packs and writes a split, a few documents in memory at a time."""
-  counts = Counter()
+def _tokenizer(data: DataConfig, path: pathlib.Path) -> tokenizers.Tokenizer:
+  """The tokenizer of an interrupted build at `path`, else a new one, stored there."""
+  if path.exists():
+    return tokenizers.Tokenizer.load(path, data.separator)
+  tokenizer = tokenizers.build(data)
+  partial = path.with_suffix('.partial')
+  tokenizer.save(partial)
+  partial.rename(path)
+  return tokenizer
 
-  def token_ids() -> Iterator[list[int]]:
-    for texts in _batches(corpus.documents(data, split), ENCODED_AT_ONCE):
-      counts.update(documents=len(texts), bytes=sum(len(text.encode()) for text in texts))
-      yield from tokenizer.encode_batch(texts)
 
-  with writer:
-    for row in packing.concat_and_split(token_ids(), data.seq_len, tokenizer.end_of_text):
-      writer.write(row)
-      counts.update(rows=1, tokens=row.num_tokens, targets=row.num_targets)
+def _follow(reading: corpus.Reading, progress: Callable[[Progress], None]) -> Callable[[Counter[str]], None]:
+  """What `pipeline.write_splits` calls after every unit."""
+  done, skipped_bytes = Counter(), 0
+
+  def after_unit(counts: Counter[str]) -> None:
+    nonlocal skipped_bytes
+    done.update(counts)
+    skipped_bytes += counts['bytes'] if counts['skipped'] else 0
+    source = reading.source
+    fraction = source.bytes_read / source.total_bytes if source.total_bytes else None
+    progress(Progress(done, skipped_bytes, fraction))
+
+  return after_unit
+
+
+def _split_counts(data: DataConfig, split: str, counts: Counter[str]) -> SplitCounts:
   if counts['tokens'] < data.seq_len:
-    raise ConfigError(_too_small(data, split, counts))
-  return SplitCounts(**counts)
+    raise _TooSmallError(_too_small(data, split, counts))
+  return SplitCounts(**{field.name: counts[field.name] for field in dataclasses.fields(SplitCounts)})
 
 
 def _too_small(data: DataConfig, split: str, counts: Counter) -> str:
@@ -237,16 +336,3 @@ def _too_small(data: DataConfig, split: str, counts: Counter) -> str:
     f'data.seq_len={data.seq_len} is more than the {counts["tokens"]} tokens of the {split} split, which has '
     f'{counts["documents"]} documents, so there is not one full row; {" or ".join(remedies)}'
   )
-
-
-def _batches(documents: Iterable[corpus.Document], characters: int) -> Iterator[list[str]]:
-  """Texts in lists of at least `characters` together (the last one may have fewer)."""
-  texts, size = [], 0
-  for document in documents:
-    texts.append(document.text)
-    size += len(document.text)
-    if size >= characters:
-      yield texts
-      texts, size = [], 0
-  if texts:
-    yield texts

@@ -10,7 +10,7 @@ import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
-from mor_jax.config import DataConfig
+from mor_jax.config import ConfigError, DataConfig
 from mor_jax.data import packing
 from mor_jax.data.dataset import PreparedDataset
 
@@ -24,7 +24,7 @@ def batch_rows(num_rows: int, global_batch: int, seed: int, step: int) -> np.nda
 
   The rows of all epochs, each in an order of its own, form one endless sequence, which the
   batches cut into pieces of `global_batch`: every row comes once in an epoch, and a batch
-  may reach into the next one. A host takes its slice of the result.
+  may reach into the next one. A host reads its `host_rows` of the result.
   """
   first = step * global_batch
   epochs, places = np.divmod(np.arange(first, first + global_batch), num_rows)
@@ -38,14 +38,45 @@ def batch_rows(num_rows: int, global_batch: int, seed: int, step: int) -> np.nda
   return np.array(shuffled)
 
 
+def host_rows(rows: np.ndarray, accumulation: int, host: int, num_hosts: int) -> np.ndarray:
+  """The rows (B,) of a global batch that a host reads, (B / num_hosts,): its slice of every micro-batch.
+
+  So the micro-batches, too, are the same for any number of hosts.
+
+  Raises:
+    ConfigError: the hosts cannot have equal parts of a micro-batch.
+  """
+  if len(rows) % (accumulation * num_hosts):
+    raise ConfigError(
+      f'train.global_batch={len(rows)} in train.accumulation={accumulation} micro-batches does not divide '
+      f'among {num_hosts} hosts; set train.global_batch to a multiple of {accumulation * num_hosts}'
+    )
+  return rows.reshape(accumulation, num_hosts, -1)[:, host].ravel()
+
+
 def train_batches(
-  dataset: PreparedDataset, data: DataConfig, global_batch: int, start_step: int = 0
+  dataset: PreparedDataset,
+  data: DataConfig,
+  global_batch: int,
+  start_step: int = 0,
+  accumulation: int = 1,
+  host: int = 0,
+  num_hosts: int = 1,
 ) -> Iterator[Batch]:
-  """The endless batches of training, from `start_step` on: int32 arrays of shape (global_batch, T)."""
+  """The endless batches of training, from `start_step` on: int32 arrays of shape (B, T).
+
+  B is `global_batch / num_hosts`: a host reads only the rows of its own devices. What all hosts read
+  together depends on neither their number nor `start_step`, so a run may resume on more or fewer hosts.
+
+  Raises:
+    ConfigError: the batch does not divide among the hosts.
+  """
   rows = dataset.rows('train')
+  host_rows(np.arange(global_batch), accumulation, host, num_hosts)  # now, not at the first batch
 
   def load(step: int) -> Batch:
-    return _stack([rows[i] for i in batch_rows(len(rows), global_batch, data.seed, step)])
+    order = batch_rows(len(rows), global_batch, data.seed, step)
+    return _stack([rows[i] for i in host_rows(order, accumulation, host, num_hosts)])
 
   steps = grain.MapDataset.range(start_step, _ENDLESS).map(load)
   options = grain.ReadOptions(num_threads=data.prefetch, prefetch_buffer_size=data.prefetch)

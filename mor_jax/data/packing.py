@@ -57,6 +57,42 @@ def concat_and_split(documents: Iterable[Sequence[int]], seq_len: int, end_of_te
     yield Row(row_T, np.array(lengths))
 
 
+def first_fit(documents: Iterable[Sequence[int]], seq_len: int, end_of_text: int) -> Iterator[Row]:
+  """Puts every document, with an end-of-text token, whole into the first row that has room for it.
+
+  Only a document that is longer than a row is cut: into full rows and a rest, which is placed
+  like a document. No token is lost; what stays free in a row is padding.
+
+  Args:
+    documents: token ids of each document; all are held in memory.
+    seq_len: tokens T in a row.
+    end_of_text: id of the separator.
+
+  Yields:
+    rows with int32 tokens of shape (T,), in the order in which they were begun.
+  """
+  pieces = []
+  for document in documents:
+    tokens = np.append(np.asarray(document, np.int32), np.int32(end_of_text))
+    pieces += np.split(tokens, range(seq_len, len(tokens), seq_len))
+  room, rows = np.full(len(pieces), seq_len), [[] for _ in pieces]  # at worst a row for each piece
+  begun = 0
+  for piece in pieces:
+    row = int(np.argmax(room[: begun + 1] >= len(piece)))
+    begun = max(begun, row + 1)
+    room[row] -= len(piece)
+    rows[row].append(piece)
+  for members in rows[:begun]:
+    row_T = np.full(seq_len, end_of_text, np.int32)
+    filled = np.concatenate(members)
+    row_T[: len(filled)] = filled
+    yield Row(row_T, np.array([len(piece) for piece in members]))
+
+
+PACKINGS = {'concat': concat_and_split, 'first_fit': first_fit}
+"""The functions by `data.packing`."""
+
+
 def unpack(row: Row) -> dict[str, np.ndarray]:
   """The row as a model reads it: 'tokens', 'segment_ids' and 'positions', each int32 of shape (T,).
 

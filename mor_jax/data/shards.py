@@ -20,76 +20,89 @@ SHARD_TOKENS = 2**26  # 128 MiB of 16-bit tokens
 _DATASET_NAME = 'mor_jax'
 
 
-class ShardWriter:
-  """Writes the rows of a split to ArrayRecord shards, named as TFDS expects when it is closed."""
+class RowFormat:
+  """How rows become records: vocabulary and row length decide the widths of the integers."""
 
-  def __init__(self, folder: pathlib.Path, split: str, vocab_size: int, seq_len: int):
-    """Starts a split in `folder`; vocabulary and row length decide the widths of the integers."""
+  def __init__(self, vocab_size: int, seq_len: int):
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import example_serializer
 
-    self.split, self.shard_lengths, self.num_bytes = split, [], 0
     tokens = tfds.features.Tensor(shape=(seq_len,), dtype=_smallest_uint(vocab_size - 1), encoding='bytes')
     lengths = tfds.features.Tensor(shape=(None,), dtype=_smallest_uint(seq_len), encoding='bytes')
     self.features = tfds.features.FeaturesDict({'tokens': tokens, 'segment_lengths': lengths})
-    self._template = tfds.core.ShardedFileTemplate(
-      data_dir=folder, dataset_name=_DATASET_NAME, split=split, filetype_suffix='array_record'
-    )
-    self._rows_per_shard = max(1, SHARD_TOKENS // seq_len)
-    self._open_shard = None
+    self._serializer = example_serializer.ExampleSerializer(self.features.get_serialized_info())
 
-  def write(self, row: packing.Row) -> None:
-    """Appends a row."""
-    if self._open_shard is None or self.shard_lengths[-1] == self._rows_per_shard:
-      self._start_shard()
+  def serialize(self, row: packing.Row) -> bytes:
+    """The record of a row, the same in every process."""
     values = {'tokens': row.tokens_T, 'segment_lengths': row.segment_lengths}
-    record = self.features.serialize_example(
+    encoded = self.features.encode_example(
       {name: value.astype(self.features[name].np_dtype) for name, value in values.items()}
     )
-    self._open_shard.write(record)
-    self.shard_lengths[-1] += 1
-    self.num_bytes += len(record)
-
-  def _start_shard(self) -> None:
-    self._close_shard()
-    path = self._unfinished(len(self.shard_lengths))
-    # Grain reads single rows in random order; larger groups would be decompressed for each of them.
-    self._open_shard = array_record_module.ArrayRecordWriter(os.fspath(path), 'group_size:1')
-    self.shard_lengths.append(0)
-
-  def _close_shard(self) -> None:
-    if self._open_shard is not None:
-      self._open_shard.close()
-      self._open_shard = None
-
-  def _unfinished(self, shard: int) -> pathlib.Path:
-    return pathlib.Path(self._template.data_dir) / f'{self.split}-{shard:05d}.unfinished'
-
-  def __enter__(self) -> 'ShardWriter':
-    return self
-
-  def __exit__(self, *exception: object) -> None:
-    self._close_shard()
-    if exception[0] is not None:
-      return
-    total = len(self.shard_lengths)  # part of every shard's name, and known only now
-    for shard in range(total):
-      self._unfinished(shard).rename(self._template.sharded_filepath(shard_index=shard, num_shards=total))
+    # A tf.Example is a map, whose order differs between processes unless it is asked for.
+    return self._serializer.get_tf_example(encoded).SerializeToString(deterministic=True)
 
 
 def _smallest_uint(largest: int) -> type[np.unsignedinteger]:
   return np.uint16 if largest <= np.iinfo(np.uint16).max else np.uint32
 
 
-def write_tfds_metadata(folder: pathlib.Path, writers: Sequence[ShardWriter]) -> None:
-  """Makes `folder` a TFDS dataset of the splits that the closed `writers` wrote."""
+class ShardFile:
+  """One ArrayRecord file in the making."""
+
+  def __init__(self, path: pathlib.Path):
+    self.path, self.rows, self.num_bytes = path, 0, 0
+    # Grain reads single rows in random order; larger groups would be decompressed for each of them.
+    self._writer = array_record_module.ArrayRecordWriter(os.fspath(path), 'group_size:1')
+
+  def append(self, record: bytes) -> None:
+    """Raises OSError if the file cannot be written, because the disk is full, for example."""
+    try:
+      self._writer.write(record)
+    except RuntimeError as error:
+      raise OSError(f'{self.path} cannot be written ({error})') from error
+    self.rows += 1
+    self.num_bytes += len(record)
+
+  def close(self) -> None:
+    """Raises OSError unless every record is in the file."""
+    try:
+      self._writer.close()
+      reader = array_record_module.ArrayRecordReader(os.fspath(self.path))
+      found = reader.num_records()
+      reader.close()
+    except RuntimeError as error:
+      raise OSError(f'{self.path} cannot be written ({error})') from error
+    if found != self.rows:
+      raise OSError(f'{self.path} cannot be written: it holds {found} of {self.rows} rows')
+
+
+def publish(folder: pathlib.Path, split: str, shards: Sequence[pathlib.Path]) -> None:
+  """Gives the finished shards of a split the names that TFDS expects, in this order; skips those that have them."""
+  for index, path in enumerate(shards):
+    if path.exists():
+      path.rename(folder / f'{_DATASET_NAME}-{split}.array_record-{index:05d}-of-{len(shards):05d}')
+
+
+def write_tfds_metadata(
+  folder: pathlib.Path, row_format: RowFormat, lengths: dict[str, list[int]], num_bytes: dict[str, int]
+) -> None:
+  """Makes `folder`, which holds published shards, a TFDS dataset.
+
+  Args:
+    folder: where the shards are.
+    row_format: that of the records.
+    lengths: rows of every shard, by split.
+    num_bytes: size of all records, by split.
+  """
   import tensorflow_datasets as tfds
 
   splits = [
-    tfds.core.SplitInfo(name=w.split, shard_lengths=w.shard_lengths, num_bytes=w.num_bytes) for w in writers
+    tfds.core.SplitInfo(name=split, shard_lengths=lengths[split], num_bytes=num_bytes[split])
+    for split in lengths
   ]
   tfds.folder_dataset.write_metadata(
     data_dir=folder,
-    features=writers[0].features,
+    features=row_format.features,
     split_infos=splits,
     description='Packed rows for mor_jax; see manifest.json.',
     check_data=False,  # its check reads through TensorFlow

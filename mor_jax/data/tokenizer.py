@@ -1,35 +1,43 @@
 """Text to token ids and back: one class over the `tokenizers` library, stored as a tokenizer.json.
 
-Both kinds are byte-level, so every text can be encoded and comes back unchanged.
+The two kinds made here are byte-level, so every text can be encoded and comes back unchanged.
 """
 
 import hashlib
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mor_jax.config import DataConfig
-from mor_jax.data import corpus
+from mor_jax.config import ConfigError, DataConfig
+from mor_jax.data import corpus, hubs
+from mor_jax.data.document import Document
 
 END_OF_TEXT = '<|endoftext|>'
 TRAINING_BYTES_PER_ENTRY = (
   1024  # text that a vocabulary is trained on; twice as much saves 0.7% of the tokens
 )
 
+MADE_HERE = ('bpe', 'bytes')
+
+_HUB_NAME = re.compile(r'[\w.-]+/[\w.-]+')
+
 
 class Tokenizer:
-  """A byte-level vocabulary with one special token, end of text, which separates documents."""
+  """A vocabulary with a token that separates documents, called end of text whatever its name is."""
 
-  def __init__(self, backend: tokenizers.Tokenizer):
-    """Wraps `backend`, whose vocabulary must have the token `<|endoftext|>`."""
-    end_of_text = backend.token_to_id(END_OF_TEXT)
+  def __init__(self, backend: tokenizers.Tokenizer, separator: str = END_OF_TEXT):
+    """Wraps `backend`, whose vocabulary must have the token `separator`."""
+    end_of_text = backend.token_to_id(separator)
     if end_of_text is None:
-      raise ValueError(f'the tokenizer has no token {END_OF_TEXT}, which separates documents')
+      raise ValueError(f'the tokenizer has no token {separator}, which separates documents (data.separator)')
     # A document that contains the characters '<|endoftext|>' must not end there.
     backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
     self._backend = backend
     self.end_of_text: int = end_of_text
 
@@ -44,7 +52,7 @@ class Tokenizer:
     return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
   def encode(self, text: str) -> list[int]:
-    """Token ids of a text; no special token is added."""
+    """Token ids of a text; no special token is added, and none is read from the text."""
     return self._backend.encode(text, add_special_tokens=False).ids
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -60,14 +68,14 @@ class Tokenizer:
     pathlib.Path(path).write_text(self._backend.to_str(), encoding='utf-8')
 
   @classmethod
-  def load(cls, path: str | os.PathLike) -> 'Tokenizer':
+  def load(cls, path: str | os.PathLike, separator: str = END_OF_TEXT) -> 'Tokenizer':
     """Reads a tokenizer.json. Raises OSError if it's missing and ValueError if it cannot be used."""
     text = pathlib.Path(path).read_text(encoding='utf-8')
     try:
       backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more specific
       raise ValueError(f'{path} is not a tokenizer.json: {error}') from error
-    return cls(backend)
+    return cls(backend, separator)
 
 
 def build(data: DataConfig) -> Tokenizer:
@@ -75,11 +83,79 @@ def build(data: DataConfig) -> Tokenizer:
 
   `bytes` has 257 entries: token id = byte, then end of text. `bpe` is trained on the first
   documents of the train split, 1 KiB of text for each of `data.vocab_size` entries; a small
-  corpus may give fewer entries.
+  corpus may give fewer entries. Anything else is a tokenizer.json, see `existing_file`.
+
+  Raises:
+    ConfigError: there is no such tokenizer, or it has no token `data.separator`.
   """
+  if data.tokenizer not in MADE_HERE:
+    path = existing_file(data)
+    try:
+      return Tokenizer.load(path, data.separator)
+    except (OSError, ValueError) as error:
+      raise ConfigError(f'data.tokenizer={data.tokenizer} cannot be used: {error}') from error
+  backend = (
+    _byte_vocabulary(data.separator)
+    if data.tokenizer == 'bytes'
+    else _train_bpe(corpus.documents(data, 'train'), data.vocab_size, data.separator)
+  )
+  return Tokenizer(backend, data.separator)
+
+
+def fingerprint(data: DataConfig) -> str:
+  """Names what `build` will give for a corpus: equal fingerprints mean equal tokenizers."""
   if data.tokenizer == 'bytes':
-    return Tokenizer(_byte_vocabulary())
-  return Tokenizer(_train_bpe(corpus.documents(data, 'train'), data.vocab_size))
+    return 'bytes'
+  if data.tokenizer == 'bpe':
+    return f'bpe{data.vocab_size}'
+  content = existing_file(data).read_bytes()
+  return f'{_name(data.tokenizer)}-{hashlib.sha256(content).hexdigest()[:16]}'
+
+
+def existing_file(data: DataConfig) -> pathlib.Path:
+  """The tokenizer.json of `data.tokenizer`: a file, a folder that has one, or a name on the hub.
+
+  A file of the hub is downloaded once. Raises ConfigError if there is none.
+  """
+  path = pathlib.Path(data.tokenizer).expanduser()
+  if path.is_dir():
+    path = path / 'tokenizer.json'
+  if path.is_file():
+    return path
+  if not _HUB_NAME.fullmatch(data.tokenizer):
+    raise ConfigError(
+      f'data.tokenizer={data.tokenizer} is neither bpe nor bytes, and there is no such tokenizer.json'
+    )
+  return _from_hub(data.tokenizer)
+
+
+def _from_hub(name: str) -> pathlib.Path:
+  flag = f'data.tokenizer={name}'
+  try:
+    import huggingface_hub
+  except ImportError as error:
+    raise ConfigError(
+      f'{flag} is no file, and looking on the hub needs: pip install huggingface_hub'
+    ) from error
+  cached = huggingface_hub.try_to_load_from_cache(name, 'tokenizer.json')
+  if isinstance(cached, str):
+    return pathlib.Path(cached)
+  remedy = 'give the path of a tokenizer.json, or use data.tokenizer=bpe'
+  if huggingface_hub.constants.HF_HUB_OFFLINE:
+    raise ConfigError(
+      f'{flag} is no file and would have to be downloaded, but HF_HUB_OFFLINE is set; {remedy}'
+    )
+  hubs.require_network(huggingface_hub.constants.ENDPOINT, flag, remedy)
+  try:
+    return pathlib.Path(huggingface_hub.hf_hub_download(name, 'tokenizer.json'))
+  except Exception as error:  # not found, gated, cut off: the library's text says which
+    raise ConfigError(f'{flag} cannot be downloaded ({type(error).__name__}: {error}); {remedy}') from error
+
+
+def _name(tokenizer: str) -> str:
+  """A short name for folders."""
+  path = pathlib.PurePath(tokenizer)
+  return path.parent.name or path.stem if path.name == 'tokenizer.json' else path.stem
 
 
 def _byte_level(model: models.BPE, split_words: bool) -> tokenizers.Tokenizer:
@@ -89,9 +165,9 @@ def _byte_level(model: models.BPE, split_words: bool) -> tokenizers.Tokenizer:
   return backend
 
 
-def _byte_vocabulary() -> tokenizers.Tokenizer:
+def _byte_vocabulary(separator: str) -> tokenizers.Tokenizer:
   backend = _byte_level(models.BPE(vocab=_byte_symbols(), merges=[]), split_words=False)
-  backend.add_special_tokens([END_OF_TEXT])
+  backend.add_special_tokens([separator])
   return backend
 
 
@@ -107,11 +183,11 @@ def _byte_symbols() -> dict[str, int]:
   return themselves | dict(zip(symbols[len(themselves) :], others, strict=True))
 
 
-def _train_bpe(documents: Iterable[corpus.Document], vocab_size: int) -> tokenizers.Tokenizer:
+def _train_bpe(documents: Iterable[Document], vocab_size: int, separator: str) -> tokenizers.Tokenizer:
   backend = _byte_level(models.BPE(), split_words=True)
   trainer = trainers.BpeTrainer(
     vocab_size=vocab_size,
-    special_tokens=[END_OF_TEXT],
+    special_tokens=[separator],
     initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     show_progress=False,
   )
@@ -119,7 +195,7 @@ def _train_bpe(documents: Iterable[corpus.Document], vocab_size: int) -> tokeniz
   return backend
 
 
-def _texts(documents: Iterable[corpus.Document], max_bytes: int) -> Iterator[str]:
+def _texts(documents: Iterable[Document], max_bytes: int) -> Iterator[str]:
   read = 0
   for document in documents:
     yield document.text

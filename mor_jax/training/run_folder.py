@@ -20,6 +20,8 @@ MAY_CHANGE = (
   'model.unroll_layers',
   'data.cache_dir',
   'data.prefetch',
+  'data.workers',
+  'data.max_bad_fraction',
   'train.accumulation',
   'train.log_every',
   'train.eval_every',
@@ -87,6 +89,13 @@ class RunFolder:
     manifest = dataclasses.replace(dataset.manifest, files={})  # sizes of files may differ for equal rows
     data = _to_json(dataclasses.asdict(manifest))
     if self._config.exists():
+      stored = json.loads(self._data.read_text())
+      if stored['tokenizer_digest'] != manifest.tokenizer_digest:
+        raise ConfigError(
+          f'workdir={self.path} holds a run with another vocabulary: its tokenizer had {stored["vocab_size"]} '
+          f'entries, that of data.tokenizer={manifest.tokenizer} has {manifest.vocab_size} and differs; '
+          f'restore data.tokenizer ({self.tokenizer} is the one it had), or choose another workdir'
+        )
       if self._data.read_text() != data:
         raise ConfigError(
           f'workdir={self.path} holds a run on other data ({self._data.name} differs: the corpus has changed; '

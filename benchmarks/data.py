@@ -1,0 +1,187 @@
+"""Speed and memory of the data pipeline: python benchmarks/data.py --corpus='texts/**/*.txt' --tokenizer=tokenizer.json
+
+Prepares the same text with `tokenizers` alone (encode_batch_fast, all cores) and with mor_jax, in turns, and
+reports the ratio; then the tokens/s of the loader from a warm page cache; then the memory of preparing, over
+all processes, beyond that of a process that has only loaded the tokenizer.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+
+RESULTS = pathlib.Path(__file__).parent / 'results' / 'data.json'
+MB = 1e6
+
+
+def main() -> None:
+  """Runs the three measurements, prints a table and writes results/data.json."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--corpus', required=True, help='pattern of text files')
+  parser.add_argument('--tokenizer', required=True, help='a tokenizer.json')
+  parser.add_argument('--megabytes', type=float, default=24, help='text prepared in the speed measurement')
+  parser.add_argument(
+    '--memory_megabytes', type=float, default=500, help='text prepared to measure memory; 0: no'
+  )
+  parser.add_argument('--repeats', type=int, default=3, help='of the speed measurement')
+  arguments = parser.parse_args()
+  result = {'machine': f'{platform.machine()}, {os.cpu_count()} cores', 'python': platform.python_version()}
+  with tempfile.TemporaryDirectory() as scratch:
+    corpus = repeated(arguments.corpus, pathlib.Path(scratch, 'speed.jsonl'), arguments.megabytes)
+    result |= prepare_speed(corpus, arguments.tokenizer, scratch, arguments.repeats)
+    result |= loader_speed(f'{scratch}/0')
+    if arguments.memory_megabytes:
+      corpus = repeated(arguments.corpus, pathlib.Path(scratch, 'memory.jsonl'), arguments.memory_megabytes)
+      result |= prepare_memory(corpus, arguments.tokenizer, scratch, arguments.memory_megabytes)
+  width = max(map(len, result))
+  for name, value in result.items():
+    print(f'{name:<{width}}  {value:,.2f}' if isinstance(value, float) else f'{name:<{width}}  {value}')
+  RESULTS.parent.mkdir(exist_ok=True)
+  RESULTS.write_text(json.dumps(result, indent=2) + '\n')
+
+
+def repeated(pattern: str, path: pathlib.Path, megabytes: float) -> pathlib.Path:
+  """Writes the texts as JSON lines, over and over, until there are enough; documents of 8,000 characters."""
+  import glob
+
+  texts = [
+    pathlib.Path(name).read_text(encoding='utf-8') for name in sorted(glob.glob(pattern, recursive=True))
+  ]
+  pieces = [text[i : i + 8000] for text in texts for i in range(0, len(text), 8000)]
+  size = 0
+  with path.open('w') as file:
+    while size < megabytes * MB:
+      for i, piece in enumerate(pieces):
+        file.write(json.dumps({'text': piece, 'i': i}) + '\n')
+        size += len(piece.encode())
+        if size >= megabytes * MB:
+          break
+  return path
+
+
+def settings(corpus: pathlib.Path, tokenizer: str, cache_dir: str) -> list[str]:
+  """The command that prepares `corpus`."""
+  values = {'source': f'files:{corpus}', 'tokenizer': tokenizer, 'seq_len': 2048, 'cache_dir': cache_dir}
+  return [sys.executable, '-m', 'mor_jax.prepare'] + [f'--config.data.{k}={v}' for k, v in values.items()]
+
+
+def prepare_speed(corpus: pathlib.Path, tokenizer: str, scratch: str, repeats: int) -> dict[str, float]:
+  """MB/s of both, each time one after the other; that of mor_jax as it reports it, without start-up, and with."""
+  import tokenizers
+
+  backend = tokenizers.Tokenizer.from_file(tokenizer)
+  texts = [json.loads(line)['text'] for line in corpus.open()]
+  megabytes = sum(len(text.encode()) for text in texts) / MB
+  alone, ours, whole, cpu = [], [], [], []
+  for repeat in range(repeats):
+    cpu_alone = cpu_seconds(resource.RUSAGE_SELF)
+    begin = time.perf_counter()
+    for first in range(0, len(texts), 500):  # 4 MB at once: all at once would need gigabytes
+      backend.encode_batch_fast(texts[first : first + 500], add_special_tokens=False)
+    alone.append(megabytes / (time.perf_counter() - begin))
+    cpu_alone = cpu_seconds(resource.RUSAGE_SELF) - cpu_alone
+    cpu_ours = cpu_seconds(resource.RUSAGE_CHILDREN)
+    begin = time.perf_counter()
+    output = subprocess.run(
+      settings(corpus, tokenizer, f'{scratch}/{repeat}'), capture_output=True, text=True, check=True
+    ).stdout
+    whole.append(megabytes / (time.perf_counter() - begin))
+    cpu.append(cpu_alone / (cpu_seconds(resource.RUSAGE_CHILDREN) - cpu_ours))
+    ours.append(megabytes / float(output.split('written in ')[1].split()[0]))
+  ratios = [a / b for a, b in zip(ours, alone, strict=True)]
+  return {
+    'corpus_mb': megabytes,
+    'tokenizers_mb_per_second': statistics.median(alone),
+    'prepare_mb_per_second': statistics.median(ours),
+    'prepare_of_tokenizers': statistics.median(ratios),
+    'prepare_of_tokenizers_lowest': min(ratios),
+    'prepare_of_tokenizers_by_cpu_seconds': statistics.median(
+      cpu
+    ),  # start-up included; holds on a busy machine
+    'prepare_with_startup_mb_per_second': statistics.median(whole),
+  }
+
+
+def cpu_seconds(whose: int) -> float:
+  """CPU time of this process or of its children that have ended."""
+  usage = resource.getrusage(whose)
+  return usage.ru_utime + usage.ru_stime
+
+
+def loader_speed(cache_dir: str) -> dict[str, float]:
+  """Tokens/s of the loader at rows of 2,048, after a first pass that warms the page cache."""
+  from mor_jax.config import DataConfig
+  from mor_jax.data import dataset, loader
+
+  (folder,) = (path.parent for path in pathlib.Path(cache_dir, 'datasets').glob('*/manifest.json'))
+  prepared = dataset.open_dataset(folder)
+  batches = loader.train_batches(prepared, DataConfig(seq_len=2048), global_batch=32)
+  speeds = []
+  for _ in range(6):
+    begin = time.perf_counter()
+    tokens = sum(next(batches)['tokens'].size for _ in range(40))
+    speeds.append(tokens / (time.perf_counter() - begin))
+  return {'loader_tokens_per_second': statistics.median(speeds[1:])}
+
+
+def prepare_memory(corpus: pathlib.Path, tokenizer: str, scratch: str, megabytes: float) -> dict[str, float]:
+  """Largest memory of all processes together (shared pages counted once), and half-way against the end."""
+  load = f'import mor_jax.prepare, tokenizers, time; t = tokenizers.Tokenizer.from_file({tokenizer!r}); time.sleep(2)'
+  base = max(watched([sys.executable, '-c', load]))
+  seen = watched(settings(corpus, tokenizer, f'{scratch}/memory'))
+  half = len(seen) // 2
+  return {
+    'memory_corpus_mb': megabytes,
+    'tokenizer_process_mb': base,
+    'prepare_peak_mb': max(seen),
+    'prepare_beyond_tokenizer_mb': max(seen) - base,
+    'prepare_peak_first_half_mb': max(seen[:half]),
+    'prepare_peak_second_half_mb': max(seen[half:]),
+  }
+
+
+def watched(command: list[str]) -> list[float]:
+  """Runs a command and returns its memory in MB, with that of its children, twice a second."""
+  process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+  seen: list[float] = []
+  watcher = threading.Thread(target=_watch, args=(process.pid, lambda: process.poll() is None, seen))
+  watcher.start()
+  if process.wait():
+    raise SystemExit(f'{command} ended with exit code {process.returncode}')
+  watcher.join()
+  return seen
+
+
+def _watch(pid: int, running: Callable[[], bool], seen: list[float]) -> None:
+  while running():
+    seen.append(sum(map(_proportional_mb, _family(pid))))
+    time.sleep(0.5)
+
+
+def _family(pid: int) -> list[int]:
+  try:
+    children = pathlib.Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
+  except OSError:
+    return []
+  return [pid, *(member for child in children for member in _family(int(child)))]
+
+
+def _proportional_mb(pid: int) -> float:
+  try:
+    lines = pathlib.Path(f'/proc/{pid}/smaps_rollup').read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith('Pss:')) * 1024 / MB
+  except OSError:  # it has ended
+    return 0.0
+
+
+if __name__ == '__main__':
+  main()

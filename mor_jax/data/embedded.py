@@ -1,0 +1,135 @@
+"""The embedded corpus: the text that every full Python installation carries.
+
+Documentation topics, and the docstrings and sources of the standard library. It needs no
+network and differs between Python versions.
+"""
+
+import ast
+import os
+import pathlib
+import platform
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator
+
+from mor_jax.config import ConfigError
+from mor_jax.data.document import Document, uniform_hash
+
+# Tests, tables made by programs, an application with tests of its own, and what is not the library's.
+_SKIPPED_FOLDERS = frozenset(
+  ('site-packages', 'dist-packages', '__pycache__', 'test', 'tests', 'idlelib', 'encodings', 'pydoc_data')
+)
+_SKIPPED_PREFIXES = ('config-', '_sysconfigdata')
+_SHORTEST_DOCUMENT = 200  # characters; shorter files are empty packages and one-line shims
+_SMALLEST_WORD_SHARE = 1 / 3  # below it a file is mostly a table of numbers or codes
+
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+class EmbeddedCorpus:
+  """Topics, docstrings and sources, mixed, so that any beginning is a fair sample of the whole."""
+
+  total_bytes = None
+  bytes_read = 0
+
+  def fingerprint(self) -> str:
+    """The version of Python decides."""
+    return f'embedded-python{platform.python_version()}'
+
+  def records(self) -> Iterator[Document]:
+    """All documents; a file's docstrings and its source have the file as their origin.
+
+    Raises:
+      ConfigError: this Python installation does not carry the texts.
+    """
+    topics = _topics()
+    folder = pathlib.Path(sysconfig.get_path('stdlib'))
+    files = _library_files(folder)
+    if not files:
+      raise ConfigError(
+        f"data.source='embedded' needs the sources of Python's standard library, and {folder} holds none; "
+        f'use a complete Python installation'
+      )
+    names = [f'topics/{topic}' for topic in topics]
+    names += [f'{kind}/{file}' for file in files for kind in ('docstrings', 'source')]
+    for name in sorted(names, key=lambda name: uniform_hash('order', name)):
+      kind, file = name.split('/', 1)
+      text = topics[file] if kind == 'topics' else _library_text(folder, kind, file)
+      if len(text) >= _SHORTEST_DOCUMENT:
+        yield Document(name, text, origin=name if kind == 'topics' else file)
+
+
+def _topics() -> dict[str, str]:
+  try:
+    from pydoc_data import topics
+  except ImportError as error:
+    raise ConfigError(
+      "data.source='embedded' needs Python's documentation topics, and this installation has no "
+      'module pydoc_data.topics; use a complete Python installation'
+    ) from error
+  return topics.topics
+
+
+def _library_files(folder: pathlib.Path) -> list[str]:
+  """Relative names of the modules worth reading, sorted."""
+  found = []
+  for parent, subfolders, files in os.walk(folder):
+    subfolders[:] = [name for name in subfolders if not _skipped(name)]
+    paths = (pathlib.Path(parent, name) for name in files if name.endswith('.py') and not _skipped(name))
+    found += [path.relative_to(folder).as_posix() for path in paths]
+  return sorted(found)
+
+
+def _skipped(name: str) -> bool:
+  return name in _SKIPPED_FOLDERS or name.startswith(_SKIPPED_PREFIXES)
+
+
+def _library_text(folder: pathlib.Path, kind: str, file: str) -> str:
+  """Source or docstrings of a module; empty where it isn't UTF-8, is a table, or cannot be parsed."""
+  try:
+    source = (folder / file).read_text(encoding='utf-8')
+  except UnicodeDecodeError:
+    return ''
+  letters = sum(map(len, re.findall('[A-Za-z]{3,}', source)))
+  if letters < _SMALLEST_WORD_SHARE * len(source):
+    return ''
+  return source if kind == 'source' else docstrings(source, _module_name(file))
+
+
+def _module_name(file: str) -> str:
+  return file.removesuffix('.py').removesuffix('/__init__').replace('/', '.')
+
+
+def docstrings(source: str, module: str) -> str:
+  """The docstrings of a module as one text: a heading for each class and function, then its docstring.
+
+  The module is parsed, never imported. Returns '' if nothing is documented or it doesn't parse.
+  """
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')  # invalid escape sequences are the library's business
+    try:
+      tree = ast.parse(source)
+    except SyntaxError:
+      return ''
+  sections = [f'{heading}\n\n{text}\n' for heading, text in _sections(tree, f'Module {module}', prefix='')]
+  return '\n'.join(sections)
+
+
+def _sections(node: ast.AST, heading: str, prefix: str) -> Iterator[tuple[str, str]]:
+  """(heading, docstring) of a module, class or function and of what it defines for its users."""
+  text = ast.get_docstring(node)
+  if text:
+    yield heading, text
+  if isinstance(node, _FUNCTIONS):
+    return  # functions within functions are nobody's interface
+  for child in ast.iter_child_nodes(node):
+    if isinstance(child, (ast.ClassDef, *_FUNCTIONS)):
+      yield from _sections(child, _heading(child, prefix), f'{prefix}{child.name}.')
+
+
+def _heading(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, prefix: str) -> str:
+  if isinstance(node, _FUNCTIONS):
+    return f'{prefix}{node.name}({ast.unparse(node.args)})'
+  bases = ', '.join(map(ast.unparse, node.bases))
+  return f'class {prefix}{node.name}({bases})' if bases else f'class {prefix}{node.name}'

@@ -1,0 +1,180 @@
+"""Documents from dataset libraries: TFDS without TensorFlow, and Hugging Face `datasets`, streaming."""
+
+import hashlib
+import os
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+from mor_jax.config import ConfigError
+from mor_jax.data.document import Document, Unreadable
+
+PATIENCE = 15  # seconds after which the network counts as missing
+OFFLINE_REMEDY = (
+  'connect, or read local files with data.source=files:PATTERN, or use data.source=embedded, which needs no '
+  'network'
+)
+
+_TFDS_SERVER = 'https://storage.googleapis.com'
+_TFDS_REMEDY = (
+  'prepare it once where TensorFlow is installed, with tfds.builder(NAME, file_format="array_record")'
+  '.download_and_prepare(), and give that folder as data.source=tfds:FOLDER/SPLIT/KEY'
+)
+
+
+class TfdsSource:
+  """A split of a TFDS dataset, `NAME/SPLIT/KEY`, or `FOLDER/SPLIT/KEY` of a prepared one."""
+
+  total_bytes = None
+  bytes_read = 0
+
+  def __init__(self, spec: str):
+    """Raises ConfigError if `spec` isn't of that form."""
+    self._name, _, rest = spec.rpartition('/')
+    self._name, _, self._split = self._name.rpartition('/')
+    self._key, self._spec = rest, spec
+    if not (self._name and self._split and self._key):
+      raise ConfigError(
+        f'data.source=tfds:{spec} must have the form tfds:NAME/SPLIT/KEY, such as tfds:ag_news_subset/train/'
+        f'description, or tfds:FOLDER/SPLIT/KEY'
+      )
+
+  def fingerprint(self) -> str:
+    """Spec and, for a folder, when it was prepared."""
+    info = os.path.join(os.path.expanduser(self._name), 'dataset_info.json')
+    written = int(os.stat(info).st_mtime) if os.path.exists(info) else 0
+    return f'tfds-{hashlib.sha256(f"{self._spec}:{written}".encode()).hexdigest()[:16]}'
+
+  def records(self) -> Iterator[Document | Unreadable]:
+    """The documents of the split; prepares the dataset first where that needs no TensorFlow."""
+    records = self._open()
+    for index in range(len(records)):
+      where = f'tfds:{self._name}/{self._split}, record {index}'
+      yield _document(where, records[index], self._key)
+
+  def _open(self) -> Any:
+    import tensorflow_datasets as tfds
+
+    builder = self._builder()
+    splits = builder.info.splits
+    if self._split not in splits:
+      raise self._refused(f'has no split {self._split!r}; its splits are {", ".join(splits)}')
+    if self._key not in (builder.info.features or {}):
+      raise self._refused(
+        f'has no feature {self._key!r}; its features are {", ".join(sorted(builder.info.features))}'
+      )
+    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+      raise self._refused(
+        f'is stored as {builder.info.file_format.value}, not as ArrayRecord; {_TFDS_REMEDY}'
+      )
+    return builder.as_data_source(self._split)
+
+  def _builder(self) -> Any:
+    import tensorflow_datasets as tfds
+
+    folder = os.path.expanduser(self._name)
+    if os.path.isdir(folder):
+      try:
+        return tfds.builder_from_directory(folder)
+      except Exception as error:  # TFDS raises its own kinds and those of its metadata readers
+        raise self._refused(f'cannot be opened ({error})') from error
+    try:
+      builder = tfds.builder(self._name, file_format=tfds.core.FileFormat.ARRAY_RECORD, try_gcs=False)
+    except tfds.core.DatasetNotFoundError as error:
+      raise self._refused('is neither a folder nor a dataset that TFDS knows') from error
+    except ImportError as error:
+      raise self._refused(f'needs {error.name} to be built; {_TFDS_REMEDY}') from error
+    if not builder.is_prepared():
+      require_network(_TFDS_SERVER, f'data.source=tfds:{self._spec}')
+      try:
+        builder.download_and_prepare()
+      except ImportError as error:
+        raise self._refused(f'needs {error.name} to be built; {_TFDS_REMEDY}') from error
+      except Exception as error:  # downloads, generators, Beam: anything may come
+        raise self._refused(
+          f'cannot be prepared here ({type(error).__name__}: {error}); {_TFDS_REMEDY}'
+        ) from error
+    return builder
+
+  def _refused(self, why: str) -> ConfigError:
+    return ConfigError(f'data.source=tfds:{self._spec}: {self._name} {why}')
+
+
+class HuggingFaceSource:
+  """A dataset of the Hugging Face hub or a local folder, `DATASET[:CONFIG[:SPLIT]]`, read as a stream."""
+
+  total_bytes = None
+  bytes_read = 0
+
+  def __init__(self, spec: str, text_key: str):
+    """Raises ConfigError if `spec` isn't of that form."""
+    self._spec, self._text_key = spec, text_key
+    name, config, split, *more = [*spec.split(':'), '', ''][: max(3, spec.count(':') + 1)]
+    if not name or more:
+      raise ConfigError(f'data.source=hf:{spec} must have the form hf:DATASET[:CONFIG[:SPLIT]]')
+    self._name, self._config, self._split = os.path.expanduser(name), config or None, split or 'train'
+
+  def fingerprint(self) -> str:
+    """Spec and key."""
+    return f'hf-{hashlib.sha256(f"{self._spec}:{self._text_key}".encode()).hexdigest()[:16]}'
+
+  def records(self) -> Iterator[Document | Unreadable]:
+    """The documents of the stream, one after the other."""
+    for index, record in enumerate(self._open()):
+      yield _document(f'hf:{self._spec}, record {index}', record, self._text_key)
+
+  def _open(self) -> Any:
+    flag = f'data.source=hf:{self._spec}'
+    try:
+      import datasets
+      import huggingface_hub
+    except ImportError as error:
+      raise ConfigError(f'{flag} needs the package {error.name}; run: pip install datasets') from error
+    if not os.path.isdir(self._name):
+      if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise ConfigError(f'{flag} needs the network, and HF_HUB_OFFLINE is set; {OFFLINE_REMEDY}')
+      require_network(huggingface_hub.constants.ENDPOINT, flag)
+    try:
+      return datasets.load_dataset(self._name, self._config, split=self._split, streaming=True)
+    except Exception as error:  # not found, gated, wrong config or split: the library's text says which
+      raise ConfigError(f'{flag} cannot be opened ({type(error).__name__}: {error})') from error
+
+
+def _document(where: str, record: Any, key: str) -> Document | Unreadable:
+  if key not in record:
+    return Unreadable(where, f'no key {key!r}')
+  text = record[key]
+  if isinstance(text, bytes):
+    try:
+      text = text.decode()
+    except UnicodeDecodeError:
+      return Unreadable(where, 'not UTF-8')
+  return Document(where, text) if isinstance(text, str) else Unreadable(where, f'{key!r} is not a text')
+
+
+def require_network(url: str, flag: str, remedy: str = OFFLINE_REMEDY) -> None:
+  """Raises ConfigError, naming `flag`, unless a server answers at `url` within PATIENCE seconds.
+
+  Any answer will do. Libraries would retry for minutes; proxies are those of the environment.
+  """
+  answers = []
+
+  def ask() -> None:
+    request = urllib.request.Request(url, method='HEAD')
+    try:
+      urllib.request.urlopen(request, timeout=PATIENCE).close()
+    except urllib.error.HTTPError:
+      pass  # an answer
+    except OSError as error:
+      answers.append(str(getattr(error, 'reason', error)))
+      return
+    answers.append(None)
+
+  thread = threading.Thread(target=ask, daemon=True)  # looking up a name has no time limit of its own
+  thread.start()
+  thread.join(PATIENCE)
+  problem = answers[0] if answers else f'no answer in {PATIENCE} s'
+  if problem is not None:
+    raise ConfigError(f'{flag} needs the network, and {url} cannot be reached ({problem}); {remedy}')

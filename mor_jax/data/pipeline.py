@@ -1,0 +1,294 @@
+"""Documents to shards: in parallel, in bounded memory, and in steps that can be taken up again.
+
+Documents are gathered into units of a few megabytes. A unit is encoded and packed by itself,
+in any process, and the units are written in the order of their documents; so the shards
+depend on neither the number of processes nor on interruptions. A finished shard has a note
+beside it of the units it holds; whoever continues reads the documents again, which is quick,
+and encodes only the units of no finished shard.
+"""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
+
+from mor_jax.config import ConfigError
+from mor_jax.data import corpus, packing, shards
+from mor_jax.data.document import Document
+from mor_jax.data.tokenizer import Tokenizer
+
+UNIT_CHARACTERS = 2**22  # 0.1% of a unit of 2,048-token rows is padding at its end
+ENCODED_AT_ONCE = 2**20  # characters; the tokenizer needs some 40 bytes for each of them
+NOTES = 'notes'  # folder, needed until the dataset is finished
+SMALL = 4  # fewer units are done sooner than processes start
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+  """Consecutive documents of a split."""
+
+  split: str
+  texts: list[str]
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """Equal digests mean equal documents."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for text in self.texts:
+      content = text.encode()
+      hashed.update(len(content).to_bytes(8))
+      hashed.update(content)
+    return hashed.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedUnit:
+  """The records of a unit's rows, and what they hold: documents, bytes, tokens, targets, rows, cut."""
+
+  records: list[bytes]
+  counts: Counter[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """What a process needs to know to make a PackedUnit."""
+
+  tokenizer_file: str
+  separator: str
+  seq_len: int
+  packing: str
+
+
+def units(documents: Iterable[tuple[str, Document]]) -> Iterator[Unit]:
+  """Gathers (split, document) into units; every split's documents keep their order."""
+  texts, sizes = collections.defaultdict(list), Counter()
+  for split, document in documents:
+    texts[split].append(document.text)
+    sizes[split] += len(document.text)
+    if sizes[split] >= UNIT_CHARACTERS:
+      yield Unit(split, texts.pop(split))
+      del sizes[split]
+  for split in corpus.SPLITS:
+    if texts[split]:
+      yield Unit(split, texts[split])
+
+
+@functools.cache
+def _tools(recipe: Recipe) -> tuple[Tokenizer, shards.RowFormat]:
+  tokenizer = Tokenizer.load(recipe.tokenizer_file, recipe.separator)
+  return tokenizer, shards.RowFormat(tokenizer.vocab_size, recipe.seq_len)
+
+
+def pack_unit(recipe: Recipe, texts: list[str]) -> PackedUnit:
+  """Encodes and packs documents."""
+  tokenizer, row_format = _tools(recipe)
+  counts = Counter(documents=len(texts), bytes=sum(len(text.encode()) for text in texts))
+
+  def token_ids() -> Iterator[list[int]]:
+    for batch in _batches(texts, ENCODED_AT_ONCE):
+      for ids in tokenizer.encode_batch(batch):
+        counts['cut'] += len(ids) + 1 > recipe.seq_len
+        yield ids
+
+  records = []
+  for row in packing.PACKINGS[recipe.packing](token_ids(), recipe.seq_len, tokenizer.end_of_text):
+    records.append(row_format.serialize(row))
+    counts.update(rows=1, tokens=row.num_tokens, targets=row.num_targets)
+  return PackedUnit(records, counts)
+
+
+def _batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
+  """Lists of texts of at least `characters` together (the last one may have fewer)."""
+  batch, size = [], 0
+  for text in texts:
+    batch.append(text)
+    size += len(text)
+    if size >= characters:
+      yield batch
+      batch, size = [], 0
+  if batch:
+    yield batch
+
+
+# ---- processes ----
+
+
+def packed(stream: Iterable[Unit], recipe: Recipe, workers: int) -> Iterator[tuple[Unit, PackedUnit]]:
+  """Packs units in `workers` processes and yields them in order, a few in memory at a time."""
+  stream = iter(stream)
+  head = list(itertools.islice(stream, SMALL))
+  if workers == 1 or len(head) < SMALL:
+    for unit in itertools.chain(head, stream):
+      yield unit, pack_unit(recipe, unit.texts)
+    return
+  # Not fork: the threads of JAX and of the tokenizer do not survive it.
+  context = multiprocessing.get_context('spawn')
+  pool = futures.ProcessPoolExecutor(workers, context, initializer=_start_worker)
+  pending = collections.deque()
+  try:
+    for unit in itertools.chain(head, stream):
+      pending.append((unit, pool.submit(pack_unit, recipe, unit.texts)))
+      while len(pending) > workers + 2 or (pending and pending[0][1].done()):
+        yield _result(*pending.popleft())
+    while pending:
+      yield _result(*pending.popleft())
+  finally:
+    pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _result(unit: Unit, future: futures.Future[PackedUnit]) -> tuple[Unit, PackedUnit]:
+  try:
+    return unit, future.result()
+  except futures.process.BrokenProcessPool as error:
+    raise RuntimeError(
+      'a process that tokenises has died, most likely for want of memory; lower data.workers and run the '
+      'same command again: it continues where it stopped'
+    ) from error
+
+
+def _start_worker() -> None:
+  os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # the processes are the parallelism
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends its workers
+  parent = multiprocessing.parent_process()
+
+  def end_with_parent() -> None:
+    parent.join()
+    os._exit(1)
+
+  threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+# ---- shards ----
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardNote:
+  """What a finished shard holds."""
+
+  units: int
+  digest: str  # of the documents
+  num_bytes: int  # of the records
+  counts: dict[str, int]
+
+
+class SplitWriter:
+  """The shards of a split, of at least `rows_per_shard` rows but for the last; continues earlier ones."""
+
+  def __init__(self, folder: pathlib.Path, split: str, rows_per_shard: int):
+    self._folder, self._split, self._rows_per_shard = folder, split, rows_per_shard
+    self.notes: list[ShardNote] = []
+    while (note := self._note_path(len(self.notes))).exists():
+      self.notes.append(ShardNote(**json.loads(note.read_text())))
+    self._left_to_skip = [note.units for note in self.notes]
+    self._start_shard()
+
+  def _start_shard(self) -> None:
+    self._file, self._units, self._hash, self._counts = None, 0, hashlib.blake2b(digest_size=16), Counter()
+
+  def shard_path(self, shard: int) -> pathlib.Path:
+    """Where a shard is until it is published."""
+    return self._folder / f'{self._split}-{shard:05d}.shard'
+
+  def _note_path(self, shard: int) -> pathlib.Path:
+    return self._folder / NOTES / f'{self._split}-{shard:05d}.json'
+
+  @property
+  def counts(self) -> Counter[str]:
+    """Of all finished shards together."""
+    return sum((Counter(note.counts) for note in self.notes), Counter())
+
+  def has(self, unit: Unit) -> bool:
+    """Whether the next unit is already in a finished shard. To be asked once for each, in order.
+
+    Raises:
+      ConfigError: the documents are not those that the shard was made of.
+    """
+    if not self._left_to_skip:
+      return False
+    self._hash.update(unit.digest.encode())
+    self._left_to_skip[0] -= 1
+    if self._left_to_skip[0] == 0:
+      shard = len(self.notes) - len(self._left_to_skip)
+      if self._hash.hexdigest() != self.notes[shard].digest:
+        raise ConfigError(
+          f'the documents are not those from which {self.shard_path(shard)} was made before preparation was '
+          f'interrupted; delete {self._folder}, and all will be prepared anew'
+        )
+      self._left_to_skip.pop(0)
+      self._start_shard()
+    return True
+
+  def append(self, unit: Unit, packed_unit: PackedUnit) -> None:
+    """Adds the rows of a unit. Raises OSError if that fails."""
+    self._file = self._file or shards.ShardFile(self.shard_path(len(self.notes)))
+    for record in packed_unit.records:
+      self._file.append(record)
+    self._units += 1
+    self._hash.update(unit.digest.encode())
+    self._counts.update(packed_unit.counts)
+    if self._file.rows >= self._rows_per_shard:
+      self._finish_shard()
+
+  def _finish_shard(self) -> None:
+    self._file.close()
+    note = ShardNote(self._units, self._hash.hexdigest(), self._file.num_bytes, dict(self._counts))
+    path = self._note_path(len(self.notes))
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_suffix('.partial')
+    partial.write_text(json.dumps(dataclasses.asdict(note)))
+    partial.rename(path)  # now the shard counts as finished
+    self.notes.append(note)
+    self._start_shard()
+
+  def finish(self) -> None:
+    """Finishes the last shard."""
+    if self._file is not None:
+      self._finish_shard()
+
+  def publish(self) -> None:
+    """Gives all shards their final names; whoever was interrupted in this may do it again."""
+    shards.publish(self._folder, self._split, [self.shard_path(i) for i in range(len(self.notes))])
+
+
+def write_splits(
+  reading: Iterable[tuple[str, Document]],
+  folder: pathlib.Path,
+  recipe: Recipe,
+  workers: int,
+  progress: Callable[[Counter[str]], None],
+) -> dict[str, SplitWriter]:
+  """Encodes, packs and writes all documents; returns the writers, whose shards are all finished.
+
+  Args:
+    reading: (split, document).
+    folder: where shards go, and where those of an interrupted call are.
+    recipe: how rows are made.
+    workers: processes.
+    progress: called after every unit with what it held, `skipped=1` if it was in a finished shard.
+  """
+  rows_per_shard = max(1, shards.SHARD_TOKENS // recipe.seq_len)
+  writers = {split: SplitWriter(folder, split, rows_per_shard) for split in corpus.SPLITS}
+
+  def missing() -> Iterator[Unit]:
+    for unit in units(reading):
+      if not writers[unit.split].has(unit):
+        yield unit
+      else:
+        progress(Counter(skipped=1, documents=len(unit.texts), bytes=sum(map(len, unit.texts))))
+
+  for unit, packed_unit in packed(missing(), recipe, workers):
+    writers[unit.split].append(unit, packed_unit)
+    progress(packed_unit.counts)
+  for writer in writers.values():
+    writer.finish()
+  return writers

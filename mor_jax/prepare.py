@@ -1,0 +1,103 @@
+"""Prepares a dataset: python -m mor_jax.prepare --config.data.source='files:texts/*.txt' [--config=configs/tiny.py]
+
+Documents become tokens, tokens become packed rows, rows become a TFDS dataset in the folder for prepared
+datasets (--config.data.cache_dir). Training with the same settings finds it there; anywhere else it is
+--config.data.source=prepared:FOLDER. Interrupted, even killed, the same command continues.
+
+To look into a finished dataset: python -m mor_jax.prepare --inspect=FOLDER --rows=3
+"""
+
+import datetime
+import time
+
+from absl import flags
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mor_jax import cli
+from mor_jax.config import Config, ConfigError
+from mor_jax.data import dataset as dataset_lib
+from mor_jax.data import inspection
+
+_INSPECT = flags.DEFINE_string('inspect', None, 'show rows and statistics of this prepared dataset instead')
+_ROWS = flags.DEFINE_integer('rows', 3, 'rows that --inspect shows')
+_SPLIT = flags.DEFINE_string('split', 'train', 'split that --inspect shows: train or validation')
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def main(config: Config, workdir: str | None) -> None:
+  """Prepares or inspects. Raises ConfigError."""
+  console = Console()
+  if _INSPECT.value:
+    if _ROWS.value < 0:
+      raise ConfigError(f'--rows={_ROWS.value} is not allowed: must be >= 0')
+    inspection.show(console, dataset_lib.open_dataset(_INSPECT.value), _SPLIT.value, _ROWS.value)
+    return
+  with Meter(console) as meter:
+    dataset = dataset_lib.prepare(config.data, report=meter.print, progress=meter.show)
+  meter.print(f'use it with --config.data.source={dataset_lib.PREPARED}{dataset.folder}')
+
+
+class Meter:
+  """Documents, MB and tokens a second, and the time left: a bar on a terminal, a line now and then elsewhere."""
+
+  def __init__(self, console: Console):
+    self._console = console
+    self._bar = Progress(
+      BarColumn(bar_width=None),
+      TextColumn('{task.fields[text]}'),
+      TimeElapsedColumn(),
+      TextColumn('ETA'),
+      TimeRemainingColumn(),
+      console=console,
+      expand=True,
+    )
+    self._task = None
+    self._start = self._last_line = 0.0
+
+  def __enter__(self) -> 'Meter':
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self._bar.stop()
+
+  def print(self, text: str) -> None:
+    """A line above the bar."""
+    self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+  def show(self, state: dataset_lib.Progress) -> None:
+    """Takes note of how far it is."""
+    now = time.perf_counter()
+    if self._task is None:
+      self._task = self._bar.add_task('prepare', total=1.0, text='')
+      self._start = self._last_line = now
+      if self._console.is_terminal:
+        self._bar.start()
+    text = self._text(state, max(now - self._start, 1e-9))
+    if state.fraction is None:
+      self._bar.update(self._task, total=None, text=text)
+    else:
+      self._bar.update(self._task, completed=state.fraction, text=text)
+    if not self._console.is_terminal and now - self._last_line >= SECONDS_BETWEEN_LINES:
+      self._last_line = now
+      self.print(text + self._time_left(state.fraction, now - self._start))
+
+  def _text(self, state: dataset_lib.Progress, seconds: float) -> str:
+    done = state.done
+    new_bytes = done['bytes'] - state.skipped_bytes
+    share = new_bytes / max(done['bytes'], 1)
+    return (
+      f'{done["documents"]:,} documents ({done["documents"] * share / seconds:,.0f}/s)  '
+      f'{done["bytes"] / 1e6:,.0f} MB ({new_bytes / 1e6 / seconds:.1f} MB/s)  '
+      f'{done["tokens"] / seconds:,.0f} tokens/s'
+    )
+
+  def _time_left(self, fraction: float | None, seconds: float) -> str:
+    if not fraction:
+      return ''
+    return f'  ETA {datetime.timedelta(seconds=round(seconds / fraction * (1 - min(fraction, 1))))}'
+
+
+if __name__ == '__main__':
+  cli.run(main, __doc__, needs_config=False)

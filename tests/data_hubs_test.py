@@ -1,0 +1,165 @@
+"""TFDS and Hugging Face sources, on datasets built here, through the code that opens remote ones."""
+
+import json
+import socket
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from mor_jax.config import ConfigError, DataConfig
+from mor_jax.data import corpus, dataset, hubs
+
+TEXTS = [f'Text {i}: ' + 'äöü words ' * i for i in range(60)]
+
+
+@pytest.fixture(scope='module')
+def tfds_builder(tmp_path_factory):
+  import tensorflow_datasets as tfds
+
+  class LocalTexts(tfds.core.GeneratorBasedBuilder):
+    """A registered dataset that is built without TensorFlow."""
+
+    VERSION = tfds.core.Version('1.0.0')
+    pkg_dir_path = tmp_path_factory.mktemp('package')
+
+    def _info(self):
+      features = tfds.features.FeaturesDict({'body': tfds.features.Text(), 'n': np.int64})
+      return self.dataset_info_from_configs(features=features)
+
+    def _split_generators(self, dl_manager):
+      return {'train': self._generate_examples()}
+
+    def _generate_examples(self):
+      for i, text in enumerate(TEXTS):
+        yield i, {'body': text, 'n': i}
+
+  return LocalTexts
+
+
+@pytest.fixture(scope='module')
+def folder(tfds_builder, tmp_path_factory):
+  builder = tfds_builder(data_dir=tmp_path_factory.mktemp('tfds'), file_format='array_record')
+  builder.download_and_prepare()
+  return builder.data_path
+
+
+def texts(source, **settings):
+  reading = corpus.Reading(DataConfig(source=source, **settings))
+  return [document.text for _, document in reading]
+
+
+def test_prepared_tfds_folder(folder):
+  assert sorted(texts(f'tfds:{folder}/train/body')) == sorted(TEXTS)
+  assert 'tensorflow' not in sys.modules
+
+
+def test_tfds_dataset_by_name_is_prepared_when_it_can_be(tfds_builder, tmp_path, monkeypatch):
+  import tensorflow_datasets as tfds
+
+  monkeypatch.setattr(tfds.core.constants, 'DATA_DIR', str(tmp_path))
+  monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
+  asked = []
+  monkeypatch.setattr(hubs, 'require_network', lambda *arguments: asked.append(arguments))
+  original = tfds.builder
+  monkeypatch.setattr(tfds, 'builder', lambda name, **options: original(name, data_dir=tmp_path, **options))
+  for _ in range(2):
+    assert sorted(texts('tfds:local_texts/train/body')) == sorted(TEXTS)
+  assert len(asked) == 1  # the second time it is there
+
+
+@pytest.mark.parametrize(
+  ('spec', 'message'),
+  [
+    ('{folder}/test/body', "has no split 'test'; its splits are train"),
+    ('{folder}/train/text', "has no feature 'text'; its features are body, n"),
+    ('no_such_dataset/train/text', 'neither a folder nor a dataset'),
+    ('{empty}/train/text', 'cannot be opened'),
+  ],
+)
+def test_tfds_refusals(folder, tmp_path, spec, message):
+  with pytest.raises(ConfigError, match=rf'data\.source=tfds:.*{message}'):
+    texts('tfds:' + spec.format(folder=folder, empty=tmp_path))
+
+
+def test_builder_that_needs_tensorflow_is_refused_with_what_it_needs(tfds_builder, tmp_path, monkeypatch):
+  import tensorflow_datasets as tfds
+
+  def needs_beam(self, dl_manager):
+    raise ModuleNotFoundError("No module named 'apache_beam'", name='apache_beam')
+
+  original = tfds.builder
+  monkeypatch.setattr(tfds, 'builder', lambda name, **options: original(name, data_dir=tmp_path, **options))
+  monkeypatch.setattr(tfds_builder, '_split_generators', needs_beam)
+  monkeypatch.setattr(hubs, 'require_network', lambda *arguments: None)
+  with pytest.raises(ConfigError, match=r'local_texts needs apache_beam to be built; prepare it once where'):
+    texts('tfds:local_texts/train/body')
+
+
+def test_tfds_source_becomes_rows(folder, tmp_path):
+  data = DataConfig(
+    source=f'tfds:{folder}/train/body',
+    tokenizer='bytes',
+    seq_len=32,
+    cache_dir=str(tmp_path),
+    validation_fraction=0.2,
+  )
+  prepared = dataset.prepare(data)
+  counts = prepared.manifest.splits
+  assert sum(split.documents for split in counts.values()) == len(TEXTS)
+  assert sum(split.bytes for split in counts.values()) == sum(len(text.encode()) for text in TEXTS)
+
+
+@pytest.fixture
+def hub_folder(tmp_path):
+  lines = [json.dumps({'content': text}) for text in TEXTS] + [json.dumps({'content': None})]
+  (tmp_path / 'hub').mkdir()
+  (tmp_path / 'hub' / 'train.jsonl').write_text('\n'.join(lines))
+  return tmp_path / 'hub'
+
+
+def test_hugging_face_folder_is_streamed(hub_folder):
+  pytest.importorskip('datasets')
+  reading = corpus.Reading(DataConfig(source=f'hf:{hub_folder}', text_key='content', max_bad_fraction=0.1))
+  assert [document.text for _, document in reading] == TEXTS
+  assert reading.examples == [f"hf:{hub_folder}, record 60: 'content' is not a text"]
+
+
+def test_hugging_face_refusals(hub_folder):
+  pytest.importorskip('datasets')
+  with pytest.raises(ConfigError, match=r'data\.source=hf:.*::nosplit cannot be opened'):
+    texts(f'hf:{hub_folder}::nosplit')
+  with pytest.raises(ConfigError, match=r'HF_HUB_OFFLINE is set; .*files:PATTERN.*embedded'):
+    texts('hf:some/dataset')
+
+
+def test_missing_package_is_named(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'datasets', None)
+  with pytest.raises(
+    ConfigError, match=r'hf:some/dataset needs the package datasets; run: pip install datasets'
+  ):
+    texts('hf:some/dataset')
+
+
+def test_no_network_is_said_in_time(monkeypatch):
+  with socket.socket() as closed:
+    closed.bind(('127.0.0.1', 0))
+    port = closed.getsockname()[1]
+  for name in ('http_proxy', 'HTTP_PROXY'):
+    monkeypatch.delenv(name, raising=False)
+  with pytest.raises(ConfigError, match=r'flag=1 needs the network, and .* Connection refused.*embedded'):
+    hubs.require_network(f'http://127.0.0.1:{port}', 'flag=1')
+
+
+def test_silent_network_is_given_up(monkeypatch):
+  monkeypatch.setattr(hubs, 'PATIENCE', 0.5)
+  for name in ('http_proxy', 'HTTP_PROXY'):
+    monkeypatch.delenv(name, raising=False)
+  with socket.socket() as silent:
+    silent.bind(('127.0.0.1', 0))
+    silent.listen()
+    begin = time.perf_counter()
+    with pytest.raises(ConfigError, match='cannot be reached'):
+      hubs.require_network(f'http://127.0.0.1:{silent.getsockname()[1]}', 'flag=1')
+    assert time.perf_counter() - begin < 5
