@@ -21,12 +21,12 @@ def get_config(variant: str = 'mor'):
   config.name = f'tiny-{variant}'
 
   config.model.kind = variant
-  config.model.num_layers = 5
+  config.model.num_layers = 8
   config.model.num_recursions = 3
   config.model.d_model = 256
   config.model.num_heads = 4
   config.model.num_kv_heads = 2
-  config.model.mlp_dim = 1024
+  config.model.mlp_dim = 704
   config.model.dtype = 'float32'
 
   config.data.tokenizer = 'bytes'

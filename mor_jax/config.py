@@ -188,7 +188,7 @@ class ModelConfig:
 
   @property
   def step_capacities(self) -> tuple[float, ...]:
-    """Fraction of the tokens that enters each recursion (FACTS 1.2: (R - r) / R unless set)."""
+    """Fraction of the tokens that enters each recursion ((R - r) / R unless set; paper section 2.2.1)."""
     if self.kind == 'mor' and self.router == 'expert_choice':
       return self.capacities or self.balanced_capacities
     if self.kind == 'mor' and self.token_capacity_factor is not None:

@@ -52,7 +52,7 @@ def test_published_parameter_counts(kind, steps, layers, millions):
   ],
 )
 def test_published_step_counts(kind, steps, layers, released_steps):
-  """16.5e18 FLOPs at 1024 x 2048 tokens a step give the released runs' lengths (FACTS 2.3, 2.4)."""
+  """16.5e18 FLOPs at 1024 x 2048 tokens a step give the released runs' lengths."""
   kind, _, kv = kind.partition(' ')
   config = dataclasses.replace(shape_360m(kind, steps, layers), kv=kv or 'recursion_wise')
   per_token = flops.paper_flops_per_token(config, 2048)

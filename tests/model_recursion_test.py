@@ -128,7 +128,7 @@ def test_a_recursive_model_with_one_recursion_is_vanilla():
 @pytest.mark.parametrize('sharing', ['cycle', 'sequence', 'middle_cycle', 'middle_sequence'])
 def test_recursion_equals_the_unrolled_vanilla_model(sharing):
   """Written out layer by layer, with the parameters repeated by the schemes' published pattern."""
-  patterns = {  # FACTS 1.1 for 6 layers and 2 recursions
+  patterns = {  # the published patterns for 6 layers and 2 recursions
     'cycle': (0, 1, 2, 0, 1, 2),
     'sequence': (0, 0, 1, 1, 2, 2),
     'middle_cycle': (0, 1, 2, 1, 2, 3),

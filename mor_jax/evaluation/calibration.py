@@ -3,7 +3,7 @@
 Top-k with other capacities is run over some data; the mean logit at the border of its
 choice is the threshold that, token by token, takes about as many. So the compute a model
 spends can be chosen after training (best with `causality=aux_router` or `none`: the auxiliary
-loss pushes logits away from every other border, FACTS 1.5).
+loss pushes logits away from every other border, paper section 7.1).
 """
 
 import dataclasses

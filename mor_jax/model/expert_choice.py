@@ -1,4 +1,4 @@
-"""Expert-choice routing: every recursion step takes its best tokens (paper section 2.2.1, FACTS 1.2).
+"""Expert-choice routing: every recursion step takes its best tokens (paper section 2.2.1; docs/model.md).
 
 At each step a router scores the tokens that are still active. In training the step takes
 the best C_r of the row; where the future is unknown it takes every token whose score

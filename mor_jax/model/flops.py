@@ -78,7 +78,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 
 
 def paper_flops_per_token(config: ModelConfig, seq_len: int) -> float:
-  """Forward FLOPs per token as the paper's tables count them (FACTS 2.4).
+  """Forward FLOPs per token as the paper's tables count them (docs/model.md).
 
   Sum over unrolled layers at capacity c of c * 2(4D^2 + 3DF) + c^2 * 2TD: all projections
   as D x D, causal half of the attention, no embedding, head, router or backward pass. Where

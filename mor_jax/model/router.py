@@ -1,4 +1,4 @@
-"""What routers have in common: scores, gate, places, and the record of their decisions (FACTS 1.2, 1.3)."""
+"""What routers have in common: scores, gate, places, and the record of their decisions (docs/model.md)."""
 
 from collections.abc import Mapping
 
@@ -150,8 +150,9 @@ def update_state(
 ) -> dict[str, jax.Array]:
   """The state after an optimiser step, from the counts of its whole global batch.
 
-  The bias of a depth rises while it is chosen less than the average depth (FACTS 1.3). The
-  threshold follows the mean border of the top-k choice, and starts at the first it sees.
+  The bias of a depth rises while it is chosen less than the average depth, as in the
+  authors' code. The threshold follows the mean border of the top-k choice, and starts at
+  the first it sees.
 
   Args:
     step: optimiser steps done before this one.

@@ -1,4 +1,4 @@
-"""Parameter sharing: which unrolled layer uses which slot of the stacked parameters (FACTS 1.1)."""
+"""Parameter sharing: which unrolled layer uses which slot of the stacked parameters (paper section 2.1; docs/model.md)."""
 
 import jax
 

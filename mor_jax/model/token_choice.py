@@ -1,4 +1,4 @@
-"""Token-choice routing: every token chooses its depth at the start (paper section 2.2.1, FACTS 1.3).
+"""Token-choice routing: every token chooses its depth at the start (paper section 2.2.1; docs/model.md).
 
 One router looks at a token before the first recursion and scores the depths 1 to R; the
 token takes as many steps as the best of them says. That is causal by itself. Steps may have

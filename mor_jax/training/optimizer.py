@@ -9,7 +9,7 @@ import optax
 from mor_jax.config import TrainConfig
 
 NOT_DECAYED = ('scale', 'bias')
-AUX_ROUTER_RATE = 10.0  # FACTS 1.2
+AUX_ROUTER_RATE = 10.0  # as the authors
 
 
 def learning_rate_schedule(train: TrainConfig) -> optax.Schedule:

@@ -19,7 +19,7 @@ def plan(config: Config) -> list[tuple[int, Config]]:
   """(updates done before, config) of every phase; a single one without capacity warm-up.
 
   Stair by stair the capacities follow c + (1 - c) * (1 + cos(pi * t / T)) / 2 at the stair's
-  middle, T being `model.capacity_warmup_steps` (FACTS 1.2, where t counts micro-batches).
+  middle, T being `model.capacity_warmup_steps` (the authors' formula; their t counts micro-batches).
   """
   warmup = config.model.capacity_warmup_steps if config.model.kind == 'mor' else 0
   stairs = min(MAX_SIZES - 1, warmup)
