@@ -72,9 +72,9 @@ def test_interrupted_run_resumes_and_ends_with_the_budget(tmp_path, monkeypatch)
   folder = tmp_path / 'run'
   batches, starts = loader.train_batches, []
 
-  def interrupted(*args, start_step):
+  def interrupted(*args, start_step, **options):
     starts.append(start_step)
-    for step, batch in enumerate(batches(*args, start_step=start_step), start_step + 1):
+    for step, batch in enumerate(batches(*args, start_step=start_step, **options), start_step + 1):
       if step == 15 and len(starts) == 1:
         raise KeyboardInterrupt
       yield batch
