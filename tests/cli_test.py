@@ -24,7 +24,7 @@ def get_config(variant='mor'):
 
 PROGRAM = """
 '''Prints what it is told: python program.py --config=FILE'''
-import sys, time
+import signal, sys, time
 from absl import flags, logging
 from mor_jax import cli
 
@@ -41,6 +41,7 @@ def main(config, workdir):
   return 143
 
 if __name__ == '__main__':
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
   cli.run(main, __doc__)
 """
 
