@@ -13,6 +13,7 @@ import safetensors.numpy
 from mor_jax.interop import official
 from mor_jax.model.router import loss_weights, summarize
 from mor_jax.model.transformer import Transformer
+from tests import tiny
 
 FOLDER = pathlib.Path(__file__).parent / 'fixtures' / 'official_mor'
 NAMES = sorted(path.stem for path in FOLDER.glob('*.json'))
@@ -67,7 +68,7 @@ def test_matches_the_authors(name, dispatch):
   else:
     shares = [summary[f'depth_share_{depth}'] for depth in range(1, model.config.num_recursions + 1)]
     np.testing.assert_allclose(shares, recorded['balancing_ratio'], atol=1e-6)
-  assert_same_gradients(gradients['params'], official.to_params(model.config, fixture.gradients))
+  tiny.assert_same_gradients(gradients['params'], official.to_params(model.config, fixture.gradients))
 
 
 def assert_same_tokens_selected(config, routing, recorded, dispatch):
@@ -76,15 +77,6 @@ def assert_same_tokens_selected(config, routing, recorded, dispatch):
     np.testing.assert_array_equal(chosen_B, recorded[f'selected_{step}'])
     if dispatch == 'gather':
       np.testing.assert_array_equal(routing.indices[step], recorded[f'selected_{step}'])
-
-
-def assert_same_gradients(gradients, expected):
-  for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
-    reference = expected
-    for entry in path:
-      reference = reference[entry.key]
-    error = np.linalg.norm(gradient - reference) / np.linalg.norm(reference)
-    assert error < 1e-3, f'gradient of {jax.tree_util.keystr(path)} differs by {error:.1e}'
 
 
 def test_settings_and_tensors_that_do_not_fit_are_refused(tmp_path):

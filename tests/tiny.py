@@ -59,3 +59,13 @@ def tokens(batch: int, length: int, seed: int = 1) -> jax.Array:
 def apply(made: Transformer, routing: str = 'topk'):
   """`made.apply` compiled for a routing mode, shared by all tests that use the same model."""
   return jax.jit(functools.partial(made.apply, routing=routing), static_argnames=('max_len', 'slack'))
+
+
+def assert_same_gradients(gradients: dict, expected: dict) -> None:
+  """Every leaf within 1e-3 of the expected one, relative to its norm."""
+  for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+    reference = expected
+    for entry in path:
+      reference = reference[entry.key]
+    error = np.linalg.norm(gradient - reference) / np.linalg.norm(reference)
+    assert error < 1e-3, f'gradient of {jax.tree_util.keystr(path)} differs by {error:.1e}'
