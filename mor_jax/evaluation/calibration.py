@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from mor_jax.config import Config, ConfigError
 from mor_jax.evaluation import nll
 from mor_jax.model.transformer import Transformer
+from mor_jax.training.run_folder import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +82,7 @@ def store(path: Path, calibration: Calibration) -> None:
   """Adds a calibration to those of the run, in place of an older one for the same capacities."""
   others = [other for other in read(path) if other.capacities != calibration.capacities]
   entries = [dataclasses.asdict(entry) for entry in (*others, calibration)]
-  partial = path.with_name(f'{path.name}.partial')
-  partial.write_text(json.dumps(entries, indent=2) + '\n')
-  partial.replace(path)
+  write_atomically(path, json.dumps(entries, indent=2) + '\n')
 
 
 def take(batches: Iterable[dict[str, np.ndarray]], rows: int) -> Iterable[dict[str, np.ndarray]]:

@@ -1,11 +1,12 @@
 """The metrics of a run on disk: JSON lines and TensorBoard events."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from tensorboardX import SummaryWriter
+
+from mor_jax.training.run_folder import write_atomically
 
 Record = dict[str, float]
 
@@ -22,9 +23,7 @@ class MetricsLog:
   def __init__(self, folder: Path, last_step: int):
     self._path = folder / 'metrics.jsonl'
     kept = [record for record in read(self._path) if record['step'] <= last_step]
-    partial = self._path.with_name('metrics.jsonl.partial')
-    partial.write_text(''.join(json.dumps(record) + '\n' for record in kept))
-    os.replace(partial, self._path)
+    write_atomically(self._path, ''.join(json.dumps(record) + '\n' for record in kept))
     self.records = kept
     self._file = self._path.open('a')
     self._board = SummaryWriter(str(folder / 'tensorboard'), purge_step=last_step + 1)
