@@ -31,7 +31,11 @@ HELP_FLAGS = ('h', '?', 'help', 'helpshort', 'helpfull')
 
 
 def run(
-  main: Callable[..., int | None], doc: str, with_config: bool = True, needs_config: bool = True
+  main: Callable[..., int | None],
+  doc: str,
+  with_config: bool = True,
+  needs_config: bool = True,
+  with_arguments: bool = False,
 ) -> NoReturn:
   """Parses the command line, calls main and exits with what it returns (None: 0).
 
@@ -41,24 +45,30 @@ def run(
     doc: shown by --help; the first words say what the program does, an example says how.
     with_config: define --config, the settings and --workdir.
     needs_config: require --config; without, the settings start from their defaults.
+    with_arguments: main takes the words of the command line that are no flags, a list, as its last argument.
   """
   if with_config:
     _define_config_flags()
 
-  def parse(argv: list[str]) -> Config | None:
+  def parse(argv: list[str]) -> list[Any]:
     if any(arg.startswith('-') and arg.lstrip('-') in HELP_FLAGS for arg in argv[1:]):
       signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
       print(_help(main, doc, with_config))
       sys.exit(0)
     try:
-      _parse_flags(argv)
-      return _load_config(needs_config) if with_config else None
+      words = _parse_flags(argv)
+      if words and not with_arguments:
+        raise ConfigError(
+          f'unexpected argument {words[0]!r}: flags are written --NAME=VALUE (--help lists all flags)'
+        )
+      arguments = [_load_config(needs_config), FLAGS.workdir] if with_config else []
+      return [*arguments, words] if with_arguments else arguments
     except ConfigError as error:
       _refuse(error)
 
-  def guarded_main(config: Config | None) -> int | None:
+  def guarded_main(arguments: list[Any]) -> int | None:
     try:
-      return main(config, FLAGS.workdir) if with_config else main()
+      return main(*arguments)
     except ConfigError as error:
       _refuse(error)
     except KeyboardInterrupt:
@@ -114,20 +124,17 @@ def _define_config_flags() -> None:
     flags.DEFINE_flag(flag)
 
 
-def _parse_flags(argv: list[str]) -> None:
-  """Sets FLAGS; raises ConfigError for anything absl does not accept."""
+def _parse_flags(argv: list[str]) -> list[str]:
+  """Sets FLAGS and returns the words that are no flags; raises ConfigError for anything absl does not accept."""
   try:
     leftover = FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
     raise ConfigError(f'unknown flag {error.flagvalue}{_suggestion(error.flagname)}') from None
   except (flags.Error, ValueError) as error:
     raise ConfigError(str(error)) from None
-  if len(leftover) > 1:
-    raise ConfigError(
-      f'unexpected argument {leftover[1]!r}: flags are written --NAME=VALUE (--help lists all flags)'
-    )
   if FLAGS['verbosity'].using_default_value:
     FLAGS.verbosity = logging.WARNING  # app.run would raise it to INFO, and libraries chat there
+  return leftover[1:]
 
 
 def _suggestion(unknown: str) -> str:

@@ -76,6 +76,10 @@ class RunFolder:
         f'{self._config} cannot be read ({error}); choose another workdir or remove it'
       ) from None
 
+  def read_data(self) -> dict[str, Any]:
+    """Counts, tokenizer and source of the data that the run trains on, as its dataset's manifest has them."""
+    return json.loads(self._data.read_text())
+
   def create(self, config: Config, dataset: PreparedDataset) -> None:
     """Writes tokenizer, description of the data and config, unless this run has written them before.
 

@@ -1,0 +1,170 @@
+"""How deep each token of a text goes: depths and router scores, and what kind of word goes deepest."""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mor_jax.config import Config
+from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.model import router
+from mor_jax.model.transformer import Transformer
+from mor_jax.training import loss as loss_lib
+
+# Closed-class words of English: articles, pronouns, prepositions, conjunctions, auxiliaries, particles.
+_CLOSED_CLASS = """
+  a about above after against all although am among an and another any are as at be because been before being
+  below between both but by can could did do does doing down during each either every few for from had has have
+  having he her hers herself him himself his how i if in into is it its itself just may me might more most must
+  my myself neither no nor not of off on once one only or other ought our ours ourselves out over own same shall
+  she should since so some such than that the their theirs them themselves then there these they this those
+  though through to too under until up upon us very was we were what when where whether which while who whom
+  whose why will with within without would yet you your yours yourself yourselves
+"""
+FUNCTION_WORDS = frozenset(_CLOSED_CLASS.split())
+_WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?|\d+|[^\w\s]|_")
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutedRow:
+  """One row of T tokens and what the routers did with it.
+
+  Attributes:
+    tokens_T, segments_T: token ids, and documents (0: padding).
+    depth_T: recursions that each token took, 0 to R.
+    scores_RT: gates in the units of the router's activation, one row a recursion step; tokens
+      that a step was not offered have nan.
+  """
+
+  tokens_T: np.ndarray
+  segments_T: np.ndarray
+  depth_T: np.ndarray
+  scores_RT: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Word:
+  """A word of a text with the mean depth of its tokens, and its kind."""
+
+  text: str
+  depth: float
+  kind: str  # 'function word', 'content word', 'number' or 'punctuation'
+
+
+def route_rows(
+  config: Config,
+  variables: Any,
+  batches: Iterable[dict[str, np.ndarray]],
+  routing: str = 'threshold',
+) -> list[RoutedRow]:
+  """Runs a Mixture-of-Recursions model over batches (B, T) of a dataset; rows of padding are left out.
+
+  Raises:
+    ValueError: the model has no router.
+  """
+  if config.model.kind != 'mor':
+    raise ValueError(f'a {config.model.kind} model has no router, so its tokens have no depth of their own')
+  model = Transformer(config.model)
+
+  @jax.jit
+  def route(variables, batch):
+    batch = loss_lib.visible_batch(batch, config.data.segment_mask)
+    _, routed = model.apply(
+      variables,
+      batch['tokens'],
+      routing=routing,
+      segment_ids=batch['segment_ids'],
+      positions=batch['positions'],
+      method=Transformer.hidden,
+    )
+    scores_RBT = _scores(config, routed)
+    return routed.depth_BT, scores_RBT
+
+  rows = []
+  for batch in batches:
+    depth_BT, scores_RBT = jax.device_get(route(variables, dict(batch)))
+    for index in np.flatnonzero(batch['segment_ids'].any(axis=1)):
+      routed = (depth_BT[index], scores_RBT[:, index])
+      rows.append(RoutedRow(batch['tokens'][index], batch['segment_ids'][index], *routed))
+  return rows
+
+
+def _scores(config: Config, routed: router.RoutingOutput) -> jax.Array:
+  """Activated logits (R, B, T), nan where a step was not offered the token."""
+  logits = jax.numpy.moveaxis(routed.logits_RBT, 0, -1)
+  gates = jax.numpy.moveaxis(router.activate(config.model, logits), -1, 0)
+  return jax.numpy.where(routed.entered_RBT, gates, jax.numpy.nan)
+
+
+def depth_by_position(rows: Sequence[RoutedRow], bins: int = 32) -> tuple[np.ndarray, np.ndarray]:
+  """(middle of each bin of places in the row, mean depth there)."""
+  depth_NT = np.stack([row.depth_T for row in rows]).astype(np.float64)
+  real_NT = np.stack([row.segments_T for row in rows]) > 0
+  edges = np.unique(np.linspace(0, depth_NT.shape[1], min(bins, depth_NT.shape[1]) + 1).astype(int))
+  sums = np.add.reduceat(np.where(real_NT, depth_NT, 0).sum(0), edges[:-1])
+  counts = np.add.reduceat(real_NT.sum(0), edges[:-1])
+  return (edges[:-1] + edges[1:] - 1) / 2, sums / np.maximum(counts, 1)
+
+
+def words(tokenizer: Tokenizer, row: RoutedRow) -> list[Word]:
+  """The words of a row's documents. A word's depth is the mean over the tokens that touch it."""
+  found = []
+  for segment in range(1, int(row.segments_T.max()) + 1):
+    inside_T = row.segments_T == segment
+    pieces = token_texts(tokenizer, row.tokens_T[inside_T])
+    depth_by_character = np.repeat(row.depth_T[inside_T], [len(piece) for piece in pieces])
+    for match in _WORD.finditer(''.join(pieces)):
+      depth = float(depth_by_character[match.start() : match.end()].mean())
+      found.append(Word(match.group(), depth, _kind(match.group())))
+  return found
+
+
+def token_texts(tokenizer: Tokenizer, tokens_T: np.ndarray) -> list[str]:
+  """The text that each token adds to the one before; together they are the decoded text.
+
+  A character spread over several tokens goes to the last of them, the others have ''.
+  """
+  texts, pending = [], []
+  for token in tokens_T.tolist():
+    pending.append(token)
+    text = tokenizer.decode(pending)
+    # U+FFFD may be the beginning of a character: at most 4 bytes, hence 4 tokens, long.
+    if text.endswith('�') and len(pending) < 4:
+      texts.append('')
+      continue
+    texts.append(text)
+    pending = []
+  if pending:
+    texts[-1] = tokenizer.decode(pending)
+  return texts
+
+
+def _kind(word: str) -> str:
+  if word.lower() in FUNCTION_WORDS:
+    return 'function word'
+  if word[0].isalpha():
+    return 'content word'
+  return 'number' if word[0].isdigit() else 'punctuation'
+
+
+def mean_by_kind(found: Iterable[Word]) -> dict[str, tuple[float, int]]:
+  """(mean depth, number of words) of every kind of word."""
+  return _means((word.kind, word.depth) for word in found)
+
+
+def mean_by_word(found: Iterable[Word], least: int = 5) -> dict[str, tuple[float, int]]:
+  """(mean depth, occurrences) of every word that occurs at least so often, shallowest first."""
+  means = _means((word.text, word.depth) for word in found)
+  kept = {word: mean for word, mean in means.items() if mean[1] >= least}
+  return dict(sorted(kept.items(), key=lambda item: item[1][0]))
+
+
+def _means(pairs: Iterable[tuple[str, float]]) -> dict[str, tuple[float, int]]:
+  collected = collections.defaultdict(list)
+  for name, value in pairs:
+    collected[name].append(value)
+  return {name: (float(np.mean(values)), len(values)) for name, values in collected.items()}

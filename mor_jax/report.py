@@ -1,0 +1,59 @@
+"""Shows runs on a page: python -m mor_jax.report RUN [RUN ...] [--output=report.html]
+
+Writes one HTML file that needs no network: loss curves of all runs on common axes, what the routers did,
+a text with every token coloured by its depth, costs, and the settings that differ. A PNG of each plot lies
+in a folder beside it.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from absl import flags
+from rich.console import Console
+
+from mor_jax import cli
+from mor_jax.config import ConfigError
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string('output', None, 'the page; default: report.html in the folder of the first run')
+flags.DEFINE_integer('tokens', 16384, 'validation tokens whose depths are looked at; 0: none')
+
+
+def main(paths: list[str]) -> None:
+  """Reads the runs and writes the page. Raises ConfigError before anything is written."""
+  if not paths:
+    raise ConfigError('name the folder of at least one run: python -m mor_jax.report runs/tiny')
+  if FLAGS.tokens < 0:
+    raise ConfigError(f'--tokens={FLAGS.tokens} is not allowed: must be >= 0')
+  if importlib.util.find_spec('matplotlib') is None:
+    raise ConfigError("the plots need matplotlib: pip install 'mor_jax[report]', or pip install matplotlib")
+  from mor_jax.reporting import depths, page, runs, sections  # matplotlib is an optional extra
+
+  console = Console()
+  shown = runs.read(paths)
+  output = Path(FLAGS.output) if FLAGS.output else shown[0].folder.path / 'report.html'
+  measured = []
+  for run in shown:
+    console.print(f'{run.label}: {len(run.records):,} lines of metrics', highlight=False)
+    measured.append(depths.measure(run, FLAGS.tokens) if FLAGS.tokens else (None, ''))
+  figures = sections.Plots(output.with_name(f'{output.stem}_plots'))
+  title = shown[0].label if len(shown) == 1 else f'{len(shown)} runs'
+  text = page.document(
+    f'mor_jax: {title}',
+    ', '.join(run.label for run in shown),
+    [
+      sections.overview(shown),
+      sections.losses(shown, figures),
+      sections.routers(shown, figures),
+      sections.tokens(shown, measured, figures),
+      sections.training(shown, figures),
+      sections.costs(shown, figures),
+      sections.settings(shown),
+    ],
+  )
+  output.write_text(text)
+  console.print(f'wrote {output} ({len(text) / 1e6:.1f} MB)', highlight=False, soft_wrap=True)
+
+
+if __name__ == '__main__':
+  cli.run(main, __doc__, with_config=False, with_arguments=True)

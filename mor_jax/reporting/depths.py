@@ -1,0 +1,58 @@
+"""Runs the models of a report over validation text, to show how deep its tokens went."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+
+from mor_jax.config import ConfigError
+from mor_jax.data import dataset as dataset_lib
+from mor_jax.data import loader
+from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.evaluation import depth
+from mor_jax.reporting.runs import Run
+from mor_jax.training.restore import load_run
+
+ROWS_AT_ONCE = 4
+SHOWN_TOKENS = 700
+
+
+@dataclasses.dataclass(frozen=True)
+class Depths:
+  """What a model's routers did with some rows of its validation split, under threshold routing.
+
+  Attributes:
+    step: of the checkpoint.
+    rows: the rows with depths and scores.
+    words: all their words.
+    shown: how many of the rows the page prints.
+  """
+
+  step: int
+  tokenizer: Tokenizer
+  rows: list[depth.RoutedRow]
+  words: list[depth.Word]
+  shown: int
+
+
+def measure(run: Run, tokens: int) -> tuple[Depths | None, str]:
+  """(depths of at least so many tokens, '') or (None, why there are none)."""
+  if run.config.model.kind != 'mor':
+    return None, f'{run.label} is a {run.config.model.kind} model: every token takes the same depth.'
+  try:
+    loaded = load_run(run.folder.path)
+    dataset = dataset_lib.prepare(run.config.data, report=lambda _: None)
+  except ConfigError as error:
+    return None, f'{run.label}: no depths of tokens, since {error}.'
+  length = run.config.data.seq_len
+  count = max(1, -(-tokens // length))
+  batches = loader.validation_batches(dataset, ROWS_AT_ONCE, count)
+  rows = depth.route_rows(loaded.config, loaded.variables, batches, routing='threshold')
+  words = list(itertools.chain.from_iterable(depth.words(dataset.tokenizer, row) for row in rows))
+  shown = min(len(rows), max(1, SHOWN_TOKENS // length))
+  return Depths(loaded.step, dataset.tokenizer, rows, words, shown), ''
+
+
+def mean_depth(found: Depths) -> float:
+  """Mean over all tokens that are not padding."""
+  return float(np.concatenate([row.depth_T[row.segments_T > 0] for row in found.rows]).mean())

@@ -1,0 +1,125 @@
+"""The page: sections of HTML, with styles and plots inside, that a browser shows without any network."""
+
+import html
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.evaluation import depth
+from mor_jax.reporting.plots import DEPTH_COLOURS
+
+STYLES = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #f4f5f7; color: #22272e; font: 15px/1.5 system-ui, -apple-system, 'Segoe UI', sans-serif; }
+header { background: #1f2a3a; color: #fff; padding: 28px max(24px, calc(50vw - 540px)); }
+header h1 { margin: 0; font-size: 24px; font-weight: 650; }
+header p { margin: 4px 0 0; color: #b9c4d3; }
+main { max-width: 1080px; margin: 0 auto; padding: 8px 24px 60px; }
+section { background: #fff; border: 1px solid #e2e5ea; border-radius: 8px; padding: 18px 22px; margin-top: 18px; }
+h2 { margin: 0 0 4px; font-size: 17px; }
+h3 { margin: 16px 0 4px; font-size: 14px; color: #3c434d; }
+p.lead { margin: 0 0 10px; color: #5d6570; max-width: 80ch; }
+p.note { background: #fff7e0; border-left: 3px solid #e0a800; margin: 8px 0; padding: 6px 12px; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13.5px; }
+.scroll { overflow-x: auto; }
+th, td { padding: 4px 14px 4px 0; text-align: right; white-space: nowrap; border-bottom: 1px solid #eef0f3; }
+th:first-child, td:first-child { text-align: left; }
+th { color: #5d6570; font-weight: 600; }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 0 36px; }
+.tabs > input { position: absolute; opacity: 0; }
+.tabs > label { display: inline-block; padding: 2px 12px; margin-right: 4px; border-radius: 12px; background: #eef0f3;
+  color: #3c434d; font-size: 13px; cursor: pointer; }
+.tabs > input:checked + label { background: #1f2a3a; color: #fff; }
+.tabs > input:focus-visible + label { outline: 2px solid #3b6fb6; }
+.tabs > div { display: none; padding-top: 8px; }
+svg { display: block; max-width: 800px; height: auto; }
+.text { font: 14px/1.9 ui-monospace, 'SF Mono', Menlo, Consolas, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+  border: 1px solid #eef0f3; border-radius: 6px; padding: 10px 14px; max-height: 460px; overflow-y: auto; }
+.text span { border-radius: 2px; cursor: default; }
+.text span:hover { outline: 1.5px solid #22272e; }
+.key span { display: inline-block; padding: 0 10px; margin-right: 6px; border-radius: 3px; font-size: 13px; }
+"""
+
+
+def document(title: str, subtitle: str, sections: Iterable[str]) -> str:
+  """The whole page."""
+  return (
+    '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+    f'<title>{html.escape(title)}</title><style>{STYLES}{_depth_styles()}</style></head><body>'
+    f'<header><h1>{html.escape(title)}</h1><p>{html.escape(subtitle)}</p></header>'
+    f'<main>{"".join(sections)}</main></body></html>\n'
+  )
+
+
+def section(title: str, lead: str, *parts: str) -> str:
+  """A titled part of the page; nothing at all when it has no parts."""
+  if not any(parts):
+    return ''
+  lead = f'<p class="lead">{html.escape(lead)}</p>' if lead else ''
+  return f'<section><h2>{html.escape(title)}</h2>{lead}{"".join(parts)}</section>'
+
+
+def heading(text: str) -> str:
+  """A heading within a section."""
+  return f'<h3>{html.escape(text)}</h3>'
+
+
+def notes(texts: Iterable[str]) -> str:
+  """Sentences that a reader must not miss."""
+  return ''.join(f'<p class="note">{html.escape(text)}</p>' for text in texts)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+  """A table; the first column is left-aligned."""
+  head = ''.join(f'<th>{html.escape(name)}</th>' for name in columns)
+  body = ''.join('<tr>' + ''.join(f'<td>{html.escape(cell)}</td>' for cell in row) + '</tr>' for row in rows)
+  return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def columns(*parts: str) -> str:
+  """Parts side by side where there is room."""
+  return f'<div class="columns">{"".join(f"<div>{part}</div>" for part in parts)}</div>'
+
+
+def tabs(name: str, panels: dict[str, str]) -> str:
+  """Panels of which one is shown, chosen by its label; works without scripts."""
+  if len(panels) < 2:
+    return ''.join(panels.values())
+  parts, rules = [], []
+  for index, label in enumerate(panels):
+    key, checked = f'{name}-{index}', ' checked' if index == 0 else ''
+    parts.append(f'<input type="radio" name="{name}" id="{key}"{checked}>')
+    parts.append(f'<label for="{key}">{html.escape(label)}</label>')
+    rules.append(f'#{key}:checked ~ .{key} {{ display: block; }}')
+  parts += [f'<div class="{name}-{index}">{panel}</div>' for index, panel in enumerate(panels.values())]
+  return f'<style>{"".join(rules)}</style><div class="tabs">{"".join(parts)}</div>'
+
+
+def coloured_text(tokenizer: Tokenizer, row: depth.RoutedRow) -> str:
+  """A row's text, every token in the colour of its depth, its scores shown on hover."""
+  spans = []
+  real_T = row.segments_T > 0
+  scores_TR = row.scores_RT.T[real_T]
+  for text, taken, scores_R in zip(
+    depth.token_texts(tokenizer, row.tokens_T[real_T]), row.depth_T[real_T], scores_TR, strict=True
+  ):
+    asked = ', '.join('not asked' if np.isnan(score) else f'{score:.3f}' for score in scores_R)
+    title = f'{taken} recursion{"" if taken == 1 else "s"}; scores {asked}'
+    spans.append(f'<span class="d{taken}" title="{title}">{html.escape(text)}</span>')
+  return f'<div class="text">{"".join(spans)}</div>'
+
+
+def depth_key(recursions: int) -> str:
+  """Which colour stands for which depth."""
+  spans = ''.join(
+    f'<span class="d{taken}">{taken} recursion{"" if taken == 1 else "s"}</span>'
+    for taken in range(recursions + 1)
+  )
+  return f'<p class="key">{spans}</p>'
+
+
+def _depth_styles() -> str:
+  return ''.join(f'.d{taken} {{ background: {colour}; }}' for taken, colour in enumerate(DEPTH_COLOURS))

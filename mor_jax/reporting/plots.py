@@ -1,0 +1,191 @@
+"""The plots of a report, each a matplotlib figure: curves over training, depths, words."""
+
+import io
+import re
+from collections.abc import Callable, Iterable
+
+import matplotlib
+
+matplotlib.use('Agg')
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from mor_jax.reporting.runs import AXES, Curve, Run
+
+COLOURS = ('#3b6fb6', '#d9662b', '#3f9b5a', '#8a5fbf', '#c23b5a', '#6b6b6b', '#1fa3a3', '#b58a1b')
+DEPTH_COLOURS = ('#e8edf4', '#bcd4ea', '#f6c68d', '#ee8a7a', '#c77dc0', '#9a7bd0')
+MAX_POINTS = 400  # of a curve; more cannot be told apart on a screen
+STYLE = {
+  'font.family': 'sans-serif',
+  'font.size': 9.5,
+  'svg.fonttype': 'none',
+  'svg.hashsalt': 'mor_jax',
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'axes.edgecolor': '#9aa1ab',
+  'axes.labelcolor': '#3c434d',
+  'axes.grid': True,
+  'grid.color': '#e7eaee',
+  'xtick.color': '#5d6570',
+  'ytick.color': '#5d6570',
+  'legend.frameon': False,
+  'figure.constrained_layout.use': True,
+}
+
+Get = Callable[[Run], Curve | None]
+
+
+def curves(
+  runs: list[Run], get: Get, axis: str, ylabel: str, smooth: bool = False, log: bool = False
+) -> Figure | None:
+  """One line a run against one of AXES; None where no run has the metric. `smooth` adds a running mean."""
+  drawn = [(index, run, curve) for index, run in enumerate(runs) if (curve := get(run)) is not None]
+  drawn = [entry for entry in drawn if np.isfinite(entry[1].at(axis, entry[2].steps)).all()]
+  if not drawn:
+    return None
+  with plt.rc_context(STYLE):
+    figure, ax = plt.subplots(figsize=(7.4, 3.5))
+    for index, run, curve in drawn:
+      colour = COLOURS[index % len(COLOURS)]
+      x, y = run.at(axis, curve.steps), curve.values
+      if smooth and len(y) > 20:
+        ax.plot(*_thin(x, y), color=colour, alpha=0.25, linewidth=0.8)
+        y = _smoothed(y)
+      marker = 'o' if len(y) < 30 else None
+      ax.plot(*_thin(x, y), color=colour, linewidth=1.7, marker=marker, markersize=3.5, label=run.label)
+    if smooth:
+      _focus(ax, [curve.values for *_, curve in drawn])
+    if log:
+      ax.set_yscale('log')
+    _finish(ax, AXES[axis], ylabel)
+    if axis in ('tokens', 'flops'):
+      ax.xaxis.set_major_formatter(EngFormatter(sep=''))
+    return figure
+
+
+def stacked_depths(run: Run) -> Figure | None:
+  """Share of the tokens that took 0, 1, ... R recursions, over training; None without a router."""
+  shares = []
+  while (curve := run.curve(f'train/depth_share_{len(shares)}')) is not None:
+    shares.append(curve)
+  if not shares:
+    return None
+  with plt.rc_context(STYLE):
+    figure, ax = plt.subplots(figsize=(7.4, 2.6))
+    x = run.at('tokens', shares[0].steps)
+    thinned = [_thin(x, _smoothed(share.values)) for share in shares]
+    ax.stackplot(
+      thinned[0][0],
+      [y for _, y in thinned],
+      colors=DEPTH_COLOURS,
+      labels=[f'{depth} recursion{"" if depth == 1 else "s"}' for depth in range(len(shares))],
+    )
+    ax.set_ylim(0, 1)
+    ax.margins(x=0)
+    ax.xaxis.set_major_formatter(EngFormatter(sep=''))
+    _finish(ax, AXES['tokens'], 'share of tokens')
+    ax.legend(loc='center left', bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def depth_by_position(profiles: Iterable[tuple[int, str, np.ndarray, np.ndarray]]) -> Figure:
+  """Mean depth along the row. Args: (number of the run, label, places (N,), depth (N,)) of each run."""
+  with plt.rc_context(STYLE):
+    figure, ax = plt.subplots(figsize=(7.4, 2.8))
+    for index, label, x, y in profiles:
+      ax.plot(x, y, color=COLOURS[index % len(COLOURS)], linewidth=1.7, label=label)
+    ax.set_ylim(bottom=0)
+    _finish(ax, 'place in the row', 'mean recursions')
+    return figure
+
+
+def bars(groups: list[tuple[int, str, list[tuple[str, float]]]], ylabel: str) -> Figure:
+  """Grouped bars. Args: (number of the run, label, [(name, value), ...]) of each run, names in one order."""
+  names = list(dict.fromkeys(name for *_, pairs in groups for name, _ in pairs))
+  with plt.rc_context(STYLE):
+    figure, ax = plt.subplots(figsize=(7.4, 2.8))
+    width = 0.75 / len(groups)
+    for place, (index, label, pairs) in enumerate(groups):
+      heights = dict(pairs)
+      x = np.arange(len(names)) + (place - (len(groups) - 1) / 2) * width
+      drawn = ax.bar(x, [heights.get(name, 0) for name in names], width * 0.92, label=label)
+      for bar in drawn:
+        bar.set_color(COLOURS[index % len(COLOURS)])
+      ax.bar_label(drawn, fmt='%.3g', fontsize=7.5, color='#5d6570')
+    ax.set_xticks(np.arange(len(names)), names)
+    ax.grid(axis='x', visible=False)
+    _finish(ax, '', ylabel)
+    return figure
+
+
+def goodput(runs: list[tuple[str, dict[str, float]]]) -> Figure:
+  """Where wall time went. Args: (label, seconds by what they were spent on) of each run."""
+  kinds = list(dict.fromkeys(kind for _, seconds in runs for kind in seconds))
+  with plt.rc_context(STYLE):
+    figure, ax = plt.subplots(figsize=(7.4, 0.9 + 0.5 * len(runs)))
+    left = np.zeros(len(runs))
+    for index, kind in enumerate(kinds):
+      widths = np.array([100 * seconds.get(kind, 0) / sum(seconds.values()) for _, seconds in runs])
+      ax.barh(
+        [label for label, _ in runs], widths, left=left, label=kind, color=COLOURS[index % len(COLOURS)]
+      )
+      left += widths
+    ax.invert_yaxis()
+    ax.set_xlim(0, 100)
+    ax.grid(axis='y', visible=False)
+    _finish(ax, '% of wall time', '')
+    ax.legend(loc='lower center', bbox_to_anchor=(0.5, 1.0), ncols=min(len(kinds), 7), fontsize=8)
+    return figure
+
+
+def to_svg(figure: Figure, title: str) -> str:
+  """The figure as an <svg> element that scales with the page and is named for screen readers."""
+  buffer = io.StringIO()
+  with plt.rc_context(STYLE):
+    figure.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': None}, transparent=True)
+  plt.close(figure)
+  svg = buffer.getvalue()
+  svg = svg[svg.index('<svg') :]
+  svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.DOTALL)
+  svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%"', svg, count=1)
+  # Elements refer to clip paths and markers by id, which must differ between the figures of a page.
+  prefix = re.sub(r'\W+', '-', title)
+  svg = re.sub(r'(id="|url\(#|href="#)', rf'\g<1>{prefix}-', svg)
+  return svg.replace('<svg', f'<svg role="img" aria-label="{title}"', 1)
+
+
+def _finish(ax, xlabel: str, ylabel: str) -> None:
+  ax.set_xlabel(xlabel)
+  ax.set_ylabel(ylabel)
+  ax.set_axisbelow(True)
+  if ax.get_legend_handles_labels()[0]:
+    ax.legend()
+
+
+def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """At most MAX_POINTS of the points, the last among them; each stands for the mean of its neighbours."""
+  if len(x) <= MAX_POINTS:
+    return x, y
+  edges = np.linspace(0, len(x), MAX_POINTS + 1).astype(int)
+  return x[edges[1:] - 1], np.add.reduceat(y, edges[:-1]) / np.diff(edges)
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+  """Exponential moving average over about a fiftieth of the curve, unbiased at its beginning."""
+  decay = 1 - 1 / max(4.0, len(values) / 50)
+  average, weight, result = 0.0, 0.0, np.empty(len(values))
+  for index, value in enumerate(values):
+    average, weight = decay * average + (1 - decay) * value, decay * weight + 1 - decay
+    result[index] = average / weight
+  return result
+
+
+def _focus(ax, values: list[np.ndarray]) -> None:
+  """Cuts off the steep beginning, which would flatten everything that is of interest."""
+  low = min(value.min() for value in values)
+  high = max(np.quantile(value[len(value) // 20 :], 0.995) for value in values)
+  if high > low:
+    ax.set_ylim(low - 0.03 * (high - low), high + 0.05 * (high - low))

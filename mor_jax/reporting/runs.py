@@ -1,0 +1,132 @@
+"""A run as the report sees it: config, metrics as arrays over steps, result, and what was odd about its files."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mor_jax.config import Config, ConfigError
+from mor_jax.evaluation import nll
+from mor_jax.model import flops
+from mor_jax.training import metrics
+from mor_jax.training.run_folder import RunFolder
+
+AXES = {
+  'tokens': 'training tokens',
+  'steps': 'optimiser steps',
+  'flops': 'training FLOPs',
+  'seconds': 'hours of training',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+  """Values (N,) of a metric at steps (N,), ascending."""
+
+  steps: np.ndarray
+  values: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What the folder of a run holds.
+
+  Attributes:
+    label: name in plots and tables, unique among the runs of a report.
+    records: lines of metrics.jsonl.
+    summary: the result, None for a run that has not finished.
+    data: counts of the dataset and digest of the tokenizer (data.json).
+    notes: what a reader should know about these files.
+  """
+
+  label: str
+  folder: RunFolder
+  config: Config
+  records: list[dict[str, Any]]
+  summary: dict[str, Any] | None
+  data: dict[str, Any]
+  notes: tuple[str, ...]
+
+  def curve(self, name: str) -> Curve | None:
+    """A metric by its key in metrics.jsonl; None if no finite value of it was logged."""
+    pairs = [(record['step'], record[name]) for record in self.records if name in record]
+    pairs = [(step, value) for step, value in pairs if isinstance(value, (int, float)) and np.isfinite(value)]
+    if not pairs:
+      return None
+    steps, values = zip(*pairs, strict=True)
+    return Curve(np.array(steps), np.array(values, np.float64))
+
+  def at(self, axis: str, steps: np.ndarray) -> np.ndarray:
+    """Steps in the units of one of AXES; wall time is interpolated between the lines that state it."""
+    if axis == 'steps':
+      return steps
+    if axis == 'seconds':
+      clock = self.curve('train/seconds')
+      return (
+        np.full(len(steps), np.nan) if clock is None else np.interp(steps, clock.steps, clock.values) / 3600
+      )
+    seen = self.curve('train/tokens')
+    length = self.config.data.seq_len
+    if seen is None:
+      tokens = steps * self.config.train.global_batch * length
+    else:  # the batch grew during the run
+      tokens = np.interp(steps, np.r_[0, seen.steps], np.r_[0, seen.values])
+    return tokens if axis == 'tokens' else tokens * flops.train_flops_per_token(self.config.model, length)
+
+  def bits_per_byte(self, curve: Curve, split: str) -> Curve:
+    """A loss in nats per token as bits per byte of the split's text, which tokenizers share."""
+    counts = self.data['splits'][split]
+    return Curve(curve.steps, nll.bits_per_byte(curve.values, counts['tokens'], counts['bytes']))
+
+
+def read(paths: list[str]) -> list[Run]:
+  """The runs in these folders, in this order.
+
+  Raises:
+    ConfigError: a folder is no run's, or holds no metrics; names it.
+  """
+  names = [Path(path).resolve().name for path in paths]
+  labels = names if len(set(names)) == len(names) else [str(Path(path)) for path in paths]
+  return [_read(path, label) for path, label in zip(paths, labels, strict=True)]
+
+
+def _read(path: str, label: str) -> Run:
+  folder = RunFolder(Path(path))
+  config = folder.read_config()
+  records = metrics.read(folder.metrics)
+  if not records:
+    raise ConfigError(f'the run {path} has no metrics yet: {folder.metrics} is missing or empty')
+  notes = []
+  lines = sum(1 for line in folder.metrics.read_text(errors='replace').splitlines() if line.strip())
+  if lines > len(records):
+    notes.append(
+      f'metrics.jsonl has {lines - len(records)} unreadable line(s) after step {records[-1]["step"]} '
+      f'(written while the machine went down?); what stands before them is shown'
+    )
+  summary = folder.read_summary()
+  if summary is None:
+    notes.append(f'not finished: step {records[-1]["step"]:,} of {config.train.steps:,}')
+  return Run(label, folder, config, records, summary, folder.read_data(), tuple(notes))
+
+
+def differing_settings(runs: list[Run]) -> list[tuple[str, list[str]]]:
+  """(name, value in each run) of every setting that is not the same in all runs."""
+  flat = [dict(_flatten(run.config.to_dict())) for run in runs]
+  names = dict.fromkeys(name for settings in flat for name in settings if name != 'name')
+  rows = [(name, [json.dumps(settings.get(name)) for settings in flat]) for name in names]
+  return [(name, values) for name, values in rows if len(set(values)) > 1]
+
+
+def same_tokenizer(runs: list[Run]) -> bool:
+  """Whether losses in nats per token can be compared."""
+  return len({run.data['tokenizer_digest'] for run in runs}) == 1
+
+
+def _flatten(settings: dict[str, Any], prefix: str = ''):
+  for name, value in settings.items():
+    if isinstance(value, dict):
+      yield from _flatten(value, f'{prefix}{name}.')
+    else:
+      yield f'{prefix}{name}', value

@@ -1,0 +1,230 @@
+"""What a report says: each function makes one section of the page and hands its plots to `Plots`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from mor_jax.evaluation import depth
+from mor_jax.model import flops
+from mor_jax.reporting import page, plots
+from mor_jax.reporting.depths import Depths, mean_depth
+from mor_jax.reporting.runs import AXES, Curve, Run, differing_settings, same_tokenizer
+from mor_jax.training.summary import quantity
+
+ROUTER_METRICS = {
+  'mean_depth': 'mean recursions per token',
+  'sampling_accuracy': 'sampling accuracy (causal rule = top-k choice)',
+  'dead_token_ratio': 'places that never took the last recursion',
+  'aux_loss': 'auxiliary loss',
+  'depth_entropy': 'entropy of depths, nats',
+  'overflow_ratio': 'tokens without a place',
+}
+TRAINING_METRICS = {
+  'learning_rate': 'learning rate',
+  'grad_norm': 'gradient norm before clipping',
+  'tokens_per_second': 'tokens per second',
+}
+
+
+class Plots:
+  """Turns figures into the page's SVG, and keeps a PNG of each in a folder."""
+
+  def __init__(self, folder: Path):
+    self._folder = folder
+    folder.mkdir(parents=True, exist_ok=True)
+
+  def add(self, name: str, figure: Figure | None) -> str:
+    """The figure as SVG, '' for None; its PNG is `name`.png."""
+    if figure is None:
+      return ''
+    figure.savefig(self._folder / f'{name}.png', dpi=150)
+    return plots.to_svg(figure, name)
+
+
+def overview(runs: list[Run]) -> str:
+  """One line a run: size, costs and the result."""
+  shared = same_tokenizer(runs)
+  columns = ['run', 'kind', 'parameters', 'outside embedding', 'FLOPs/token', 'tokens', 'training FLOPs']
+  columns += ['KV bytes/token', *(['validation nats'] if shared else []), 'bits/byte', 'hours']
+  rows = []
+  for run in runs:
+    model, length = run.config.model, run.config.data.seq_len
+    count, steps = flops.count_parameters(model), [run.records[-1]['step']]
+    nll, clock = run.curve('validation/nll'), run.curve('train/seconds')
+    kind = f'{model.kind} R={model.recursions}' if model.kind != 'vanilla' else model.kind
+    rows.append(
+      [
+        run.label,
+        kind,
+        quantity(count.total),
+        quantity(count.non_embedding),
+        quantity(flops.train_flops_per_token(model, length)),
+        quantity(float(run.at('tokens', np.array(steps))[0])),
+        quantity(float(run.at('flops', np.array(steps))[0])),
+        f'{flops.kv_cache_bytes(model, length) / length:,.0f}',
+        *([_number(nll, '.4f')] if shared else []),
+        _number(nll and run.bits_per_byte(nll, 'validation'), '.4f'),
+        '-' if clock is None else f'{clock.values[-1] / 3600:.2f}',
+      ]
+    )
+  remarks = [f'{run.label}: {note}' for run in runs for note in run.notes]
+  if not shared:
+    remarks.append(
+      'These runs have different tokenizers: a token of one is not a token of the other, so losses are '
+      'compared in bits per byte of text only.'
+    )
+  return page.section('Overview', '', page.notes(remarks), page.table(columns, rows))
+
+
+def losses(runs: list[Run], figures: Plots) -> str:
+  """Training and validation loss against tokens, steps, FLOPs and time."""
+  shared = same_tokenizer(runs)
+  unit = 'nats per token' if shared else 'bits per byte'
+
+  def loss_of(name: str, split: str) -> Callable[[Run], Curve | None]:
+    def get(run: Run) -> Curve | None:
+      curve = run.curve(name)
+      return curve if shared or curve is None else run.bits_per_byte(curve, split)
+
+    return get
+
+  parts = []
+  for title, name, split in (
+    ('Validation', 'validation/nll', 'validation'),
+    ('Training', 'train/loss', 'train'),
+  ):
+    panels = {}
+    for axis, label in AXES.items():
+      figure = plots.curves(runs, loss_of(name, split), axis, unit, smooth=split == 'train')
+      panels[label] = figures.add(f'{split}_loss_by_{axis}', figure)
+    panels = {label: svg for label, svg in panels.items() if svg}
+    parts += [page.heading(title), page.tabs(f'{split}-loss', panels)] if panels else []
+  lead = 'Top-k routing, as in training. Thin lines are single steps, bold ones running means.'
+  return page.section('Loss', lead, *parts)
+
+
+def training(runs: list[Run], figures: Plots) -> str:
+  """Learning rate, gradient norm and speed over the steps."""
+  return page.section('Training', '', _metric_tabs('training', runs, figures, TRAINING_METRICS))
+
+
+def routers(runs: list[Run], figures: Plots) -> str:
+  """What the routers did over training."""
+  parts = [_metric_tabs('router', runs, figures, ROUTER_METRICS)]
+  for run in runs:
+    svg = figures.add(f'depths_{_slug(run.label)}', plots.stacked_depths(run))
+    parts += [page.heading(f'Depth of the tokens, {run.label}'), svg] if svg else []
+  return page.section('Routers over training', '', *parts)
+
+
+def tokens(runs: list[Run], measured: list[tuple[Depths | None, str]], figures: Plots) -> str:
+  """A text coloured by depth, depth by place, and which words go deep."""
+  found = [(index, run, depths) for index, (run, (depths, _)) in enumerate(zip(runs, measured, strict=True))]
+  found = [(index, run, depths) for index, run, depths in found if depths is not None]
+  remarks = page.notes(why for _, why in measured if why and not why.endswith('same depth.'))
+  if not found:
+    return page.section('How deep tokens go', '', remarks)
+  panels = {run.label: _text(run, depths) for _, run, depths in found}
+  profiles = [(index, run.label, *depth.depth_by_position(depths.rows)) for index, run, depths in found]
+  kinds = []
+  for index, run, depths in found:
+    means = depth.mean_by_kind(depths.words)
+    kinds.append((index, run.label, [(kind, means[kind][0]) for kind in sorted(means)]))
+  return page.section(
+    'How deep tokens go',
+    'Validation text under threshold routing, as when generating. Hover over a token for its scores.',
+    remarks,
+    page.tabs('text', panels),
+    page.heading('Depth by place in the row'),
+    figures.add('depth_by_position', plots.depth_by_position(profiles)),
+    page.heading('Depth by kind of word'),
+    figures.add('depth_by_kind_of_word', plots.bars(kinds, 'mean recursions')),
+    page.tabs('words', {run.label: _extremes(depths) for _, run, depths in found}),
+  )
+
+
+def costs(runs: list[Run], figures: Plots) -> str:
+  """Memory, speed and where the wall time went."""
+  rows = []
+  for run in runs:
+    speed = run.curve('train/tokens_per_second')
+    model, length = run.config.model, run.config.data.seq_len
+    parameters = flops.count_parameters(model).total
+    rows.append(
+      [
+        run.label,
+        f'{4 * parameters / 1e6:,.1f} MB',
+        f'{12 * parameters / 1e6:,.1f} MB',
+        f'{flops.kv_cache_bytes(model, length) / 1e6:,.2f} MB',
+        '-' if speed is None else f'{sorted(speed.values)[len(speed.values) // 2]:,.0f}',
+      ]
+    )
+  header = ['run', 'parameters, float32', 'with AdamW', 'KV cache of a row, bf16', 'median tokens/s']
+  spent = [(run.label, ledger) for run in runs if (ledger := _ledger(run.summary))]
+  goodput = figures.add('goodput', plots.goodput(spent)) if spent else ''
+  heading = page.heading('Wall time') if spent else ''
+  return page.section('Memory and goodput', '', page.table(header, rows), heading, goodput)
+
+
+def settings(runs: list[Run]) -> str:
+  """Settings that differ between the runs."""
+  if len(runs) < 2:
+    return ''
+  rows = [[name, *values] for name, values in differing_settings(runs)]
+  text = '' if rows else 'These runs have the same settings.'
+  return page.section(
+    'Settings that differ', text, page.table(['setting', *(run.label for run in runs)], rows)
+  )
+
+
+def _metric_tabs(name: str, runs: list[Run], figures: Plots, names: dict[str, str]) -> str:
+  panels = {}
+  for metric, label in names.items():
+    figure = plots.curves(runs, lambda run, metric=metric: run.curve(f'train/{metric}'), 'tokens', label)
+    panels[label] = figures.add(metric, figure)
+  return page.tabs(name, {label: svg for label, svg in panels.items() if svg})
+
+
+def _text(run: Run, depths: Depths) -> str:
+  count = sum(int((row.segments_T > 0).sum()) for row in depths.rows)
+  said = f'step {depths.step:,}; mean over {count:,} tokens: {mean_depth(depths):.2f} recursions'
+  rows = (page.coloured_text(depths.tokenizer, row) for row in depths.rows[: depths.shown])
+  return f'<p class="lead">{said}</p>{page.depth_key(run.config.model.recursions)}{"".join(rows)}'
+
+
+def _extremes(depths: Depths, shown: int = 15) -> str:
+  """The words of the least and the greatest mean depth."""
+  means = list(depth.mean_by_word(depths.words).items())
+  kinds = {word.text: word.kind for word in depths.words}
+
+  def listing(title: str, entries: list) -> str:
+    rows = [[word, kinds[word], f'{mean:.2f}', f'{count:,}'] for word, (mean, count) in entries]
+    return page.heading(title) + page.table(['word', 'kind', 'mean recursions', 'times'], rows)
+
+  if not means:
+    return ''
+  return page.columns(
+    listing('deepest words', means[::-1][:shown]), listing('shallowest words', means[:shown])
+  )
+
+
+def _ledger(summary: dict[str, Any] | None) -> dict[str, float]:
+  """Seconds by what they were spent on; {} for a run that has not finished."""
+  prefix = 'goodput/'
+  entries = (summary or {}).items()
+  return {
+    name.removeprefix(prefix).removesuffix('_seconds').replace('_', ' '): value
+    for name, value in entries
+    if name.startswith(prefix) and name.endswith('_seconds') and value > 0
+  }
+
+
+def _number(curve: Curve | None, form: str) -> str:
+  return '-' if curve is None else format(curve.values[-1], form)
+
+
+def _slug(label: str) -> str:
+  return ''.join(letter if letter.isalnum() else '_' for letter in label)

@@ -1,0 +1,158 @@
+"""The report: one page that needs nothing else, true to the files of the runs, and frank about what is missing."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+
+from mor_jax import report
+from mor_jax.config import ConfigError
+from mor_jax.evaluation import nll
+from mor_jax.reporting import plots, runs
+
+
+@pytest.fixture(scope='module')
+def page(finished_run, tmp_path_factory):
+  """The page of the finished run, and its folder."""
+  output = tmp_path_factory.mktemp('report') / 'page.html'
+  return write(output, str(finished_run[1])), output.parent
+
+
+def write(output, *folders: str, tokens: int = 64) -> str:
+  if not report.FLAGS.is_parsed():
+    report.FLAGS(['test'])
+  with flagsaver.flagsaver(output=str(output), tokens=tokens):
+    report.main(list(folders))
+  return output.read_text()
+
+
+@pytest.fixture
+def copied_run(finished_run, tmp_path):
+  folder = tmp_path / 'copied'
+  shutil.copytree(finished_run[1], folder)
+  return folder
+
+
+def test_page_needs_no_network(page):
+  text, _ = page
+  assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', text)
+  assert '<script' not in text
+  assert 'url(' not in re.sub(r'url\(#[^)]*\)', '', text)
+
+
+def test_every_plot_has_a_picture_beside_the_page(page):
+  text, folder = page
+  names = set(re.findall(r'role="img" aria-label="([^"]+)"', text))
+  assert {'train_loss_by_tokens', 'validation_loss_by_flops', 'mean_depth', 'depth_by_position'} <= names
+  pictures = {path.stem for path in (folder / 'page_plots').glob('*.png')}
+  assert names == pictures
+
+
+def test_ids_are_unique(page):
+  found = re.findall(r' id="([^"]+)"', page[0])
+  assert len(found) == len(set(found))
+
+
+def test_overview_states_the_result(page, finished_run):
+  folder = finished_run[1]
+  summary = json.loads((folder / 'summary.json').read_text())
+  assert f'<td>{summary["validation/nll"]:.4f}</td>' in page[0]
+  assert f'<td>{summary["validation/bits_per_byte"]:.4f}</td>' in page[0]
+
+
+def test_every_token_of_the_text_has_depth_and_scores(page, finished_run):
+  config, _ = finished_run
+  spans = re.findall(r'<span class="d(\d)" title="(\d) recursions?; scores ([^"]+)">', page[0])
+  assert len(spans) >= config.data.seq_len
+  for depth, said, scores in spans:
+    assert depth == said
+    assert len(scores.split(', ')) == config.model.num_recursions
+
+
+def test_axes_agree_with_what_the_run_counted(finished_run):
+  _, folder = finished_run
+  (run,) = runs.read([str(folder)])
+  last = np.array([run.config.train.steps])
+  assert run.at('tokens', last)[0] == run.summary['tokens']
+  assert run.at('flops', last)[0] == pytest.approx(run.summary['train_flops'])
+  assert run.at('seconds', last)[0] == pytest.approx(run.summary['seconds'] / 3600)
+
+
+def test_broken_last_line_is_told_and_the_rest_shown(copied_run, tmp_path):
+  with (copied_run / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 21, "train/lo')
+  text = write(tmp_path / 'page.html', str(copied_run), tokens=0)
+  assert '1 unreadable line(s) after step 20' in text
+  assert 'train_loss_by_tokens' in text
+
+
+def test_run_without_checkpoint_still_has_its_curves(copied_run, tmp_path):
+  shutil.rmtree(copied_run / 'checkpoints')
+  text = write(tmp_path / 'page.html', str(copied_run))
+  assert 'has no checkpoint' in text
+  assert 'train_loss_by_tokens' in text
+
+
+def test_unfinished_run_is_said_to_be(copied_run, tmp_path):
+  (copied_run / 'summary.json').unlink()
+  assert 'not finished: step 20 of 20' in write(tmp_path / 'page.html', str(copied_run), tokens=0)
+
+
+def test_other_tokenizers_are_compared_in_bits_per_byte(finished_run, copied_run, tmp_path):
+  data = json.loads((copied_run / 'data.json').read_text())
+  data['tokenizer_digest'] = 'another'
+  data['splits']['validation']['tokens'] *= 2
+  (copied_run / 'data.json').write_text(json.dumps(data))
+  text = write(tmp_path / 'page.html', str(finished_run[1]), str(copied_run), tokens=0)
+  assert 'different tokenizers' in text
+  assert 'nats per token' not in text
+  first, second = runs.read([str(finished_run[1]), str(copied_run)])
+  curve = first.curve('validation/nll')
+  np.testing.assert_allclose(
+    2 * first.bits_per_byte(curve, 'validation').values, second.bits_per_byte(curve, 'validation').values
+  )
+  counts = first.data['splits']['validation']
+  assert first.bits_per_byte(curve, 'validation').values[-1] == nll.bits_per_byte(
+    curve.values[-1], counts['tokens'], counts['bytes']
+  )
+
+
+def test_settings_that_differ_are_listed_with_both_values(finished_run, copied_run, tmp_path):
+  config = json.loads((copied_run / 'config.json').read_text())
+  config['train']['learning_rate'] = 0.25
+  (copied_run / 'config.json').write_text(json.dumps(config))
+  shown = runs.read([str(finished_run[1]), str(copied_run)])
+  before = str(finished_run[0].train.learning_rate)
+  assert runs.differing_settings(shown) == [('train.learning_rate', [before, '0.25'])]
+  assert [run.label for run in shown] == ['finished', 'copied']
+
+
+def test_long_runs_make_small_pages():
+  steps = np.arange(1, 10_001)
+  curve = runs.Curve(steps, 3 + 1 / steps)
+
+  class LongRun:
+    label = 'long'
+
+    def at(self, axis, steps):
+      return steps
+
+  figure = plots.curves([LongRun()], lambda _: curve, 'steps', 'loss', smooth=True)
+  assert len(plots.to_svg(figure, 'loss')) < 60_000
+
+
+@pytest.mark.parametrize('contents', [None, ''])
+def test_run_without_metrics_is_refused(copied_run, contents):
+  (copied_run / 'metrics.jsonl').unlink()
+  if contents is not None:
+    (copied_run / 'metrics.jsonl').write_text(contents)
+  with pytest.raises(ConfigError, match='has no metrics yet'):
+    runs.read([str(copied_run)])
+
+
+def test_command_without_a_run_says_what_to_do():
+  with pytest.raises(ConfigError, match='name the folder of at least one run'):
+    report.main([])
