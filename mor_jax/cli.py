@@ -22,9 +22,10 @@ from ml_collections import config_dict
 
 from mor_jax import config as config_lib
 from mor_jax.config import Config, ConfigError
-from mor_jax.settings import unwrap_optional
+from mor_jax.settings import RunError, unwrap_optional
 
 FLAGS = flags.FLAGS
+FAILED = 1
 BAD_FLAGS = 2
 INTERRUPTED = 130
 HELP_FLAGS = ('h', '?', 'help', 'helpshort', 'helpfull')
@@ -71,6 +72,9 @@ def run(
       return main(*arguments)
     except ConfigError as error:
       _refuse(error)
+    except RunError as error:
+      print(f'error: {error}', file=sys.stderr)
+      return FAILED
     except KeyboardInterrupt:
       print('interrupted', file=sys.stderr)
       return INTERRUPTED

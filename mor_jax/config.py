@@ -287,6 +287,10 @@ class TrainConfig:
   beta2: float = setting(0.95, 'AdamW: decay of the second moment')
   adam_epsilon: float = setting(1e-8, 'AdamW: epsilon')
   clip_norm: float = setting(1.0, 'largest global norm of the gradient')
+  on_nonfinite: str = setting(
+    'halt', 'a loss or gradient that is no number: stop before the update, or leave it out', ('halt', 'skip')
+  )
+  max_skipped: int = setting(10, 'updates of a run that on_nonfinite=skip may leave out; the next one halts')
   seed: int = setting(0, 'initial parameters')
   log_every: int = setting(10, 'steps between two lines of metrics')
   eval_every: int = setting(1000, 'steps between two validations; 0: at the end only')

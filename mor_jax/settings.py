@@ -17,6 +17,10 @@ class ConfigError(ValueError):
   """A setting that cannot work. The message names the flag, its value and the remedy."""
 
 
+class RunError(RuntimeError):
+  """A run that cannot go on. The message says why and what to do; entry points show it and exit with 1."""
+
+
 def setting(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
   """A dataclass field with the text that `--help` shows and, optionally, its allowed values."""
   return dataclasses.field(default=default, metadata={'help': help_text, 'choices': choices})

@@ -28,6 +28,7 @@ from mor_jax.training import budget, loop, phases, summary
 from mor_jax.training.checkpoint import Checkpoints
 from mor_jax.training.loss import visible_segments
 from mor_jax.training.metrics import MetricsLog
+from mor_jax.training.nonfinite import NonFiniteError
 from mor_jax.training.optimizer import make_optimizer
 from mor_jax.training.progress import Progress
 from mor_jax.training.run_folder import RunFolder
@@ -95,7 +96,12 @@ def main(config: Config, workdir: str | None) -> None:
     )
     train_step = phases.PhasedStep(programs, done)
     with MetricsLog(folder.path, done) as log, Progress(console, config.train.steps, done) as progress:
-      state = loop.train(config, mesh, state, train_step, batches, validate, checkpoints, log, progress)
+      try:
+        state = loop.train(config, mesh, state, train_step, batches, validate, checkpoints, log, progress)
+      except NonFiniteError as error:
+        error.add(f'its batch had rows {_rows(config, dataset, error.step)} of the training split')
+        error.add('lower train.learning_rate, or set train.on_nonfinite=skip')
+        raise
       last = log.records[-1] if log.records else {}
     checkpoints.wait()
 
@@ -111,6 +117,13 @@ def main(config: Config, workdir: str | None) -> None:
 
 def _print(console: Console, text: str) -> None:
   console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _rows(config: Config, dataset: dataset_lib.PreparedDataset, step: int) -> str:
+  """Indices of the rows in the batch of a step."""
+  count = dataset.manifest.splits['train'].rows
+  rows = loader.batch_rows(count, config.train.global_batch, config.data.seed, step - 1)
+  return ', '.join(map(str, rows))
 
 
 def _with_vocabulary(config: Config, tokenizer_size: int) -> Config:

@@ -249,6 +249,9 @@ def _validate_train(train: TrainConfig) -> None:
     _require(getattr(train, name) >= 1, f'train.{name}', getattr(train, name), '>= 1')
   for name in ('warmup_steps', 'eval_every', 'sample_tokens', 'final_learning_rate', 'weight_decay'):
     _require(getattr(train, name) >= 0, f'train.{name}', getattr(train, name), '>= 0')
+  _require(
+    train.max_skipped >= 1, 'train.max_skipped', train.max_skipped, '>= 1 (on_nonfinite=halt skips none)'
+  )
   _require(train.sample_temperature >= 0, 'train.sample_temperature', train.sample_temperature, '>= 0')
   for name in ('learning_rate', 'adam_epsilon', 'clip_norm'):
     _require(getattr(train, name) > 0, f'train.{name}', getattr(train, name), '> 0')

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from mor_jax.config import Config
 from mor_jax.training import loop
-from mor_jax.training.meter import NonFiniteError
 from mor_jax.training.metrics import MetricsLog, read
+from mor_jax.training.nonfinite import NonFiniteError
 from mor_jax.training.progress import Progress
 from mor_jax.training.state import TrainState
 
@@ -46,10 +46,13 @@ class Checkpoints:
     return f'checkpoints/{step}'
 
 
+_GOING_ON = {'skipped': 0, 'halted': False}
+
+
 @jax.jit
 def _step(state, batch):
   loss = 1.0 / (state.step + 1) + 0 * batch['tokens'].sum()
-  metrics = {'loss': loss, 'grad_norm': 2 * loss, 'learning_rate': jnp.float32(0.1)}
+  metrics = {'loss': loss, 'grad_norm': 2 * loss, 'learning_rate': jnp.float32(0.1), **_GOING_ON}
   return TrainState(state.step + 1, state.params, state.opt_state), metrics
 
 
@@ -109,15 +112,43 @@ def test_router_metrics_are_of_all_steps_since_the_last_record(tmp_path):
 
 @pytest.mark.parametrize('name', ['loss', 'grad_norm'])
 def test_non_finite_numbers_stop_the_run(tmp_path, name):
+  """The message comes with everything known before: step 13 and 14 are fetched together, before the save."""
+
   def diverging(state, batch):
     state, metrics = _step(state, batch)
-    return state, metrics | {name: jnp.where(state.step >= jnp.int32(14), jnp.nan, metrics[name])}
+    halted = state.step >= jnp.int32(14)
+    broken = jnp.where(halted, jnp.nan, metrics[name])
+    norms = {'grad_norm/embed': jnp.float32(3), 'grad_norm/router': broken}
+    return state, metrics | {name: broken, 'halted': halted, **norms}
 
-  with pytest.raises(
-    NonFiniteError, match=f'{name} is nan at step 14; the last checkpoint is checkpoints/12'
-  ):
-    _train(tmp_path, jax.jit(diverging))
-  assert max(r['step'] for r in read(tmp_path / 'metrics.jsonl')) < 14
+  expected = (
+    rf'{name} is nan at step 14 \(gradient norms: embed 3, router nan\); the update was not applied; '
+    r'the last checkpoint is checkpoints/7$'
+  )
+  config = CONFIG.replace(train={'log_every': 1}, checkpoint={'every_steps': 7})
+  with pytest.raises(NonFiniteError, match=expected):
+    _train(tmp_path, jax.jit(diverging), config)
+  assert max(r['step'] for r in read(tmp_path / 'metrics.jsonl')) == 13
+
+
+def test_a_skipped_update_is_reported_and_counted(tmp_path):
+  def stumbling(state, batch):
+    state, metrics = _step(state, batch)
+    broken = jnp.where(state.step == 10, jnp.inf, metrics['grad_norm'])
+    return state, metrics | {'grad_norm': broken, 'skipped': state.step // 10}
+
+  _, records, text = _train(tmp_path, jax.jit(stumbling))
+  assert 'skipped: grad_norm is inf at step 10, 1 in all' in text
+  skipped = {r['step']: r for r in records if 'train/skipped' in r}
+  assert {step: record['train/skipped'] for step, record in skipped.items()} == {
+    1: 0,
+    5: 0,
+    10: 1,
+    15: 1,
+    20: 2,
+  }
+  assert 'train/loss' not in skipped[10]
+  assert 'train/grad_norm' not in skipped[10], 'JSON has no infinity'
 
 
 def test_steps_are_queued_ahead_of_their_metrics(tmp_path):
@@ -135,7 +166,7 @@ def test_steps_are_queued_ahead_of_their_metrics(tmp_path):
   def step(state, batch):
     number = int(jax.device_get(state.step)) + 1
     events.append(('dispatched', number))
-    metrics = {'loss': Lazy(number), 'grad_norm': 1.0, 'learning_rate': 0.1}
+    metrics = {'loss': Lazy(number), 'grad_norm': 1.0, 'learning_rate': 0.1, **_GOING_ON}
     return dataclasses.replace(state, step=np.int32(number)), metrics
 
   _train(tmp_path, step, CONFIG.replace(train={'eval_every': 0}, checkpoint={'every_steps': 100}))

@@ -43,6 +43,16 @@ def test_metrics_are_of_the_whole_batch():
   (metrics,) = train(1)
   assert metrics['loss'] == pytest.approx(np.log(257), abs=0.1), 'an untrained model knows nothing'
   assert metrics['learning_rate'] == pytest.approx(config.train.learning_rate / config.train.warmup_steps)
+  modules = [
+    'embed',
+    'final_norm',
+    'layers.attention',
+    'layers.attention_norm',
+    'layers.mlp',
+    'layers.mlp_norm',
+  ]
+  norms = [metrics[f'grad_norm/{name}'] for name in [*modules, 'router']]
+  assert np.linalg.norm(norms) == pytest.approx(metrics['grad_norm']), 'of every module, of all its layers'
   selected = config.model.selected_tokens(tiny_run.SEQ_LEN)
   for step, count in enumerate(selected, start=1):
     assert metrics[f'tokens_recursion_{step}'] == pytest.approx(count / tiny_run.SEQ_LEN)
@@ -70,6 +80,49 @@ def test_accumulation_makes_the_same_update():
     assert float(split_metrics[name]) == pytest.approx(float(value), rel=1e-6), name
   for one, other in zip(jax.tree.leaves(moment), jax.tree.leaves(split_moment), strict=True):
     assert np.linalg.norm(one - other) < 1e-6 * np.linalg.norm(one)
+
+
+def test_an_update_that_is_not_finite_halts_for_good():
+  """Steps that were on their way change nothing either, though their own numbers are fine."""
+  run, batches = tiny_run.run(), tiny_run.batches()
+  sound = run.step(run.initial(), next(batches))[0]
+  broken = sound.replace(params=jax.tree.map(lambda leaf: leaf * 1e30, sound.params))
+  before = jax.tree.map(np.asarray, broken)
+  halted, metrics = run.step(broken, next(batches))
+  assert not np.isfinite(metrics['loss'])
+  assert bool(metrics['halted'])
+  _assert_same(halted, before.replace(halted=np.array(True)))
+  mended = halted.replace(params=jax.tree.map(lambda leaf: np.asarray(leaf) / 1e30, halted.params))
+  before = jax.tree.map(np.asarray, mended)
+  later, metrics = run.step(jax.tree.map(jax.numpy.asarray, mended), next(batches))
+  assert np.isfinite(metrics['loss'])
+  assert bool(metrics['halted'])
+  _assert_same(later, before)
+
+
+def test_skips_as_many_updates_as_allowed():
+  """A skipped batch leaves everything but the step as it was; the optimiser never hears of it."""
+  run = tiny_run.run(tiny_run.CONFIG.replace(train={'on_nonfinite': 'skip', 'max_skipped': 1}))
+  batch = next(tiny_run.batches())
+  sound = run.initial()
+  broken = sound.replace(params=jax.tree.map(lambda leaf: leaf * 1e30, sound.params))
+  before = jax.tree.map(np.asarray, broken)
+  once, metrics = run.step(broken, batch)
+  assert (int(metrics['skipped']), bool(metrics['halted'])) == (1, False)
+  _assert_same(once, before.replace(step=np.int32(1), skipped=np.int32(1)))
+  twice, metrics = run.step(once, batch)
+  assert (int(metrics['skipped']), bool(metrics['halted'])) == (1, True)
+  assert int(twice.step) == 1
+
+  mended = run.initial().replace(step=jax.numpy.int32(1), skipped=jax.numpy.int32(1))
+  _, metrics = run.step(mended, batch)
+  warmup = tiny_run.CONFIG.train.warmup_steps
+  assert metrics['learning_rate'] == pytest.approx(tiny_run.CONFIG.train.learning_rate / warmup)
+
+
+def _assert_same(state, expected) -> None:
+  assert jax.tree.structure(state) == jax.tree.structure(expected)
+  jax.tree.map(np.testing.assert_array_equal, state, expected)
 
 
 def test_initial_parameters_follow_the_seed():

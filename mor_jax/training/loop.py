@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 from mor_jax.config import Config
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.training.checkpoint import Checkpoints
-from mor_jax.training.meter import Meter, NonFiniteError
+from mor_jax.training.meter import Meter
 from mor_jax.training.metrics import MetricsLog, Record
+from mor_jax.training.nonfinite import NonFiniteError
 from mor_jax.training.progress import Progress
 from mor_jax.training.state import TrainState
 from mor_jax.training.step import TrainStep, split_batch
@@ -40,7 +41,8 @@ def train(
     validate: variables of the model -> metrics of the validation split.
 
   Raises:
-    NonFiniteError: the loss or gradient is not finite; names the step and the last checkpoint.
+    NonFiniteError: the loss or gradient is not finite; names the step and the last checkpoint. The
+      state on the device is that before the step, and stays it.
   """
   steps, first = config.train.steps, int(state.step) + 1
   seconds_before = max((record.get('train/seconds', 0.0) for record in log.records), default=0.0)
@@ -48,6 +50,7 @@ def train(
     config.train.global_batch * config.data.seq_len,
     is_logged=lambda step: step % config.train.log_every == 0 or step in (1, steps),
     seconds_before=seconds_before,
+    report=progress.report,
   )
   sharding = mesh_lib.micro_batch_sharding(mesh)
 
@@ -71,7 +74,9 @@ def train(
         if validates or saves:
           ended += meter.drain()
       except NonFiniteError as error:
-        raise NonFiniteError(f'{error}; {_last_good(checkpoints)}') from None
+        note(error.records)
+        error.add(_last_good(checkpoints))
+        raise
       if validates:
         with meter.paused():
           ended = _extended(ended, step, validate(state.variables))

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from mor_jax.model import router
+from mor_jax.training import nonfinite
 from mor_jax.training.metrics import Record
 
 
@@ -27,6 +28,7 @@ class Meter:
     tokens_per_step: tokens of a global batch.
     is_logged: whether a step gets a record.
     seconds_before: seconds of training that earlier processes spent on this run.
+    report: shows a line to the user.
     run_ahead: steps that may be queued on the device.
   """
 
@@ -35,10 +37,11 @@ class Meter:
     tokens_per_step: int,
     is_logged: Callable[[int], bool],
     seconds_before: float = 0.0,
+    report: Callable[[str], None] = lambda text: None,
     run_ahead: int = 2,
   ):
     self._tokens_per_step, self._is_logged, self._run_ahead = tokens_per_step, is_logged, run_ahead
-    self._pending = collections.deque()
+    self._report, self._pending = report, collections.deque()
     self._begin = time.perf_counter() - seconds_before
     self._restart()
 
@@ -46,13 +49,17 @@ class Meter:
     self._since, self._steps, self._data_wait, self._counts = time.perf_counter(), 0, 0.0, None
 
   def push(self, step: int, metrics: dict[str, Any], data_wait: float) -> list[tuple[int, Record]]:
-    """Takes the metrics of a dispatched step; returns (step, record) of logged steps that have ended."""
+    """Takes the metrics of a dispatched step; returns (step, record) of logged steps that have ended.
+
+    Raises:
+      NonFiniteError: one of them halted the state.
+    """
     self._pending.append((step, metrics, data_wait))
-    return list(self._fetch(keep=self._run_ahead))
+    return self._fetch(keep=self._run_ahead)
 
   def drain(self) -> list[tuple[int, Record]]:
-    """Waits for all dispatched steps."""
-    return list(self._fetch(keep=0))
+    """Waits for all dispatched steps; otherwise as `push`."""
+    return self._fetch(keep=0)
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
@@ -61,19 +68,26 @@ class Meter:
     yield
     self._since += time.perf_counter() - begin
 
-  def _fetch(self, keep: int) -> Iterator[tuple[int, Record]]:
+  def _fetch(self, keep: int) -> list[tuple[int, Record]]:
+    records = []
     while len(self._pending) > keep:
       step, metrics, data_wait = self._pending.popleft()
       metrics = jax.device_get(metrics)
       counts = metrics.pop('counts', None)
       values = {name: float(value) for name, value in metrics.items()}
-      check_finite(step, values)
-      self._counts = add_up(self._counts, counts)
+      if values.pop('halted'):
+        raise nonfinite.NonFiniteError(step, values, records)
+      if nonfinite.is_finite(values):
+        self._counts = add_up(self._counts, counts)
+      else:
+        self._report(f'skipped: {nonfinite.describe(step, values)}, {values["skipped"]:.0f} in all')
+        values = {name: value for name, value in values.items() if math.isfinite(value) and name != 'loss'}
       self._steps += 1
       self._data_wait += data_wait
       if self._is_logged(step):
-        yield step, self._record(values)
+        records.append((step, self._record(values)))
         self._restart()
+    return records
 
   def _record(self, values: Record) -> Record:
     now = time.perf_counter()
@@ -100,14 +114,3 @@ def router_metrics(counts: dict[str, np.ndarray]) -> Record:
   """`router.summarize` of counts that were added up on the host."""
   with jax.transfer_guard('allow'):
     return {name: float(value) for name, value in router.summarize(counts).items()}
-
-
-class NonFiniteError(ArithmeticError):
-  """The loss or the gradient is NaN or infinite."""
-
-
-def check_finite(step: int, values: Record) -> None:
-  """Raises NonFiniteError naming the step unless loss and gradient norm are numbers."""
-  for name in ('loss', 'grad_norm'):
-    if not math.isfinite(values[name]):
-      raise NonFiniteError(f'{name} is {values[name]} at step {step}')

@@ -56,6 +56,10 @@ class Progress:
     if 'validation/nll' in record:
       self._print(self._validation_line(step, record))
 
+  def report(self, text: str) -> None:
+    """A line of its own, whatever shows the progress."""
+    self._print(text)
+
   def _line(self, step: int, record: Record) -> str:
     return (
       f'step {step:>{len(str(self._total))}}/{self._total}  loss {record["train/loss"]:.4f}  '

@@ -23,6 +23,8 @@ MAY_CHANGE = (
   'data.workers',
   'data.max_bad_fraction',
   'train.accumulation',
+  'train.on_nonfinite',
+  'train.max_skipped',
   'train.log_every',
   'train.eval_every',
   'train.eval_rows',

@@ -25,12 +25,16 @@ class TrainState:
     params: parameters of the model, float32.
     opt_state: state of the optimiser.
     routing: what routers keep beside their parameters (`router.init_state`), mostly nothing.
+    skipped: updates left out because their loss or gradient was not finite, int32 (); they count as steps.
+    halted: bool (). Once true, steps change nothing: an update was not finite and none may be skipped (any more).
   """
 
   step: jax.Array
   params: Any
   opt_state: Any
   routing: Any = struct.field(default_factory=dict)
+  skipped: Any = struct.field(default_factory=lambda: jnp.zeros((), jnp.int32))
+  halted: Any = struct.field(default_factory=lambda: jnp.zeros((), jnp.bool_))
 
   @property
   def variables(self) -> dict[str, Any]:

@@ -26,10 +26,14 @@ def make_train_step(
   """The jitted step (state, batch) -> (state, metrics); the state given is donated.
 
   A batch holds int32 arrays (A, B, T): A = `train.accumulation` micro-batches. Metrics are
-  those of the loss (`make_loss`), of the global batch, and grad_norm (before clipping) and
-  learning_rate, float32 scalars.
+  those of the loss (`make_loss`), of the global batch, and grad_norm (before clipping; also by
+  module, grad_norm/NAME), learning_rate, skipped and halted (as in `TrainState`), scalars.
+
+  An update whose loss or gradient is not finite is not applied: the first `train.max_skipped` are
+  left out (`train.on_nonfinite=skip`), another one halts the state for good.
   """
   schedule = learning_rate_schedule(config.train)
+  may_skip = config.train.max_skipped if config.train.on_nonfinite == 'skip' else 0
   gradient = jax.value_and_grad(loss_lib.make_loss(model.apply, config.model), has_aux=True)
 
   def train_step(state: TrainState, batch_ABT: loss_lib.Batch):
@@ -40,9 +44,13 @@ def make_train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     routing = router.update_state(config.model, state.routing, metrics.get('counts', {}), state.step)
-    metrics['grad_norm'] = optax.tree.norm(grads)
-    metrics['learning_rate'] = jnp.asarray(schedule(state.step), jnp.float32)
-    return TrainState(state.step + 1, params, opt_state, routing), metrics
+    metrics |= _grad_norms(grads)
+    metrics['learning_rate'] = jnp.asarray(schedule(state.step - state.skipped), jnp.float32)
+    new_state = TrainState(state.step + 1, params, opt_state, routing, state.skipped, state.halted)
+    is_finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['grad_norm'])
+    new_state = _only_finite(state, new_state, is_finite, may_skip)
+    metrics |= {'skipped': new_state.skipped, 'halted': new_state.halted}
+    return new_state, metrics
 
   shard = mesh_lib.replicated(mesh)
   return jax.jit(
@@ -51,6 +59,26 @@ def make_train_step(
     in_shardings=(shard, mesh_lib.micro_batch_sharding(mesh)),
     out_shardings=shard,
   )
+
+
+def _only_finite(old: TrainState, new: TrainState, is_finite: jax.Array, may_skip: int) -> TrainState:
+  """The new state if its update is finite; else the old one, one step on or, with nothing left to skip, halted.
+
+  The choice is made on the device, since the host sees a loss only when later steps are on their way.
+  """
+  halted = old.halted | (~is_finite & (old.skipped >= may_skip))
+  chosen = jax.tree.map(lambda one, other: jnp.where(is_finite & ~halted, one, other), new, old)
+  return chosen.replace(step=old.step + ~halted, skipped=old.skipped + (~is_finite & ~halted), halted=halted)
+
+
+def _grad_norms(grads: Any) -> dict[str, jax.Array]:
+  """'grad_norm' of everything, and 'grad_norm/NAME' of each module: 'embed', 'layers.attention' (all layers'), ..."""
+  modules = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+    names = [entry.key for entry in path[:2]]
+    modules.setdefault('.'.join(names) if names[0] == 'layers' else names[0], []).append(leaf)
+  norms = {f'grad_norm/{name}': optax.tree.norm(leaves) for name, leaves in modules.items()}
+  return {'grad_norm': optax.tree.norm(grads), **norms}
 
 
 def _add_up(
