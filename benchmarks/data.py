@@ -120,11 +120,11 @@ def cpu_seconds(whose: int) -> float:
 def loader_speed(cache_dir: str) -> dict[str, float]:
   """Tokens/s of the loader at rows of 2,048, after a first pass that warms the page cache."""
   from mor_jax.config import DataConfig
-  from mor_jax.data import dataset, loader
+  from mor_jax.data import dataset, loader, schedule
 
   (folder,) = (path.parent for path in pathlib.Path(cache_dir, 'datasets').glob('*/manifest.json'))
   prepared = dataset.open_dataset(folder)
-  batches = loader.train_batches(prepared, DataConfig(seq_len=2048), global_batch=32)
+  batches = loader.train_batches(prepared, DataConfig(seq_len=2048), schedule.constant(32))
   speeds = []
   for _ in range(6):
     begin = time.perf_counter()

@@ -12,7 +12,7 @@ from rich.table import Table
 from mor_jax import cli
 from mor_jax.config import ConfigError
 from mor_jax.data import dataset as dataset_lib
-from mor_jax.data import loader
+from mor_jax.data import loader, schedule
 from mor_jax.evaluation import calibration as calibration_lib
 from mor_jax.evaluation import nll
 from mor_jax.model import flops
@@ -39,7 +39,9 @@ def main() -> None:
   dataset = dataset_lib.prepare(run.config.data, report=console.print)
   mesh = mesh_lib.make_mesh()
 
-  batches = loader.train_batches(dataset, run.config.data, 8 * len(jax.devices()), start_step=run.step)
+  rows_at_once = 8 * len(jax.devices())
+  first = schedule.of(run.config.train).rows_before(run.step) // rows_at_once  # rows not trained on yet
+  batches = loader.train_batches(dataset, run.config.data, schedule.constant(rows_at_once), start_step=first)
   batches = calibration_lib.take(batches, FLAGS.rows)
   thresholds, rows = calibration_lib.calibrate(wanted, run.variables, batches, mesh)
   calibration = calibration_lib.Calibration(wanted.model.step_capacities, thresholds, run.step, rows)

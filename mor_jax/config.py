@@ -277,6 +277,12 @@ class TrainConfig:
   )
   global_batch: int = setting(1024, 'rows in an optimiser step, over all devices')
   accumulation: int = setting(1, 'micro-batches an optimiser step is split into')
+  ramp_batch: int | None = setting(
+    None,
+    'rows in the first optimiser steps, which double until train.global_batch is reached, by the number of '
+    'micro-batches: a multiple of train.global_batch / train.accumulation; none: the full batch at once',
+  )
+  ramp_steps: int = setting(0, 'optimiser steps until the full batch, shared equally by the smaller sizes')
   learning_rate: float = setting(3e-3, 'peak learning rate')
   schedule: str = setting('wsd', 'wsd: warm-up, stable, linear decay; cosine', ('wsd', 'cosine'))
   warmup_steps: int = setting(500, 'steps of linear warm-up')

@@ -12,13 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 from rich.console import Console
 
 from mor_jax import cli
 from mor_jax.config import Config, ConfigError
 from mor_jax.data import dataset as dataset_lib
-from mor_jax.data import loader
+from mor_jax.data import loader, schedule
 from mor_jax.evaluation import ngram, nll
 from mor_jax.inference import sampling
 from mor_jax.model import flops
@@ -67,17 +68,13 @@ def main(config: Config, workdir: str | None) -> None:
   optimizer = make_optimizer(config.train, config.model.has_aux_router)
   initialize = initializer(model, optimizer, mesh, config.data.seq_len)
   abstract = abstract_state(initialize, mesh)
-  programs = []
-  for first, phase in phases.plan(config):
-    begin = time.perf_counter()
-    step = make_train_step(Transformer(phase.model), phase, optimizer, mesh)
-    programs.append((first, step.lower(abstract, abstract_batch(phase, mesh)).compile()))
-    summary.print_rows(console, summary.describe_program(phase, *programs[-1], time.perf_counter() - begin))
   validate = _validator(model, config, mesh, dataset)
 
   with Checkpoints(folder.checkpoints, config.checkpoint.keep) as checkpoints:
-    # ---- state: the newest checkpoint, else the initial parameters ----
     done = checkpoints.latest_step or 0
+    train_step = _compile(console, config, optimizer, mesh, abstract, done)
+
+    # ---- state: the newest checkpoint, else the initial parameters ----
     if done:
       state = checkpoints.restore(abstract)
       _print(console, f'\nresuming after step {done} from {checkpoints.path(done)}')
@@ -88,13 +85,11 @@ def main(config: Config, workdir: str | None) -> None:
     batches = loader.train_batches(
       dataset,
       config.data,
-      config.train.global_batch,
+      schedule.of(config.train),
       start_step=done,
-      accumulation=config.train.accumulation,
       host=jax.process_index(),
       num_hosts=jax.process_count(),
     )
-    train_step = phases.PhasedStep(programs, done)
     with MetricsLog(folder.path, done) as log, Progress(console, config.train.steps, done) as progress:
       try:
         state = loop.train(config, mesh, state, train_step, batches, validate, checkpoints, log, progress)
@@ -137,6 +132,27 @@ def _with_vocabulary(config: Config, tokenizer_size: int) -> Config:
   return config.replace(model={'vocab_size': size})
 
 
+def _compile(
+  console: Console,
+  config: Config,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  abstract: TrainState,
+  done: int,
+) -> phases.PhasedStep:
+  """The step of every phase that is still to come after `done` updates, compiled."""
+  planned = phases.plan(config)
+  programs = []
+  for first, phase in phases.remaining(planned, done):
+    begin = time.perf_counter()
+    step = make_train_step(Transformer(phase.model), phase, optimizer, mesh)
+    programs.append((first, step.lower(abstract, abstract_batch(phase, mesh)).compile()))
+    seconds = time.perf_counter() - begin
+    rows = summary.describe_program(phase, *programs[-1], seconds, not_alone=len(planned) > 1)
+    summary.print_rows(console, rows)
+  return phases.PhasedStep(programs, done)
+
+
 def _use_compilation_cache(config: Config) -> None:
   """Compiled programs are kept in the cache folder of the datasets, so that a restart begins at once."""
   if jax.config.jax_compilation_cache_dir is None:
@@ -166,7 +182,7 @@ def _result(
   """What summary.json holds."""
   model, train = config.model, config.train
   parameters = flops.count_parameters(model)
-  tokens = train.steps * train.global_batch * config.data.seq_len
+  tokens = schedule.of(train).rows_before(train.steps) * config.data.seq_len
   unigram, bigram = _entropies(config, dataset)
   return {
     'name': config.name,

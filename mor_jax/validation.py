@@ -15,6 +15,7 @@ def validate(config: Config) -> None:
   _validate_model(config.model)
   _validate_data(config.data)
   _validate_train(config.train)
+  _validate_ramp(config)
   _require(
     config.checkpoint.every_steps >= 1, 'checkpoint.every_steps', config.checkpoint.every_steps, '>= 1'
   )
@@ -247,7 +248,14 @@ def _validate_data(data: DataConfig) -> None:
 def _validate_train(train: TrainConfig) -> None:
   for name in ('steps', 'global_batch', 'accumulation', 'log_every'):
     _require(getattr(train, name) >= 1, f'train.{name}', getattr(train, name), '>= 1')
-  for name in ('warmup_steps', 'eval_every', 'sample_tokens', 'final_learning_rate', 'weight_decay'):
+  for name in (
+    'warmup_steps',
+    'ramp_steps',
+    'eval_every',
+    'sample_tokens',
+    'final_learning_rate',
+    'weight_decay',
+  ):
     _require(getattr(train, name) >= 0, f'train.{name}', getattr(train, name), '>= 0')
   _require(
     train.max_skipped >= 1, 'train.max_skipped', train.max_skipped, '>= 1 (on_nonfinite=halt skips none)'
@@ -268,7 +276,34 @@ def _validate_train(train: TrainConfig) -> None:
     )
   if train.flops_budget is not None:  # it decides on the steps later (training/budget.py)
     _require(train.flops_budget > 0, 'train.flops_budget', train.flops_budget, '> 0')
-  elif train.warmup_steps > train.steps:
+    return
+  for name in ('warmup_steps', 'ramp_steps'):
+    if getattr(train, name) > train.steps:
+      raise ConfigError(
+        f'train.{name}={getattr(train, name)} is more than train.steps={train.steps}; lower it'
+      )
+
+
+def _validate_ramp(config: Config) -> None:
+  train = config.train
+  if (train.ramp_batch is None) != (train.ramp_steps == 0):
     raise ConfigError(
-      f'train.warmup_steps={train.warmup_steps} is more than train.steps={train.steps}; lower it'
+      f'train.ramp_batch={train.ramp_batch} and train.ramp_steps={train.ramp_steps} belong together: '
+      f'set both, or neither (none and 0)'
     )
+  if train.ramp_batch is None:
+    return
+  micro_rows = train.global_batch // train.accumulation
+  sizes = [train.global_batch]
+  while sizes[0] % 2 == 0 and sizes[0] // 2 % micro_rows == 0:
+    sizes.insert(0, sizes[0] // 2)
+  # The programs of ramp and warm-up together are few enough to compile (training/phases.py).
+  sizes = sizes[:-1][-4:] if config.model.capacity_warmup_steps else sizes[:-1][-7:]
+  if train.ramp_batch not in sizes:
+    allowed = f'use one of {", ".join(map(str, sizes))}' if sizes else 'raise train.accumulation'
+    raise ConfigError(
+      f'train.ramp_batch={train.ramp_batch} cannot double to train.global_batch={train.global_batch} in '
+      f'micro-batches of {micro_rows} rows (train.accumulation={train.accumulation}); {allowed}'
+    )
+  doublings = (train.global_batch // train.ramp_batch).bit_length() - 1
+  _require(train.ramp_steps >= doublings, 'train.ramp_steps', train.ramp_steps, f'>= {doublings}')

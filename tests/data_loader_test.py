@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mor_jax.config import ConfigError, DataConfig
-from mor_jax.data import dataset, loader
+from mor_jax.data import dataset, loader, schedule
 
 
 @pytest.fixture(scope='module')
@@ -38,52 +38,58 @@ def take(batches, count):
 )
 def test_every_epoch_is_a_permutation_across_batches(num_rows, global_batch, seed, epochs):
   steps = -(-num_rows * epochs // global_batch)
-  order = np.concatenate([loader.batch_rows(num_rows, global_batch, seed, step) for step in range(steps)])
+  order = np.concatenate(
+    [loader.batch_rows(num_rows, step * global_batch, global_batch, seed) for step in range(steps)]
+  )
   for epoch in range(epochs):
     assert sorted(order[epoch * num_rows : (epoch + 1) * num_rows]) == list(range(num_rows))
 
 
 def test_orders_differ_between_epochs_and_seeds():
-  orders = {tuple(loader.batch_rows(100, 100, seed, epoch)) for seed in range(5) for epoch in range(5)}
+  orders = {tuple(loader.batch_rows(100, 100 * epoch, 100, seed)) for seed in range(5) for epoch in range(5)}
   assert len(orders) == 25
   assert tuple(range(100)) not in orders
 
 
 def test_shuffle_is_global():
   # In a uniform permutation the rows of a batch of 100 among 10,000 have a mean of 5,000 +- 290.
-  means = [loader.batch_rows(10_000, 100, 0, step).mean() for step in range(100)]
+  means = [loader.batch_rows(10_000, 100 * step, 100, seed=0).mean() for step in range(100)]
   assert abs(np.mean(means) - 4999.5) < 1e-6
   assert 200 < np.std(means) < 400
 
 
 def test_batches_hold_the_rows_of_the_step(prepared, data):
   rows = prepared.rows('train')
-  for step, batch in enumerate(itertools.islice(loader.train_batches(prepared, data, 4), 3)):
+  for step, batch in enumerate(
+    itertools.islice(loader.train_batches(prepared, data, schedule.constant(4)), 3)
+  ):
     assert {name: (array.shape, array.dtype) for name, array in batch.items()} == dict.fromkeys(
       ('tokens', 'segment_ids', 'positions'), ((4, 512), np.dtype('int32'))
     )
-    for i, row in enumerate(loader.batch_rows(len(rows), 4, data.seed, step)):
+    for i, row in enumerate(loader.batch_rows(len(rows), 4 * step, 4, data.seed)):
       for name in batch:
         np.testing.assert_array_equal(batch[name][i], rows[int(row)][name])
 
 
 def test_resuming_at_any_step_continues_the_same_batches(prepared, data):
-  whole = take(loader.train_batches(prepared, data, 7), 12)
+  whole = take(loader.train_batches(prepared, data, schedule.constant(7)), 12)
   for start in range(12):
-    resumed = take(loader.train_batches(prepared, data, 7, start_step=start), 12 - start)
+    resumed = take(loader.train_batches(prepared, data, schedule.constant(7), start_step=start), 12 - start)
     np.testing.assert_array_equal(whole[start:], resumed)
 
 
 @pytest.mark.parametrize('prefetch', [0, 1, 5])
 def test_prefetch_changes_nothing(prepared, data, prefetch):
-  other = take(loader.train_batches(prepared, dataclasses.replace(data, prefetch=prefetch), 4), 6)
-  np.testing.assert_array_equal(other, take(loader.train_batches(prepared, data, 4), 6))
+  other = take(
+    loader.train_batches(prepared, dataclasses.replace(data, prefetch=prefetch), schedule.constant(4)), 6
+  )
+  np.testing.assert_array_equal(other, take(loader.train_batches(prepared, data, schedule.constant(4)), 6))
 
 
 def test_batch_larger_than_an_epoch(prepared, data):
   rows = prepared.rows('train')
   size = 2 * len(rows) + 1
-  (batch,) = take(loader.train_batches(prepared, data, size), 1)
+  (batch,) = take(loader.train_batches(prepared, data, schedule.constant(size)), 1)
   seen = sorted(map(bytes, batch[: 2 * len(rows)]))
   assert seen == sorted(2 * [bytes(row['tokens']) for row in rows])
 
@@ -93,7 +99,7 @@ def test_nothing_touches_a_device(prepared, data):
   try:
     with pytest.raises(Exception, match='transfer'):
       jax.device_put(np.ones(3)) + np.ones(3)
-    take(loader.train_batches(prepared, data, 4), 3)
+    take(loader.train_batches(prepared, data, schedule.constant(4)), 3)
     list(loader.validation_batches(prepared, 4))
   finally:
     jax.config.update('jax_transfer_guard', None)
@@ -116,9 +122,13 @@ def test_validation_in_order_with_padding_at_the_end(prepared, batch_size, max_r
 @pytest.mark.parametrize('num_hosts', [1, 2, 4])
 def test_hosts_together_have_the_same_micro_batches(prepared, data, num_hosts, accumulation):
   """Resuming at step 2 on another number of hosts included."""
-  whole = np.stack(take(loader.train_batches(prepared, data, 8), 4)).reshape(4, accumulation, -1, 512)
+  whole = np.stack(take(loader.train_batches(prepared, data, schedule.constant(8)), 4)).reshape(
+    4, accumulation, -1, 512
+  )
   hosts = [
-    np.stack(take(loader.train_batches(prepared, data, 8, 2, accumulation, host, num_hosts), 2))
+    np.stack(
+      take(loader.train_batches(prepared, data, schedule.constant(8, accumulation), 2, host, num_hosts), 2)
+    )
     for host in range(num_hosts)
   ]
   parts = [host.reshape(2, accumulation, -1, 512) for host in hosts]
@@ -141,12 +151,23 @@ def test_a_host_reads_only_its_rows(prepared, data):
   rows = RecordedRows(prepared.rows('train'))
   recorded = types.SimpleNamespace(rows=lambda split: rows)
   still = dataclasses.replace(data, prefetch=0)
-  take(loader.train_batches(recorded, still, 8, host=1, num_hosts=4), 3)
+  take(loader.train_batches(recorded, still, schedule.constant(8), host=1, num_hosts=4), 3)
   assert rows.read == [
-    int(i) for step in range(3) for i in loader.batch_rows(len(rows), 8, data.seed, step)[2:4]
+    int(i) for step in range(3) for i in loader.batch_rows(len(rows), 8 * step, 8, data.seed)[2:4]
   ]
 
 
 def test_batches_that_hosts_cannot_share(prepared, data):
   with pytest.raises(ConfigError, match=r'train\.global_batch=8 .*among 3 hosts; .* multiple of 6'):
-    loader.train_batches(prepared, data, 8, accumulation=2, num_hosts=3)
+    loader.train_batches(prepared, data, schedule.constant(8, 2), num_hosts=3)
+
+
+def test_growing_batches_cut_the_same_sequence_of_rows(prepared, data):
+  growing = schedule.BatchSchedule(((0, 2), (3, 4), (5, 8)), micro_rows=2)
+  whole = np.concatenate(take(loader.train_batches(prepared, data, schedule.constant(2)), 15))
+  grown = take(loader.train_batches(prepared, data, growing), 7)
+  assert [len(rows) for rows in grown] == [2, 2, 2, 4, 4, 8, 8]
+  np.testing.assert_array_equal(np.concatenate(grown), whole)
+  for start in range(7):
+    resumed = take(loader.train_batches(prepared, data, growing, start_step=start), 7 - start)
+    np.testing.assert_array_equal(np.concatenate(resumed), np.concatenate(grown[start:]))

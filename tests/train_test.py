@@ -27,8 +27,8 @@ from mor_jax.data import loader
 
 batches = loader.train_batches
 
-def deadly(dataset, data, global_batch, start_step, **hosts):
-  for step, batch in enumerate(batches(dataset, data, global_batch, start_step, **hosts), start_step + 1):
+def deadly(*args, start_step, **hosts):
+  for step, batch in enumerate(batches(*args, start_step=start_step, **hosts), start_step + 1):
     if step == {KILL_BEFORE_STEP}:
       os.kill(os.getpid(), signal.SIGKILL)
     yield batch

@@ -66,7 +66,8 @@ def test_warmup_longer_than_the_budget_leaves_no_folder(tmp_path):
 
 def test_interrupted_run_resumes_and_ends_with_the_budget(tmp_path, monkeypatch):
   cache = {'max_documents': 10, 'validation_fraction': 0.2, 'cache_dir': str(tmp_path / 'cache')}
-  config = budgeted(20, steps=7, log_every=1, eval_every=0, eval_rows=8, sample_tokens=0)
+  ramp = {'accumulation': 2, 'ramp_batch': 4, 'ramp_steps': 6}
+  config = budgeted(17, steps=7, log_every=1, eval_every=0, eval_rows=8, sample_tokens=0, **ramp)
   config = config.replace(model={'vocab_size': None}, data=cache, checkpoint={'every_steps': 6})
   config = dataclasses.replace(config, name='budgeted')
   folder = tmp_path / 'run'
@@ -86,5 +87,25 @@ def test_interrupted_run_resumes_and_ends_with_the_budget(tmp_path, monkeypatch)
   train.main(config, str(folder))
   assert len(starts) == 2
   assert starts[1] in (6, 12), 'it must have resumed, not begun again'
-  assert [record['step'] for record in metrics.read(folder / 'metrics.jsonl')] == list(range(1, 21))
-  assert json.loads((folder / 'summary.json').read_text())['steps'] == 20
+  records = metrics.read(folder / 'metrics.jsonl')
+  assert [record['step'] for record in records] == list(range(1, 21))
+  assert [record['train/tokens'] for record in records] == [
+    64 * (4 * min(step, 6) + 8 * max(step - 6, 0)) for step in range(1, 21)
+  ]
+  summary = json.loads((folder / 'summary.json').read_text())
+  assert (summary['steps'], summary['tokens']) == (20, 64 * 17 * 8)
+
+
+def test_budget_counts_the_smaller_batches_of_a_ramp():
+  ramp = {
+    'global_batch': 8,
+    'accumulation': 4,
+    'ramp_batch': 2,
+    'ramp_steps': 4,
+    'warmup_steps': 0,
+    'steps': 50,
+  }
+  config = tiny_run.CONFIG.replace(train=ramp)
+  per_row = config.data.seq_len * flops.paper_flops_per_token(config.model, config.data.seq_len)
+  budget = (2 * 2 + 2 * 4 + 10 * 8) * per_row  # two steps of 2 rows, two of 4, ten of 8
+  assert with_budgeted_steps(config.replace(train={'flops_budget': budget})).train.steps == 14

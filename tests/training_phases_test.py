@@ -34,6 +34,27 @@ def test_capacities_fall_in_at_most_eight_sizes():
   assert [first for first, _ in phases.plan(CONFIG.replace(model={'capacity_warmup_steps': 2}))] == [0, 1, 2]
 
 
+def test_capacities_and_batch_together_take_at_most_eight_sizes():
+  ramp = {'global_batch': 64, 'accumulation': 16, 'ramp_batch': 8, 'ramp_steps': 12, 'steps': 200}
+  config = CONFIG.replace(model={'capacity_warmup_steps': 10}, train=ramp)
+  plan = phases.plan(config)
+  assert len(plan) <= phases.MAX_SIZES
+  assert [first for first, _ in plan] == sorted({0, 4, 8, 12, 2, 5, 7, 10})
+  rows = {first: (phase.train.global_batch, phase.train.accumulation) for first, phase in plan}
+  assert [rows[first] for first in (0, 4, 8, 12)] == [(8, 2), (16, 4), (32, 8), (64, 16)]
+  assert rows[2] == (8, 2)
+  capacities = [phase.model.step_capacities[1] for _, phase in plan]
+  assert capacities == sorted(capacities, reverse=True)
+  assert capacities[-1] == config.model.step_capacities[1]
+
+
+def test_programs_that_a_resumed_run_is_past_are_not_compiled():
+  plan = [(0, 'a'), (5, 'b'), (9, 'c')]
+  assert [phase for _, phase in phases.remaining(plan, 4)] == ['a', 'b', 'c']
+  assert [phase for _, phase in phases.remaining(plan, 5)] == ['b', 'c']
+  assert [phase for _, phase in phases.remaining(plan, 100)] == ['c']
+
+
 def test_each_step_runs_the_program_of_its_phase():
   programs = [(first, lambda state, batch, first=first: (state, first)) for first in (0, 3, 5)]
   step = phases.PhasedStep(programs, done=0)

@@ -13,21 +13,21 @@ from grain.experimental import index_shuffle
 from mor_jax.config import ConfigError, DataConfig
 from mor_jax.data import packing
 from mor_jax.data.dataset import PreparedDataset
+from mor_jax.data.schedule import BatchSchedule
 
 _ENDLESS = 2**62
 
 Batch = dict[str, np.ndarray]  # 'tokens', 'segment_ids', 'positions', each int32 (B, T)
 
 
-def batch_rows(num_rows: int, global_batch: int, seed: int, step: int) -> np.ndarray:
-  """Indices (B,) of the rows that form the global batch of `step`.
+def batch_rows(num_rows: int, first: int, count: int, seed: int) -> np.ndarray:
+  """Indices (count,) of the rows that form the global batch after which `first` rows have been read.
 
   The rows of all epochs, each in an order of its own, form one endless sequence, which the
-  batches cut into pieces of `global_batch`: every row comes once in an epoch, and a batch
-  may reach into the next one. A host reads its `host_rows` of the result.
+  batches cut into pieces: every row comes once in an epoch, and a batch may reach into the
+  next one. A host reads its `host_rows` of the result.
   """
-  first = step * global_batch
-  epochs, places = np.divmod(np.arange(first, first + global_batch), num_rows)
+  epochs, places = np.divmod(np.arange(first, first + count), num_rows)
   seeds = {
     epoch: int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]) for epoch in np.unique(epochs)
   }
@@ -57,26 +57,26 @@ def host_rows(rows: np.ndarray, accumulation: int, host: int, num_hosts: int) ->
 def train_batches(
   dataset: PreparedDataset,
   data: DataConfig,
-  global_batch: int,
+  schedule: BatchSchedule,
   start_step: int = 0,
-  accumulation: int = 1,
   host: int = 0,
   num_hosts: int = 1,
 ) -> Iterator[Batch]:
   """The endless batches of training, from `start_step` on: int32 arrays of shape (B, T).
 
-  B is `global_batch / num_hosts`: a host reads only the rows of its own devices. What all hosts read
-  together depends on neither their number nor `start_step`, so a run may resume on more or fewer hosts.
+  B is the schedule's rows / `num_hosts`: a host reads only the rows of its own devices. What all hosts
+  read together depends on neither their number nor `start_step`, so a run may resume on more or fewer hosts.
 
   Raises:
     ConfigError: the batch does not divide among the hosts.
   """
   rows = dataset.rows('train')
-  host_rows(np.arange(global_batch), accumulation, host, num_hosts)  # now, not at the first batch
+  for first, size in schedule.stages:  # now, not at the first batch
+    host_rows(np.arange(size), schedule.micro_batches(first), host, num_hosts)
 
   def load(step: int) -> Batch:
-    order = batch_rows(len(rows), global_batch, data.seed, step)
-    return _stack([rows[i] for i in host_rows(order, accumulation, host, num_hosts)])
+    order = batch_rows(len(rows), schedule.rows_before(step), schedule.rows(step), data.seed)
+    return _stack([rows[i] for i in host_rows(order, schedule.micro_batches(step), host, num_hosts)])
 
   steps = grain.MapDataset.range(start_step, _ENDLESS).map(load)
   options = grain.ReadOptions(num_threads=data.prefetch, prefetch_buffer_size=data.prefetch)

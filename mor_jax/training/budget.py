@@ -1,6 +1,7 @@
 """Training for a given amount of compute: the steps that `train.flops_budget` pays for."""
 
 from mor_jax.config import Config, ConfigError
+from mor_jax.data import schedule
 from mor_jax.model import flops
 
 
@@ -17,12 +18,12 @@ def with_budgeted_steps(config: Config) -> Config:
   train = config.train
   if train.flops_budget is None:
     return config
-  tokens_per_step = train.global_batch * config.data.seq_len
-  flops_per_step = tokens_per_step * flops.paper_flops_per_token(config.model, config.data.seq_len)
-  steps = max(1, round(train.flops_budget / flops_per_step))
-  if train.warmup_steps > steps:
-    raise ConfigError(
-      f'train.warmup_steps={train.warmup_steps} is more than the {steps} steps that '
-      f'train.flops_budget={train.flops_budget:g} pays for; lower it, or raise the budget'
-    )
+  flops_per_row = config.data.seq_len * flops.paper_flops_per_token(config.model, config.data.seq_len)
+  steps = schedule.of(train).steps_for(train.flops_budget / flops_per_row)
+  for name in ('warmup_steps', 'ramp_steps'):
+    if getattr(train, name) > steps:
+      raise ConfigError(
+        f'train.{name}={getattr(train, name)} is more than the {steps} steps that '
+        f'train.flops_budget={train.flops_budget:g} pays for; lower it, or raise the budget'
+      )
   return config.replace(train={'steps': steps})

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mor_jax.config import Config
+from mor_jax.data import schedule
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.training.checkpoint import Checkpoints
 from mor_jax.training.meter import Meter
@@ -45,9 +46,10 @@ def train(
       state on the device is that before the step, and stays it.
   """
   steps, first = config.train.steps, int(state.step) + 1
+  batch_schedule = schedule.of(config.train)
   seconds_before = max((record.get('train/seconds', 0.0) for record in log.records), default=0.0)
   meter = Meter(
-    config.train.global_batch * config.data.seq_len,
+    lambda step: batch_schedule.rows_before(step) * config.data.seq_len,
     is_logged=lambda step: step % config.train.log_every == 0 or step in (1, steps),
     seconds_before=seconds_before,
     report=progress.report,
@@ -64,7 +66,7 @@ def train(
       begin = time.perf_counter()
       batch = next(batches)
       data_wait = time.perf_counter() - begin
-      batch = mesh_lib.put(split_batch(batch, config.train.accumulation), sharding)
+      batch = mesh_lib.put(split_batch(batch, batch_schedule.micro_batches(step - 1)), sharding)
       state, metrics = train_step(state, batch)
       progress.advance(step)
       try:

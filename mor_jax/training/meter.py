@@ -25,7 +25,7 @@ class Meter:
   which say little about a few rows, are of all steps since the record before.
 
   Args:
-    tokens_per_step: tokens of a global batch.
+    tokens: step -> tokens of all steps up to it.
     is_logged: whether a step gets a record.
     seconds_before: seconds of training that earlier processes spent on this run.
     report: shows a line to the user.
@@ -34,13 +34,13 @@ class Meter:
 
   def __init__(
     self,
-    tokens_per_step: int,
+    tokens: Callable[[int], int],
     is_logged: Callable[[int], bool],
     seconds_before: float = 0.0,
     report: Callable[[str], None] = lambda text: None,
     run_ahead: int = 2,
   ):
-    self._tokens_per_step, self._is_logged, self._run_ahead = tokens_per_step, is_logged, run_ahead
+    self._tokens, self._is_logged, self._run_ahead = tokens, is_logged, run_ahead
     self._report, self._pending = report, collections.deque()
     self._begin = time.perf_counter() - seconds_before
     self._restart()
@@ -85,17 +85,18 @@ class Meter:
       self._steps += 1
       self._data_wait += data_wait
       if self._is_logged(step):
-        records.append((step, self._record(values)))
+        records.append((step, self._record(step, values)))
         self._restart()
     return records
 
-  def _record(self, values: Record) -> Record:
-    now = time.perf_counter()
+  def _record(self, step: int, values: Record) -> Record:
+    now, tokens = time.perf_counter(), self._tokens(step)
     if self._counts is not None:
       values |= router_metrics(self._counts)
     values |= {
       'seconds_per_step': (now - self._since) / self._steps,
-      'tokens_per_second': self._steps * self._tokens_per_step / (now - self._since),
+      'tokens_per_second': (tokens - self._tokens(step - self._steps)) / (now - self._since),
+      'tokens': tokens,
       'data_wait_seconds': self._data_wait / self._steps,
       'seconds': now - self._begin,
     }

@@ -1,34 +1,59 @@
-"""Phases: stretches of a training whose compiled programs differ in static sizes (capacity warm-up).
+"""Phases: stretches of a training whose compiled programs differ in static sizes.
 
-A capacity is the static size of a recursion step, so that it cannot fall smoothly without
-compiling anew at every step. It falls in a few stairs instead, each compiled before the
+A capacity is the static size of a recursion step, and the number of micro-batches that of the
+batch, so neither can change smoothly without compiling anew at every step. In a warm-up of the
+capacities or a ramp of the batch they change in a few stairs instead, each compiled before the
 training begins.
 """
 
 import math
 
 from mor_jax.config import Config
+from mor_jax.data import schedule
 from mor_jax.training.loss import Batch
 from mor_jax.training.state import TrainState
 from mor_jax.training.step import TrainStep
 
-MAX_SIZES = 8  # stairs of the warm-up and the final capacities
+MAX_SIZES = 8  # programs of a training
 
 
 def plan(config: Config) -> list[tuple[int, Config]]:
-  """(updates done before, config) of every phase; a single one without capacity warm-up.
+  """(updates done before, config) of every phase; a single one without warm-up and ramp.
 
   Stair by stair the capacities follow c + (1 - c) * (1 + cos(pi * t / T)) / 2 at the stair's
   middle, T being `model.capacity_warmup_steps` (the authors' formula; their t counts micro-batches).
+  The config of a phase has the batch of its steps, and no ramp.
   """
-  warmup = config.model.capacity_warmup_steps if config.model.kind == 'mor' else 0
-  stairs = min(MAX_SIZES - 1, warmup)
+  batches = schedule.of(config.train)
+  stairs = _capacity_stairs(config, MAX_SIZES - len(batches.stages))
   phases = []
-  for stair in range(stairs):
-    share = (1 + math.cos(math.pi * (stair + 0.5) / stairs)) / 2
+  for first in sorted({first for first, _ in (*stairs, *batches.stages)}):
+    capacities = next(capacities for begin, capacities in reversed(stairs) if begin <= first)
+    if len(batches.stages) > 1:
+      batch = {'global_batch': batches.rows(first), 'accumulation': batches.micro_batches(first)}
+      phase = config.replace(train={**batch, 'ramp_batch': None, 'ramp_steps': 0})
+    else:
+      phase = config
+    phases.append((first, phase if capacities is None else phase.replace(model={'capacities': capacities})))
+  return phases
+
+
+def remaining(phases: list[tuple[int, Config]], done: int) -> list[tuple[int, Config]]:
+  """The phases that a training needs after `done` updates."""
+  ends = [first for first, _ in phases[1:]] + [math.inf]
+  return [phase for phase, end in zip(phases, ends, strict=True) if end > done]
+
+
+def _capacity_stairs(config: Config, most: int) -> list[tuple[int, tuple[float, ...] | None]]:
+  """(updates done before, capacities) of the warm-up's stairs, at most so many, then None: the config's own."""
+  warmup = config.model.capacity_warmup_steps if config.model.kind == 'mor' else 0
+  count = min(most, warmup)
+  stairs = []
+  for stair in range(count):
+    share = (1 + math.cos(math.pi * (stair + 0.5) / count)) / 2
     capacities = tuple(c + (1 - c) * share for c in config.model.step_capacities)
-    phases.append((stair * warmup // stairs, config.replace(model={'capacities': capacities})))
-  return [*phases, (warmup, config)]
+    stairs.append((stair * warmup // count, capacities))
+  return [*stairs, (warmup, None)]
 
 
 class PhasedStep:

@@ -105,9 +105,9 @@ def _add_up(
   return grads, jax.tree.map(lambda part_A: part_A.sum(axis=0), parts_A)
 
 
-def split_batch(batch: dict[str, np.ndarray], accumulation: int) -> dict[str, np.ndarray]:
-  """Rows (A * B, T) as `accumulation` micro-batches (A, B, T)."""
-  return {name: rows.reshape(accumulation, -1, rows.shape[-1]) for name, rows in batch.items()}
+def split_batch(batch: dict[str, np.ndarray], micro_batches: int) -> dict[str, np.ndarray]:
+  """Rows (A * B, T) as A micro-batches (A, B, T)."""
+  return {name: rows.reshape(micro_batches, -1, rows.shape[-1]) for name, rows in batch.items()}
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from mor_jax.config import Config, ModelConfig
+from mor_jax.data import schedule
 from mor_jax.data.dataset import PreparedDataset
 from mor_jax.model import flops
 
@@ -95,19 +96,23 @@ def _data(source: str, dataset: PreparedDataset) -> str:
 def _training(config: Config) -> str:
   train = config.train
   micro = f' in {train.accumulation} micro-batches' if train.accumulation > 1 else ''
-  tokens = train.steps * train.global_batch * config.data.seq_len
+  tokens = schedule.of(train).rows_before(train.steps) * config.data.seq_len
+  ramp = f' (from {train.ramp_batch}, doubling over {train.ramp_steps:,} steps)' if train.ramp_batch else ''
   budget = f', as train.flops_budget={train.flops_budget:g} sets them' if train.flops_budget else ''
   return (
-    f'{train.steps:,} steps{budget}, of {train.global_batch} rows x {config.data.seq_len} tokens{micro}, '
+    f'{train.steps:,} steps{budget}, of {train.global_batch} rows{ramp} x {config.data.seq_len} tokens{micro}, '
     f'{quantity(tokens)} tokens in all'
   )
 
 
-def describe_program(config: Config, first: int, compiled: Any, seconds: float) -> list[Row]:
-  """The program of one phase of the training: how it compiled and, in a warm-up, its capacities."""
+def describe_program(config: Config, first: int, compiled: Any, seconds: float, not_alone: bool) -> list[Row]:
+  """The program of one phase of the training: how it compiled and, if there are several, its sizes."""
   rows = [describe_compiled(compiled, seconds)]
-  if config.model.kind == 'mor' and config.model.capacity_warmup_steps:
-    rows += [(f'from step {first + 1}', _capacities(config.model, config.data.seq_len))]
+  if not_alone:
+    micro = f' in {config.train.accumulation} micro-batches' if config.train.accumulation > 1 else ''
+    rows += [(f'from step {first + 1}', f'{config.train.global_batch} rows{micro}')]
+    if config.model.kind == 'mor':
+      rows += [('', _capacities(config.model, config.data.seq_len))]
   return rows
 
 

@@ -1,0 +1,61 @@
+"""How many rows each optimiser step takes: constant, or doubling from a smaller batch to the full one.
+
+A batch grows by the number of its micro-batches, whose size is fixed, so that every size is a
+program of its own that is compiled once. Small batches learn more from a token early in training.
+"""
+
+import bisect
+import dataclasses
+
+from mor_jax.config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSchedule:
+  """Rows of the global batch of every step.
+
+  Attributes:
+    stages: (steps done before, rows of each of its batches), ascending, the first at 0.
+    micro_rows: rows of a micro-batch; divides the rows of every stage.
+  """
+
+  stages: tuple[tuple[int, int], ...]
+  micro_rows: int
+
+  def rows(self, step: int) -> int:
+    """Rows of the batch that follows after `step` updates."""
+    return self.stages[self._stage(step)][1]
+
+  def micro_batches(self, step: int) -> int:
+    """Micro-batches of that batch."""
+    return self.rows(step) // self.micro_rows
+
+  def rows_before(self, step: int) -> int:
+    """Rows of the first `step` batches together: where the next one begins in the order of all rows."""
+    ends = [first for first, _ in self.stages[1:]] + [step]
+    return sum(
+      max(0, min(end, step) - first) * rows for (first, rows), end in zip(self.stages, ends, strict=True)
+    )
+
+  def steps_for(self, rows: float) -> int:
+    """The number of batches whose rows together are nearest to `rows`, at least 1."""
+    first, size = next(stage for stage in reversed(self.stages) if self.rows_before(stage[0]) <= rows)
+    return max(1, first + round((rows - self.rows_before(first)) / size))
+
+  def _stage(self, step: int) -> int:
+    return bisect.bisect_right([first for first, _ in self.stages], step) - 1
+
+
+def constant(rows: int, micro_batches: int = 1) -> BatchSchedule:
+  """The same rows at every step."""
+  return BatchSchedule(((0, rows),), rows // micro_batches)
+
+
+def of(train: TrainConfig) -> BatchSchedule:
+  """The batches of a training: `train.global_batch` rows, from `train.ramp_batch` on in equally long stages."""
+  micro_rows = train.global_batch // train.accumulation
+  if train.ramp_batch is None:
+    return BatchSchedule(((0, train.global_batch),), micro_rows)
+  doublings = (train.global_batch // train.ramp_batch).bit_length() - 1
+  growing = [(stage * train.ramp_steps // doublings, train.ramp_batch << stage) for stage in range(doublings)]
+  return BatchSchedule((*growing, (train.ramp_steps, train.global_batch)), micro_rows)
