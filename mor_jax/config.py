@@ -297,6 +297,15 @@ class TrainConfig:
     'halt', 'a loss or gradient that is no number: stop before the update, or leave it out', ('halt', 'skip')
   )
   max_skipped: int = setting(10, 'updates of a run that on_nonfinite=skip may leave out; the next one halts')
+  spike_zscore: float = setting(
+    6.0, 'report a loss so many standard deviations above the mean of the hundred before; 0: none'
+  )
+  hang_seconds: float = setting(
+    1800.0, 'show what every thread does when no step, validation batch or save ends for so long; 0: never'
+  )
+  exit_on_hang: bool = setting(
+    False, 'and end the process then with exit code 70, so that launchers restart it'
+  )
   seed: int = setting(0, 'initial parameters')
   log_every: int = setting(10, 'steps between two lines of metrics')
   eval_every: int = setting(1000, 'steps between two validations; 0: at the end only')

@@ -5,6 +5,7 @@ checkpoint; a finished run shows its result again.
 """
 
 import itertools
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +26,9 @@ from mor_jax.inference import sampling
 from mor_jax.model import flops
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
-from mor_jax.training import budget, loop, phases, summary
+from mor_jax.training import budget, goodput, loop, phases, summary
 from mor_jax.training.checkpoint import Checkpoints
+from mor_jax.training.goodput import Ledger
 from mor_jax.training.loss import visible_segments
 from mor_jax.training.metrics import MetricsLog
 from mor_jax.training.nonfinite import NonFiniteError
@@ -35,17 +37,29 @@ from mor_jax.training.progress import Progress
 from mor_jax.training.run_folder import RunFolder
 from mor_jax.training.state import TrainState, abstract_state, initializer
 from mor_jax.training.step import abstract_batch, make_train_step
+from mor_jax.training.stopping import Signals, Stop
+from mor_jax.training.watchdog import Watchdog
 
 
-def main(config: Config, workdir: str | None) -> None:
+def main(config: Config, workdir: str | None) -> int:
   """Trains, or resumes, or shows the result of a finished run.
+
+  Returns the exit code: 0, or 143 after SIGTERM and 130 after Ctrl-C, which save the state first.
 
   Raises:
     ConfigError: before anything is compiled or written.
+    RunError: the training cannot go on.
   """
+  with Signals() as signals:
+    return _run(config, workdir, signals)
+
+
+def _run(config: Config, workdir: str | None, signals: Signals) -> int:
   console = Console()
   config = budget.with_budgeted_steps(config)
   folder = RunFolder(Path(workdir or f'runs/{config.name}'))
+
+  ledger = Ledger(folder.goodput if jax.process_index() == 0 else None)
 
   # ---- what is cheap to check comes first ----
   folder.check(config)
@@ -54,7 +68,7 @@ def main(config: Config, workdir: str | None) -> None:
   result = folder.read_summary()
   if result is not None:
     summary.print_table(console, 'Already finished', summary.describe_result(result, folder.path))
-    return
+    return 0
 
   # ---- data, which decides the vocabulary ----
   dataset = dataset_lib.prepare(config.data, report=lambda text: _print(console, text))
@@ -63,16 +77,19 @@ def main(config: Config, workdir: str | None) -> None:
   summary.print_table(console, config.name, summary.describe_run(config, mesh, dataset, folder.path))
 
   # ---- model and step ----
+  watchdog = Watchdog(config.train.hang_seconds, config.train.exit_on_hang)
+  guards = loop.Guards(Stop(signals, mesh), watchdog, ledger)
   _use_compilation_cache(config)
   model = Transformer(config.model)
   optimizer = make_optimizer(config.train, config.model.has_aux_router)
   initialize = initializer(model, optimizer, mesh, config.data.seq_len)
   abstract = abstract_state(initialize, mesh)
-  validate = _validator(model, config, mesh, dataset)
+  validate = _validator(model, config, mesh, dataset, guards)
 
   with Checkpoints(folder.checkpoints, config.checkpoint.keep) as checkpoints:
     done = checkpoints.latest_step or 0
-    train_step = _compile(console, config, optimizer, mesh, abstract, done)
+    with ledger.measure(goodput.COMPILE):
+      train_step = _compile(console, config, optimizer, mesh, abstract, done)
 
     # ---- state: the newest checkpoint, else the initial parameters ----
     if done:
@@ -90,35 +107,59 @@ def main(config: Config, workdir: str | None) -> None:
       host=jax.process_index(),
       num_hosts=jax.process_count(),
     )
-    with MetricsLog(folder.path, done) as log, Progress(console, config.train.steps, done) as progress:
+    ledger.resume(done)
+    with (
+      MetricsLog(folder.path, done) as log,
+      Progress(console, config.train.steps, done) as progress,
+      signals.training(),
+      watchdog,
+    ):
       try:
-        state = loop.train(config, mesh, state, train_step, batches, validate, checkpoints, log, progress)
+        state = loop.train(
+          config, mesh, state, train_step, batches, validate, checkpoints, log, progress, guards
+        )
       except NonFiniteError as error:
         error.add(f'its batch had rows {_rows(config, dataset, error.step)} of the training split')
         error.add('lower train.learning_rate, or set train.on_nonfinite=skip')
         raise
       last = log.records[-1] if log.records else {}
-    checkpoints.wait()
+      watchdog.beat('the last checkpoint')
+      with ledger.measure(goodput.CHECKPOINT):
+        checkpoints.wait()
+      stopped = guards.stop.settle()
+      ledger.write()
+    if stopped:
+      _print(console, _describe_stop(stopped, checkpoints))
+      return 128 + stopped
 
   # ---- result ----
   if 'validation/nll' not in last:
     last |= validate(state.variables)
   result = _result(config, dataset, last, folder.checkpoints.name)
+  result |= {'goodput': ledger.seconds(), 'restarts': ledger.restarts()}
   if config.train.sample_tokens:
     result['sample'] = _sample(model, config, dataset, state)
   folder.write_summary(result)
   summary.print_table(console, 'Finished', summary.describe_result(result, folder.path))
+  return 0
 
 
 def _print(console: Console, text: str) -> None:
   console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def _describe_stop(number: int, checkpoints: Checkpoints) -> str:
+  """The last line of a training that a signal ended."""
+  step = checkpoints.latest_step
+  where = f'saved after step {step} in {checkpoints.path(step)}' if step else 'nothing was trained yet'
+  return f'{signal.Signals(number).name}: {where}; the same command resumes'
+
+
 def _rows(config: Config, dataset: dataset_lib.PreparedDataset, step: int) -> str:
   """Indices of the rows in the batch of a step."""
-  count = dataset.manifest.splits['train'].rows
-  rows = loader.batch_rows(count, config.train.global_batch, config.data.seed, step - 1)
-  return ', '.join(map(str, rows))
+  batches, rows = schedule.of(config.train), dataset.manifest.splits['train'].rows
+  first, count = batches.rows_before(step - 1), batches.rows(step - 1)
+  return ', '.join(map(str, loader.batch_rows(rows, first, count, config.data.seed)))
 
 
 def _with_vocabulary(config: Config, tokenizer_size: int) -> Config:
@@ -160,7 +201,11 @@ def _use_compilation_cache(config: Config) -> None:
 
 
 def _validator(
-  model: Transformer, config: Config, mesh: Mesh, dataset: dataset_lib.PreparedDataset
+  model: Transformer,
+  config: Config,
+  mesh: Mesh,
+  dataset: dataset_lib.PreparedDataset,
+  guards: loop.Guards,
 ) -> Callable[[Any], dict[str, float]]:
   """Variables -> validation/nll, validation/bits_per_byte and router metrics, under top-k routing."""
   nll_step = nll.make_nll_step(model, config, mesh)
@@ -169,7 +214,7 @@ def _validator(
 
   def validate(variables: Any) -> dict[str, float]:
     batches = loader.validation_batches(dataset, rows, config.train.eval_rows)
-    metrics = nll.evaluate(nll_step, variables, batches, mesh)
+    metrics = nll.evaluate(nll_step, variables, guards.over(batches), mesh)
     metrics['bits_per_byte'] = nll.bits_per_byte(metrics['nll'], split.tokens, split.bytes)
     return {f'validation/{name}': value for name, value in metrics.items()}
 

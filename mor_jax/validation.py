@@ -257,6 +257,12 @@ def _validate_train(train: TrainConfig) -> None:
     'weight_decay',
   ):
     _require(getattr(train, name) >= 0, f'train.{name}', getattr(train, name), '>= 0')
+  for name in ('spike_zscore', 'hang_seconds'):
+    _require(getattr(train, name) >= 0, f'train.{name}', getattr(train, name), '>= 0')
+  if train.exit_on_hang and not train.hang_seconds:
+    raise ConfigError(
+      'train.exit_on_hang=True needs a limit: set train.hang_seconds to the longest time that a step may take'
+    )
   _require(
     train.max_skipped >= 1, 'train.max_skipped', train.max_skipped, '>= 1 (on_nonfinite=halt skips none)'
   )

@@ -21,20 +21,22 @@ from mor_jax.training import metrics
 
 KILL_BEFORE_STEP = 17
 KILLED_RUN = f"""
-import json, os, signal, sys
+import json, os, sys
 from mor_jax import config, train
 from mor_jax.data import loader
+from mor_jax.training import goodput
 
+goodput.WRITE_EVERY = 0
 batches = loader.train_batches
 
 def deadly(*args, start_step, **hosts):
   for step, batch in enumerate(batches(*args, start_step=start_step, **hosts), start_step + 1):
     if step == {KILL_BEFORE_STEP}:
-      os.kill(os.getpid(), signal.SIGKILL)
+      os.kill(os.getpid(), int(sys.argv[3]))
     yield batch
 
 loader.train_batches = deadly
-train.main(config.resolve(json.loads(sys.argv[1])), sys.argv[2])
+sys.exit(train.main(config.resolve(json.loads(sys.argv[1])), sys.argv[2]))
 """
 
 
@@ -54,6 +56,7 @@ def test_leaves_a_complete_run_folder(config, finished):
     'data.json',
     'tokenizer.json',
     'metrics.jsonl',
+    'goodput.json',
     'tensorboard',
     'checkpoints',
     'summary.json',
@@ -102,14 +105,23 @@ def test_tells_the_user_what_runs_and_what_came_out(config, finished):
   assert sections == sorted(sections, key=lambda section: re.search(rf'^ *{section}', text, re.M).start())
 
 
-def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(config, finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  ('number', 'code', 'saves'), [(signal.SIGKILL, -signal.SIGKILL, (6, 12)), (signal.SIGTERM, 143, (16,))]
+)
+def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(
+  config, finished, tmp_path, monkeypatch, number, code, saves
+):
   folder = tmp_path / 'killed'
-  command = [sys.executable, '-c', KILLED_RUN, json.dumps(config.to_dict()), str(folder)]
+  command = [sys.executable, '-c', KILLED_RUN, json.dumps(config.to_dict()), str(folder), str(int(number))]
   environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
   killed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-  assert killed.returncode == -signal.SIGKILL, killed.stderr
+  assert killed.returncode == code, killed.stderr
   saved = max(int(path.name) for path in (folder / 'checkpoints').iterdir() if path.name.isdigit())
-  assert saved in (6, 12)
+  assert saved in saves
+  if number == signal.SIGTERM:
+    assert (
+      f'SIGTERM: saved after step 16 in {folder}/checkpoints/16; the same command resumes' in killed.stdout
+    )
   _mark_lines(folder / 'metrics.jsonl')
 
   starts = []
@@ -128,6 +140,9 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(config, finishe
   uninterrupted = metrics.read(finished / 'metrics.jsonl')
   for name in ('step', 'train/loss', 'train/grad_norm', 'train/sampling_accuracy', 'validation/nll'):
     assert [r.get(name) for r in resumed] == [r.get(name) for r in uninterrupted], name
+  result = json.loads((folder / 'summary.json').read_text())
+  assert result['restarts'] == 1
+  assert (result['goodput']['lost'] > 0.01) == (number == signal.SIGKILL)
   one, other = _checkpoint(folder, 20), _checkpoint(finished, 20)
   assert jax.tree.structure(one) == jax.tree.structure(other)
   jax.tree.map(np.testing.assert_array_equal, one, other)
@@ -147,7 +162,8 @@ def test_lost_summary_is_made_again(config, finished, capsys):
   expected = json.loads((finished / 'summary.json').read_text())
   (finished / 'summary.json').unlink()
   train.main(config, str(finished))
-  assert json.loads((finished / 'summary.json').read_text()) == expected
+  made = json.loads((finished / 'summary.json').read_text())
+  assert made | {'goodput': 0, 'restarts': 0} == expected | {'goodput': 0, 'restarts': 0}
   capsys.readouterr()
 
 

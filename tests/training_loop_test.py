@@ -3,6 +3,9 @@
 import dataclasses
 import io
 import itertools
+import os
+import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +16,13 @@ from rich.console import Console
 
 from mor_jax.config import Config
 from mor_jax.training import loop
+from mor_jax.training.goodput import Ledger
 from mor_jax.training.metrics import MetricsLog, read
 from mor_jax.training.nonfinite import NonFiniteError
 from mor_jax.training.progress import Progress
 from mor_jax.training.state import TrainState
+from mor_jax.training.stopping import Signals, Stop
+from mor_jax.training.watchdog import Watchdog
 
 CONFIG = Config().replace(
   train={'steps': 20, 'global_batch': 2, 'warmup_steps': 0, 'log_every': 5, 'eval_every': 8},
@@ -56,14 +62,17 @@ def _step(state, batch):
   return TrainState(state.step + 1, state.params, state.opt_state), metrics
 
 
-def _train(folder, step=_step, config=CONFIG, first=0, console=None):
+def _train(folder, step=_step, config=CONFIG, first=0, console=None, **parts):
   state = TrainState(jnp.int32(first), (), ())
   checkpoints = Checkpoints(folder / 'metrics.jsonl')
   console = console or Console(file=io.StringIO(), width=100)
   batches = ({'tokens': np.full((2, 4), n, np.int32)} for n in itertools.count(first))
-  validate = lambda params: {'validation/nll': 3.0}  # noqa: E731
+  batches = parts.get('batches', batches)
+  validate = parts.get('validate', lambda variables: {'validation/nll': 3.0})
+  stop = Stop(parts.get('signals', Signals()), tiny_run.MESH)
+  guards = loop.Guards(stop, Watchdog(0), parts.get('ledger', Ledger()))
   with MetricsLog(folder, first) as log, Progress(console, config.train.steps, first) as progress:
-    loop.train(config, tiny_run.MESH, state, step, batches, validate, checkpoints, log, progress)
+    loop.train(config, tiny_run.MESH, state, step, batches, validate, checkpoints, log, progress, guards)
   return checkpoints, read(folder / 'metrics.jsonl'), console.file.getvalue()
 
 
@@ -149,6 +158,83 @@ def test_a_skipped_update_is_reported_and_counted(tmp_path):
   }
   assert 'train/loss' not in skipped[10]
   assert 'train/grad_norm' not in skipped[10], 'JSON has no infinity'
+
+
+@pytest.fixture
+def signals():
+  with Signals() as signals, signals.training():
+    yield signals
+
+
+def _send() -> None:
+  os.kill(os.getpid(), signal.SIGTERM)
+  time.sleep(0.01)
+
+
+def test_a_signal_saves_and_ends_the_loop(tmp_path, signals):
+  """Within two steps; metrics.jsonl is complete, the validation that was due is left out."""
+
+  def step(state, batch):
+    if int(jax.device_get(state.step)) == 7:
+      _send()
+    return _step(state, batch)
+
+  checkpoints, records, _ = _train(tmp_path, step, CONFIG.replace(train={'log_every': 1}), signals=signals)
+  assert list(checkpoints.saved) == [6, 8]
+  assert [r['step'] for r in records] == list(range(1, 9))
+  assert not any('validation/nll' in r for r in records)
+
+
+def test_a_signal_interrupts_a_wait_for_data(tmp_path, signals):
+  def batches():
+    for step in range(1, 12):
+      if step == 11:
+        _send()
+        time.sleep(60)
+      yield {'tokens': np.zeros((2, 4), np.int32)}
+
+  checkpoints, records, _ = _train(tmp_path, signals=signals, batches=batches())
+  assert list(checkpoints.saved) == [6, 10]
+  assert max(r['step'] for r in records) == 10
+
+
+def test_a_signal_interrupts_a_validation(tmp_path, signals):
+  def validate(variables):
+    _send()
+    time.sleep(60)
+
+  checkpoints, records, _ = _train(tmp_path, signals=signals, validate=validate)
+  assert list(checkpoints.saved) == [6, 8]
+  assert not any('validation/nll' in r for r in records)
+
+
+def test_a_signal_before_the_first_step_saves_nothing(tmp_path, signals):
+  _send()
+  checkpoints, records, _ = _train(tmp_path, signals=signals, first=6)
+  assert (checkpoints.saved, records) == ({}, [])
+
+
+def test_time_is_accounted_for(tmp_path):
+  """Waiting for data, validation and saving take what they take here; steps the rest."""
+  ledger = Ledger()
+
+  def slow_batches():
+    for _ in range(20):
+      time.sleep(0.01)
+      yield {'tokens': np.zeros((2, 4), np.int32)}
+
+  begin = time.perf_counter()
+  _train(
+    tmp_path,
+    batches=slow_batches(),
+    validate=lambda _: time.sleep(0.1) or {'validation/nll': 3.0},
+    ledger=ledger,
+  )
+  seconds, total = ledger.seconds(), time.perf_counter() - begin
+  assert 0.2 <= seconds['data_wait'] < 0.6
+  assert 0.3 <= seconds['validation'] < 0.7
+  assert seconds['steps'] > 0
+  assert sum(seconds.values()) == pytest.approx(total, rel=0.1)
 
 
 def test_steps_are_queued_ahead_of_their_metrics(tmp_path):

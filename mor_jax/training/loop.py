@@ -1,7 +1,8 @@
-"""The training loop: dispatch steps, and between them log, validate and save."""
+"""The training loop: dispatch steps, and between them log, validate, save, and stop when asked to."""
 
+import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -11,13 +12,31 @@ from jax.sharding import Mesh
 from mor_jax.config import Config
 from mor_jax.data import schedule
 from mor_jax.parallel import mesh as mesh_lib
+from mor_jax.training import goodput
+from mor_jax.training.alarm import SpikeAlarm
 from mor_jax.training.checkpoint import Checkpoints
+from mor_jax.training.goodput import Ledger
 from mor_jax.training.meter import Meter
 from mor_jax.training.metrics import MetricsLog, Record
 from mor_jax.training.nonfinite import NonFiniteError
 from mor_jax.training.progress import Progress
 from mor_jax.training.state import TrainState
 from mor_jax.training.step import TrainStep, split_batch
+from mor_jax.training.stopping import Interrupted, Stop
+from mor_jax.training.watchdog import Watchdog
+
+
+@dataclasses.dataclass
+class Guards:
+  """What watches over a training: when to stop, whether it hangs, where the time goes."""
+
+  stop: Stop
+  watchdog: Watchdog
+  ledger: Ledger
+
+  def over(self, batches: Iterable[Any]) -> Iterator[Any]:
+    """Batches of a validation: it may be interrupted between two, and each is a sign of life."""
+    return self.watchdog.over(self.stop.between(batches), 'a batch of the validation')
 
 
 def train(
@@ -30,8 +49,9 @@ def train(
   checkpoints: Checkpoints,
   log: MetricsLog,
   progress: Progress,
+  guards: Guards,
 ) -> TrainState:
-  """Trains from the state's step to `train.steps` and returns the last state, saved and validated.
+  """Trains from the state's step to `train.steps`, or until `guards.stop` says so, and returns the last state, saved.
 
   The order within a step keeps a killed run consistent: everything known about a step is in
   metrics.jsonl before the step's checkpoint begins, so a resumed run repeats no line and misses none.
@@ -45,47 +65,76 @@ def train(
     NonFiniteError: the loss or gradient is not finite; names the step and the last checkpoint. The
       state on the device is that before the step, and stays it.
   """
-  steps, first = config.train.steps, int(state.step) + 1
+  steps, done = config.train.steps, int(state.step)
+  stop, watchdog, ledger = guards.stop, guards.watchdog, guards.ledger
   batch_schedule = schedule.of(config.train)
   seconds_before = max((record.get('train/seconds', 0.0) for record in log.records), default=0.0)
   meter = Meter(
     lambda step: batch_schedule.rows_before(step) * config.data.seq_len,
     is_logged=lambda step: step % config.train.log_every == 0 or step in (1, steps),
     seconds_before=seconds_before,
+    alarm=SpikeAlarm(config.train.spike_zscore),
     report=progress.report,
   )
   sharding = mesh_lib.micro_batch_sharding(mesh)
+  saved = done
 
   def note(records: list[tuple[int, Record]]) -> None:
     for step, record in records:
       log.write(step, record)
       progress.show(step, record)
+    ledger.tick()
 
-  with jax.transfer_guard('disallow'):
-    for step in range(first, steps + 1):
-      begin = time.perf_counter()
-      batch = next(batches)
-      data_wait = time.perf_counter() - begin
-      batch = mesh_lib.put(split_batch(batch, batch_schedule.micro_batches(step - 1)), sharding)
-      state, metrics = train_step(state, batch)
-      progress.advance(step)
-      try:
-        ended = meter.push(step, metrics, data_wait)
-        validates = _is_due(step, config.train.eval_every, steps)
-        saves = _is_due(step, config.checkpoint.every_steps, steps)
+  def save() -> None:
+    nonlocal saved
+    with meter.paused(), ledger.measure(goodput.CHECKPOINT):
+      ledger.saved(done)
+      watchdog.beat(f'the checkpoint of step {done}')
+      checkpoints.save(done, state)
+    saved = done
+
+  def validation() -> Record:
+    """Nothing if it is time to stop: what is trained is saved first."""
+    try:
+      with meter.paused(), ledger.measure(goodput.VALIDATION), stop.interruptible():
+        return validate(state.variables)
+    except Interrupted:
+      return {}
+
+  with jax.transfer_guard('disallow'), ledger.measure(goodput.STEPS):
+    try:
+      while done < steps and not stop.signal:
+        watchdog.beat(f'step {done + 1}')
+        begin = time.perf_counter()
+        try:
+          with stop.interruptible(), ledger.measure(goodput.DATA_WAIT):
+            batch = next(batches)
+        except Interrupted:
+          break
+        data_wait = time.perf_counter() - begin
+        batch = mesh_lib.put(split_batch(batch, batch_schedule.micro_batches(done)), sharding)
+        state, metrics = train_step(state, batch)
+        done += 1
+        progress.advance(done)
+        note(meter.push(done, metrics, data_wait))
+        if stop.poll(done):
+          break
+        validates = _is_due(done, config.train.eval_every, steps)
+        saves = _is_due(done, config.checkpoint.every_steps, steps)
         if validates or saves:
-          ended += meter.drain()
-      except NonFiniteError as error:
-        note(error.records)
-        error.add(_last_good(checkpoints))
-        raise
-      if validates:
-        with meter.paused():
-          ended = _extended(ended, step, validate(state.variables))
-      note(ended)
-      if saves:
-        with meter.paused():
-          checkpoints.save(step, state)
+          ended = meter.drain()
+          if validates:
+            ended = _extended(ended, done, validation())
+          note(ended)
+        if saves:
+          save()
+      note(meter.drain())
+    except NonFiniteError as error:
+      note(error.records)
+      error.add(_last_good(checkpoints))
+      raise
+    if done > saved:
+      save()
   return state
 
 
@@ -96,6 +145,8 @@ def _is_due(step: int, every: int, steps: int) -> bool:
 
 def _extended(records: list[tuple[int, Record]], step: int, more: Record) -> list[tuple[int, Record]]:
   """The records with `more` added to the step's own, which is the last one or missing."""
+  if not more:
+    return records
   if records and records[-1][0] == step:
     return [*records[:-1], (step, records[-1][1] | more)]
   return [*records, (step, more)]

@@ -12,6 +12,7 @@ import numpy as np
 
 from mor_jax.model import router
 from mor_jax.training import nonfinite
+from mor_jax.training.alarm import SpikeAlarm
 from mor_jax.training.metrics import Record
 
 
@@ -22,12 +23,14 @@ class Meter:
   later, the device always has the next step queued when it finishes one.
 
   A record has the loss, gradient norm and learning rate of its own step; router metrics,
-  which say little about a few rows, are of all steps since the record before.
+  which say little about a few rows, are of all steps since the record before, and so are
+  `loss_zscore` (the largest) and `loss_spikes` (how many).
 
   Args:
     tokens: step -> tokens of all steps up to it.
     is_logged: whether a step gets a record.
     seconds_before: seconds of training that earlier processes spent on this run.
+    alarm: judges every loss.
     report: shows a line to the user.
     run_ahead: steps that may be queued on the device.
   """
@@ -37,16 +40,18 @@ class Meter:
     tokens: Callable[[int], int],
     is_logged: Callable[[int], bool],
     seconds_before: float = 0.0,
+    alarm: SpikeAlarm | None = None,
     report: Callable[[str], None] = lambda text: None,
     run_ahead: int = 2,
   ):
     self._tokens, self._is_logged, self._run_ahead = tokens, is_logged, run_ahead
-    self._report, self._pending = report, collections.deque()
+    self._alarm, self._report, self._pending = alarm or SpikeAlarm(0.0), report, collections.deque()
     self._begin = time.perf_counter() - seconds_before
     self._restart()
 
   def _restart(self) -> None:
     self._since, self._steps, self._data_wait, self._counts = time.perf_counter(), 0, 0.0, None
+    self._spikes, self._largest_zscore = 0, -math.inf
 
   def push(self, step: int, metrics: dict[str, Any], data_wait: float) -> list[tuple[int, Record]]:
     """Takes the metrics of a dispatched step; returns (step, record) of logged steps that have ended.
@@ -79,6 +84,7 @@ class Meter:
         raise nonfinite.NonFiniteError(step, values, records)
       if nonfinite.is_finite(values):
         self._counts = add_up(self._counts, counts)
+        self._judge(step, values['loss'])
       else:
         self._report(f'skipped: {nonfinite.describe(step, values)}, {values["skipped"]:.0f} in all')
         values = {name: value for name, value in values.items() if math.isfinite(value) and name != 'loss'}
@@ -89,11 +95,21 @@ class Meter:
         self._restart()
     return records
 
+  def _judge(self, step: int, loss: float) -> None:
+    score = self._alarm.z_score(loss)
+    self._largest_zscore = max(self._largest_zscore, score)
+    if self._alarm.is_spike(score):
+      self._spikes += 1
+      self._report(f'loss spike: {loss:.4f} at step {step}, {score:.1f} standard deviations above the mean')
+
   def _record(self, step: int, values: Record) -> Record:
     now, tokens = time.perf_counter(), self._tokens(step)
     if self._counts is not None:
       values |= router_metrics(self._counts)
+    if self._largest_zscore > -math.inf:
+      values['loss_zscore'] = self._largest_zscore
     values |= {
+      'loss_spikes': self._spikes,
       'seconds_per_step': (now - self._since) / self._steps,
       'tokens_per_second': (tokens - self._tokens(step - self._steps)) / (now - self._since),
       'tokens': tokens,

@@ -25,6 +25,9 @@ MAY_CHANGE = (
   'train.accumulation',
   'train.on_nonfinite',
   'train.max_skipped',
+  'train.spike_zscore',
+  'train.hang_seconds',
+  'train.exit_on_hang',
   'train.log_every',
   'train.eval_every',
   'train.eval_rows',
@@ -46,6 +49,7 @@ class RunFolder:
     self.metrics = path / 'metrics.jsonl'
     self.tensorboard = path / 'tensorboard'
     self.tokenizer = path / 'tokenizer.json'
+    self.goodput = path / 'goodput.json'
     self._config = path / 'config.json'
     self._data = path / 'data.json'
     self._summary = path / 'summary.json'

@@ -11,6 +11,7 @@ from mor_jax.config import Config, ModelConfig
 from mor_jax.data import schedule
 from mor_jax.data.dataset import PreparedDataset
 from mor_jax.model import flops
+from mor_jax.training import goodput
 
 Row = tuple[str, str]
 
@@ -160,6 +161,7 @@ def describe_result(summary: dict[str, Any], run_path: Path) -> list[Row]:
   return [
     *rows,
     ('trained', f'{quantity(summary["tokens"])} tokens in {summary["seconds"]:,.0f} s'),
+    *([('time', goodput.describe(summary['goodput'], summary['restarts']))] if 'goodput' in summary else []),
     ('checkpoint', str(run_path / summary['checkpoint'])),
     ('metrics', f'{run_path / "metrics.jsonl"} and {run_path / "tensorboard"}'),
   ]

@@ -1,0 +1,215 @@
+"""SIGTERM and Ctrl-C: the training is saved first, then the process ends with the code of the signal.
+
+Three situations:
+  * Outside of the training loop there is nothing to save: the first signal ends the process, and where
+    the main thread is deep in a compiler that does not react, a thread ends it a little later.
+  * In the loop the first signal is only noted. The loop asks `Stop.poll` after every step; all processes of a
+    run get the same answer at the same step, so they save together.
+  * A second signal ends the process at once, whatever the main thread does.
+
+Install after `jax.distributed.initialize`, which puts a handler of its own on SIGTERM: it would win otherwise.
+"""
+
+import collections
+import contextlib
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+HANDLED = (signal.SIGTERM, signal.SIGINT)
+GRACE_SECONDS = 10.0
+
+
+class Interrupted(BaseException):
+  """Ends a wait within the training loop; what was done before it can be saved."""
+
+
+class Signals:
+  """The signals this process got. Use as a context, in the main thread (elsewhere it handles nothing).
+
+  Ctrl-C stays ignored where whoever started the process wanted so (`nohup`, jobs in the background).
+
+  Attributes:
+    received: number of the first signal, or None.
+    is_training: whether the loop runs, which saves before the process ends.
+  """
+
+  def __init__(self):
+    self.received: int | None = None
+    self.is_training = self._raises = False
+    self._previous = {}
+
+  def __enter__(self) -> 'Signals':
+    if threading.current_thread() is not threading.main_thread():
+      return self
+    self._pipe = os.pipe()
+    os.set_blocking(self._pipe[1], False)
+    self._previous_fd = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+    self._thread = threading.Thread(target=self._watch, name='signals', daemon=True)
+    self._thread.start()
+    for number in HANDLED:
+      if signal.getsignal(number) is not signal.SIG_IGN:
+        self._previous[number] = signal.signal(number, self._handle)
+    return self
+
+  def __exit__(self, *_) -> None:
+    if threading.current_thread() is not threading.main_thread():
+      return
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+    signal.set_wakeup_fd(self._previous_fd)
+    os.close(self._pipe[1])  # ends the thread
+    self._thread.join()
+    os.close(self._pipe[0])
+
+  @contextlib.contextmanager
+  def training(self) -> Iterator[None]:
+    """Within, a signal is noted for the loop to save; it ends nothing by itself."""
+    self.is_training = True
+    try:
+      yield
+    finally:
+      self.is_training = False
+
+  @contextlib.contextmanager
+  def interruptible(self) -> Iterator[None]:
+    """Within, a signal raises Interrupted, and so does one that came before."""
+    self._raises = True
+    try:
+      if self.received is not None:
+        raise Interrupted
+      yield
+    finally:
+      self._raises = False
+
+  def _handle(self, number: int, _) -> None:
+    """Python calls it in the main thread, as soon as that runs Python."""
+    first, self.received = self.received is None, self.received or number
+    if not self.is_training:
+      raise SystemExit(128 + number)
+    if self._raises and first:
+      raise Interrupted
+
+  def _watch(self) -> None:
+    """Sees signals at once, even while the main thread is in compiled code."""
+    count = 0
+    while True:
+      # A process that has nothing to save must be gone soon.
+      leaves = count and not self.is_training
+      if not select.select(self._pipe[:1], [], [], GRACE_SECONDS if leaves else None)[0]:
+        os._exit(128 + self.received)
+      number = os.read(self._pipe[0], 1)
+      if not number:
+        return
+      if number[0] not in self._previous:
+        continue
+      count += 1
+      if count > 1:
+        _say(f'{signal.Signals(number[0]).name} again: leaving at once')
+        os._exit(128 + number[0])
+      self.received = number[0]
+      what = 'saving, then leaving; once more to leave at once' if self.is_training else 'leaving'
+      _say(f'{signal.Signals(number[0]).name}: {what}')
+
+
+class Stop:
+  """Tells the training loop when to save and end; the same on all processes.
+
+  With several processes each step is followed by a vote: the maximum of everyone's signal, computed on the
+  devices behind the step and read `lag` votes later, when it is there already, so that nobody waits for it.
+
+  Args:
+    signals: of this process.
+    mesh: all devices of the run.
+    lag: votes that may be on their way; at least the steps that the loop runs ahead of the devices.
+  """
+
+  def __init__(self, signals: Signals, mesh: Mesh, lag: int = 2):
+    self._signals, self._lag = signals, lag
+    self._agreed: int | None = None
+    self._is_alone = jax.process_count() == 1
+    self._votes = collections.deque()
+    if not self._is_alone:
+      self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+      self._places = len(mesh.local_devices)
+      self._count = jax.jit(lambda votes: votes.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+  @property
+  def signal(self) -> int | None:
+    """The signal that all processes agreed to stop for; None while there is none."""
+    return self._agreed
+
+  def poll(self, step: int | None = None) -> int | None:
+    """`signal`, after another vote. Every process must call it equally often, with the same steps."""
+    if self._is_alone:
+      self._agreed = self._signals.received
+    elif self._agreed is None:
+      self._votes.append(self._vote())
+      if len(self._votes) > self._lag:
+        self._agreed = _read(self._votes.popleft())
+      if step is not None and _is_preempted(step):
+        self._agreed = self._agreed or int(signal.SIGTERM)
+    return self._agreed
+
+  def settle(self) -> int | None:
+    """`signal`, after waiting for the votes of all processes as of now."""
+    if self._is_alone:
+      return self.poll()
+    if self._agreed is None:
+      self._agreed = max(_read(vote) or 0 for vote in [*self._votes, self._vote()]) or None
+      self._votes.clear()
+    return self._agreed
+
+  @contextlib.contextmanager
+  def interruptible(self) -> Iterator[None]:
+    """For waits in the loop: Interrupted ends them where a process may decide alone; `signal` is set then."""
+    if not self._is_alone:
+      yield
+      return
+    try:
+      with self._signals.interruptible():
+        yield
+    except Interrupted:
+      self._agreed = self._signals.received
+      raise
+
+  def between(self, items: Iterable[Any]) -> Iterator[Any]:
+    """The items of a long piece of work that all processes do together; in the training loop polls before each.
+
+    Raises:
+      Interrupted: it is time to stop.
+    """
+    for item in items:
+      if self._signals.is_training and self.poll() is not None:
+        raise Interrupted
+      yield item
+
+  def _vote(self) -> jax.Array:
+    own = np.full(self._places, self._signals.received or 0, np.int32)
+    return self._count(jax.make_array_from_process_local_data(self._sharding, own))
+
+
+def _read(vote: jax.Array) -> int | None:
+  return int(jax.device_get(vote)) or None
+
+
+def _is_preempted(step: int) -> bool:
+  """Whether the cluster announced the end of a machine through JAX's own service, and this is the step to save."""
+  try:
+    return multihost_utils.reached_preemption_sync_point(step)
+  except RuntimeError:  # the service is switched off
+    return False
+
+
+def _say(text: str) -> None:
+  """To stderr without its lock, which the main thread may hold."""
+  os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f'\n{text}\n'.encode())
