@@ -11,7 +11,6 @@ from rich.table import Table
 
 from mor_jax import cli
 from mor_jax.config import ConfigError
-from mor_jax.data import dataset as dataset_lib
 from mor_jax.data import loader, schedule
 from mor_jax.evaluation import calibration as calibration_lib
 from mor_jax.evaluation import nll
@@ -36,7 +35,7 @@ def main() -> None:
       raise ConfigError(f'--{name}={FLAGS[name].value} is not allowed: must be >= 1')
   run = load_run(FLAGS.checkpoint)
   wanted = calibration_lib.check(run.config, capacities)
-  dataset = dataset_lib.prepare(run.config.data, report=console.print)
+  dataset = loader.open_dataset(run.config.data, report=console.print)
   mesh = mesh_lib.make_mesh()
 
   rows_at_once = 8 * len(jax.devices())

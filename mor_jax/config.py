@@ -264,6 +264,14 @@ class DataConfig:
   )
   workers: int | None = setting(None, 'processes that tokenise while preparing; none: one for each core')
   prefetch: int = setting(2, 'batches read ahead on threads')
+  live: bool = setting(
+    False,
+    'tokenise and pack while training, for streams that cannot be prepared first; a run resumes on the same '
+    'number of hosts only',
+  )
+  live_validation_rows: int = setting(
+    256, 'live: rows that validation uses, of the held-out documents at the head of the stream'
+  )
 
 
 @dataclasses.dataclass(frozen=True)

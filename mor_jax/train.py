@@ -71,7 +71,7 @@ def _run(config: Config, workdir: str | None, signals: Signals) -> int:
     return 0
 
   # ---- data, which decides the vocabulary ----
-  dataset = dataset_lib.prepare(config.data, report=lambda text: _print(console, text))
+  dataset = loader.open_dataset(config.data, report=lambda text: _print(console, text))
   config = _with_vocabulary(config, dataset.tokenizer.vocab_size)
   folder.create(config, dataset)
   summary.print_table(console, config.name, summary.describe_run(config, mesh, dataset, folder.path))
@@ -155,7 +155,7 @@ def _describe_stop(number: int, checkpoints: Checkpoints) -> str:
   return f'{signal.Signals(number).name}: {where}; the same command resumes'
 
 
-def _rows(config: Config, dataset: dataset_lib.PreparedDataset, step: int) -> str:
+def _rows(config: Config, dataset: loader.Dataset, step: int) -> str:
   """Indices of the rows in the batch of a step."""
   batches, rows = schedule.of(config.train), dataset.manifest.splits['train'].rows
   first, count = batches.rows_before(step - 1), batches.rows(step - 1)
@@ -204,7 +204,7 @@ def _validator(
   model: Transformer,
   config: Config,
   mesh: Mesh,
-  dataset: dataset_lib.PreparedDataset,
+  dataset: loader.Dataset,
   guards: loop.Guards,
 ) -> Callable[[Any], dict[str, float]]:
   """Variables -> validation/nll, validation/bits_per_byte and router metrics, under top-k routing."""
@@ -222,7 +222,7 @@ def _validator(
 
 
 def _result(
-  config: Config, dataset: dataset_lib.PreparedDataset, last: dict[str, float], checkpoints: str
+  config: Config, dataset: loader.Dataset, last: dict[str, float], checkpoints: str
 ) -> dict[str, Any]:
   """What summary.json holds."""
   model, train = config.model, config.train
@@ -245,7 +245,7 @@ def _result(
   }
 
 
-def _entropies(config: Config, dataset: dataset_lib.PreparedDataset) -> tuple[float, float]:
+def _entropies(config: Config, dataset: loader.Dataset) -> tuple[float, float]:
   """Unigram and bigram entropy of the rows that validation uses, in nats per predicted token."""
   rows = itertools.islice(dataset.rows('validation'), config.train.eval_rows)
   visible = (
@@ -254,9 +254,7 @@ def _entropies(config: Config, dataset: dataset_lib.PreparedDataset) -> tuple[fl
   return ngram.ngram_entropies(visible, config.model.vocab_size)
 
 
-def _sample(
-  model: Transformer, config: Config, dataset: dataset_lib.PreparedDataset, state: TrainState
-) -> str:
+def _sample(model: Transformer, config: Config, dataset: loader.Dataset, state: TrainState) -> str:
   """The prompt and its continuation under threshold routing."""
   train = config.train
   text = sampling.sample_text(

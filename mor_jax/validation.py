@@ -241,8 +241,24 @@ def _validate_data(data: DataConfig) -> None:
       data.vocab_size,
       f'>= {SPECIAL_AND_BYTE_TOKENS}: 256 bytes and end of text',
     )
+  _validate_live(data)
   if data.max_documents is not None:
     _require(data.max_documents >= 2, 'data.max_documents', data.max_documents, '>= 2, to have both splits')
+
+
+def _validate_live(data: DataConfig) -> None:
+  _require(data.live_validation_rows >= 1, 'data.live_validation_rows', data.live_validation_rows, '>= 1')
+  if not data.live:
+    return
+  if data.tokenizer == 'bpe':
+    raise ConfigError(
+      "data.live=True reads documents while training, so that data.tokenizer='bpe' has nothing to be trained "
+      'on; use bytes, the path of a tokenizer.json, or a name on the hub'
+    )
+  if data.source.startswith('prepared:'):
+    raise ConfigError(f'data.live=True with data.source={data.source}: prepared rows need no live path')
+  if data.validation_fraction == 0:
+    raise ConfigError('data.live=True needs a data.validation_fraction above 0, to have rows for validation')
 
 
 def _validate_train(train: TrainConfig) -> None:

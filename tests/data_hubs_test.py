@@ -134,6 +134,41 @@ def test_hugging_face_refusals(hub_folder):
     texts('hf:some/dataset')
 
 
+class Breaking:
+  """A stream of which every opening breaks off after some records, as a lost connection does."""
+
+  def __init__(self, texts: list[str], records_each: list[int]):
+    self._texts, self._records_each, self._start = texts, iter(records_each), 0
+
+  def skip(self, count: int) -> 'Breaking':
+    self._start = count
+    return self
+
+  def __iter__(self):
+    end = self._start + next(self._records_each)
+    yield from ({'text': text} for text in self._texts[self._start : end])
+    if end < len(self._texts):
+      raise ConnectionError('connection reset')
+
+
+def test_lost_connection_is_taken_up_where_it_broke(monkeypatch):
+  stream, waits = Breaking(TEXTS, [7, 0, 0, 20, 1, 100]), []
+  monkeypatch.setattr(hubs.HuggingFaceSource, '_open', lambda _: stream)
+  monkeypatch.setattr(hubs.time, 'sleep', waits.append)
+  assert texts('hf:some/dataset') == TEXTS
+  assert waits == [1, 5, 15, 1, 1], 'it waits longer while nothing comes, and starts anew when something did'
+
+
+def test_connection_that_stays_away_is_reported_with_what_to_do(monkeypatch):
+  stream = Breaking(TEXTS, [7, *[0] * 20])
+  monkeypatch.setattr(hubs.HuggingFaceSource, '_open', lambda _: stream)
+  monkeypatch.setattr(hubs.time, 'sleep', lambda seconds: None)
+  with pytest.raises(
+    ConfigError, match=r'after 7 records, 5 attempts \(ConnectionError: .* run the same command'
+  ):
+    texts('hf:some/dataset')
+
+
 def test_missing_package_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, 'datasets', None)
   with pytest.raises(

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from mor_jax.config import ConfigError
 from mor_jax.data.document import Document, Unreadable
 
 PATIENCE = 15  # seconds after which the network counts as missing
+RETRY_SECONDS = (1, 5, 15, 30)  # to wait before the next try when a stream breaks off
 OFFLINE_REMEDY = (
   'connect, or read local files with data.source=files:PATTERN, or use data.source=embedded, which needs no '
   'network'
@@ -122,8 +124,28 @@ class HuggingFaceSource:
 
   def records(self) -> Iterator[Document | Unreadable]:
     """The documents of the stream, one after the other."""
-    for index, record in enumerate(self._open()):
-      yield _document(f'hf:{self._spec}, record {index}', record, self._text_key)
+    read = failures = 0
+    while True:
+      try:
+        for record in self._open().skip(read):
+          yield _document(f'hf:{self._spec}, record {read}', record, self._text_key)
+          read, failures = read + 1, 0
+        return
+      except Exception as error:  # of the network, the file system, or the format: libraries raise their own
+        if isinstance(error, ConfigError) and not read:
+          raise
+        if not read or failures == len(RETRY_SECONDS):
+          raise self._broken_off(error, read, failures) from error
+        time.sleep(RETRY_SECONDS[failures])
+        failures += 1
+
+  def _broken_off(self, error: Exception, read: int, failures: int) -> ConfigError:
+    """What to tell of an error that came after so many records, and again when reading on was tried."""
+    where = f'cannot be read on after {read:,} records, {failures + 1} attempts' if read else 'cannot be read'
+    return ConfigError(
+      f'data.source=hf:{self._spec} {where} ({type(error).__name__}: {error}); run the same command again '
+      f'when the connection is back: it continues where it stopped'
+    )
 
   def _open(self) -> Any:
     flag = f'data.source=hf:{self._spec}'

@@ -4,20 +4,32 @@ The batch of a step is a pure function of (data.seed, step). There is no iterato
 resuming a run means starting at another step.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
 from mor_jax.config import ConfigError, DataConfig
-from mor_jax.data import packing
+from mor_jax.data import dataset as dataset_lib
+from mor_jax.data import live, packing
 from mor_jax.data.dataset import PreparedDataset
 from mor_jax.data.schedule import BatchSchedule
 
 _ENDLESS = 2**62
+Dataset = PreparedDataset | live.LiveDataset
 
 Batch = dict[str, np.ndarray]  # 'tokens', 'segment_ids', 'positions', each int32 (B, T)
+
+
+def open_dataset(data: DataConfig, report: Callable[[str], None] = lambda line: None) -> Dataset:
+  """The prepared dataset of these settings, prepared now if need be, or under `data.live` the stream.
+
+  Raises:
+    ConfigError: see `dataset.prepare` and `live.open_dataset`.
+  """
+  return live.open_dataset(data, report) if data.live else dataset_lib.prepare(data, report)
 
 
 def batch_rows(num_rows: int, first: int, count: int, seed: int) -> np.ndarray:
@@ -55,24 +67,31 @@ def host_rows(rows: np.ndarray, accumulation: int, host: int, num_hosts: int) ->
 
 
 def train_batches(
-  dataset: PreparedDataset,
+  dataset: Dataset,
   data: DataConfig,
   schedule: BatchSchedule,
   start_step: int = 0,
   host: int = 0,
   num_hosts: int = 1,
+  position: dict[str, Any] | None = None,
 ) -> Iterator[Batch]:
   """The endless batches of training, from `start_step` on: int32 arrays of shape (B, T).
 
   B is the schedule's rows / `num_hosts`: a host reads only the rows of its own devices. What all hosts
   read together depends on neither their number nor `start_step`, so a run may resume on more or fewer hosts.
 
+  Args:
+    position: of a live dataset only, which depends on it instead: where this host stood after `start_step`.
+
   Raises:
     ConfigError: the batch does not divide among the hosts.
   """
-  rows = dataset.rows('train')
   for first, size in schedule.stages:  # now, not at the first batch
     host_rows(np.arange(size), schedule.micro_batches(first), host, num_hosts)
+
+  if isinstance(dataset, live.LiveDataset):
+    return live.LiveBatches(dataset, schedule, start_step, position, host, num_hosts)
+  rows = dataset.rows('train')
 
   def load(step: int) -> Batch:
     order = batch_rows(len(rows), schedule.rows_before(step), schedule.rows(step), data.seed)
@@ -83,9 +102,7 @@ def train_batches(
   return iter(steps.to_iter_dataset(options))
 
 
-def validation_batches(
-  dataset: PreparedDataset, batch_size: int, max_rows: int | None = None
-) -> Iterator[Batch]:
+def validation_batches(dataset: Dataset, batch_size: int, max_rows: int | None = None) -> Iterator[Batch]:
   """The validation rows in order, at most `max_rows`: int32 arrays of shape (batch_size, T).
 
   The last batch is filled up with rows of padding, whose segment ids are all 0.

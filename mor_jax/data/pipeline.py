@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 
-from mor_jax.config import ConfigError
+from mor_jax.config import ConfigError, DataConfig
 from mor_jax.data import corpus, packing, shards
 from mor_jax.data.document import Document
 from mor_jax.data.tokenizer import Tokenizer
@@ -52,6 +52,14 @@ class Unit:
 
 
 @dataclasses.dataclass(frozen=True)
+class PackedTexts:
+  """Rows, and what they hold: documents, bytes, tokens, targets, rows, cut."""
+
+  rows: list[packing.Row]
+  counts: Counter[str]
+
+
+@dataclasses.dataclass(frozen=True)
 class PackedUnit:
   """The records of a unit's rows, and what they hold: documents, bytes, tokens, targets, rows, cut."""
 
@@ -69,13 +77,14 @@ class Recipe:
   packing: str
 
 
-def units(documents: Iterable[tuple[str, Document]]) -> Iterator[Unit]:
-  """Gathers (split, document) into units; every split's documents keep their order."""
+def units(documents: Iterable[tuple[str, Document]], characters: int | None = None) -> Iterator[Unit]:
+  """Gathers (split, document) into units of `characters` (default UNIT_CHARACTERS); every split's documents keep their order."""
+  characters = characters or UNIT_CHARACTERS
   texts, sizes = collections.defaultdict(list), Counter()
   for split, document in documents:
     texts[split].append(document.text)
     sizes[split] += len(document.text)
-    if sizes[split] >= UNIT_CHARACTERS:
+    if sizes[split] >= characters:
       yield Unit(split, texts.pop(split))
       del sizes[split]
   for split in corpus.SPLITS:
@@ -92,19 +101,24 @@ def _tools(recipe: Recipe) -> tuple[Tokenizer, shards.RowFormat]:
 def pack_unit(recipe: Recipe, texts: list[str]) -> PackedUnit:
   """Encodes and packs documents."""
   tokenizer, row_format = _tools(recipe)
+  packed = pack_texts(tokenizer, recipe, texts)
+  return PackedUnit([row_format.serialize(row) for row in packed.rows], packed.counts)
+
+
+def pack_texts(tokenizer: Tokenizer, settings: Recipe | DataConfig, texts: list[str]) -> PackedTexts:
+  """Encodes and packs documents by the `seq_len` and `packing` of `settings`."""
   counts = Counter(documents=len(texts), bytes=sum(len(text.encode()) for text in texts))
 
   def token_ids() -> Iterator[list[int]]:
     for batch in _batches(texts, ENCODED_AT_ONCE):
       for ids in tokenizer.encode_batch(batch):
-        counts['cut'] += len(ids) + 1 > recipe.seq_len
+        counts['cut'] += len(ids) + 1 > settings.seq_len
         yield ids
 
-  records = []
-  for row in packing.PACKINGS[recipe.packing](token_ids(), recipe.seq_len, tokenizer.end_of_text):
-    records.append(row_format.serialize(row))
+  rows = list(packing.PACKINGS[settings.packing](token_ids(), settings.seq_len, tokenizer.end_of_text))
+  for row in rows:
     counts.update(rows=1, tokens=row.num_tokens, targets=row.num_targets)
-  return PackedUnit(records, counts)
+  return PackedTexts(rows, counts)
 
 
 def _batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:

@@ -6,7 +6,6 @@ import itertools
 import numpy as np
 
 from mor_jax.config import ConfigError
-from mor_jax.data import dataset as dataset_lib
 from mor_jax.data import loader
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.evaluation import depth
@@ -41,7 +40,7 @@ def measure(run: Run, tokens: int) -> tuple[Depths | None, str]:
     return None, f'{run.label} is a {run.config.model.kind} model: every token takes the same depth.'
   try:
     loaded = load_run(run.folder.path)
-    dataset = dataset_lib.prepare(run.config.data, report=lambda _: None)
+    dataset = loader.open_dataset(run.config.data, report=lambda _: None)
   except ConfigError as error:
     return None, f'{run.label}: no depths of tokens, since {error}.'
   length = run.config.data.seq_len

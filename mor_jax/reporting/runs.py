@@ -78,6 +78,8 @@ class Run:
   def bits_per_byte(self, curve: Curve, split: str) -> Curve:
     """A loss in nats per token as bits per byte of the split's text, which tokenizers share."""
     counts = self.data['splits'][split]
+    if not counts['tokens']:  # read live: only the validation split was counted
+      counts = self.data['splits']['validation']
     return Curve(curve.steps, nll.bits_per_byte(curve.values, counts['tokens'], counts['bytes']))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mor_jax.config import Config, ConfigError, resolve
-from mor_jax.data.dataset import PreparedDataset
+from mor_jax.data.loader import Dataset
 
 MAY_CHANGE = (
   'name',
@@ -86,7 +86,7 @@ class RunFolder:
     """Counts, tokenizer and source of the data that the run trains on, as its dataset's manifest has them."""
     return json.loads(self._data.read_text())
 
-  def create(self, config: Config, dataset: PreparedDataset) -> None:
+  def create(self, config: Config, dataset: Dataset) -> None:
     """Writes tokenizer, description of the data and config, unless this run has written them before.
 
     Args:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from mor_jax.config import Config, ModelConfig
 from mor_jax.data import schedule
-from mor_jax.data.dataset import PreparedDataset
+from mor_jax.data.loader import Dataset
 from mor_jax.model import flops
 from mor_jax.training import goodput
 
@@ -29,7 +29,7 @@ def print_rows(console: Console, rows: Iterable[Row]) -> None:
     console.print(f'  {label:<13} {aligned}', highlight=False, markup=False, soft_wrap=True)
 
 
-def describe_run(config: Config, mesh: Mesh, dataset: PreparedDataset, workdir: Path) -> list[Row]:
+def describe_run(config: Config, mesh: Mesh, dataset: Dataset, workdir: Path) -> list[Row]:
   """What runs where: devices, model, costs, data, folder. Needs the vocabulary's size in the config."""
   devices = list(mesh.devices.flat)
   axes = ' '.join(f'{axis}={size}' for axis, size in mesh.shape.items())
@@ -86,8 +86,12 @@ def _flops(model: ModelConfig, seq_len: int) -> str:
   )
 
 
-def _data(source: str, dataset: PreparedDataset) -> str:
+def _data(source: str, dataset: Dataset) -> str:
   train, validation = (dataset.manifest.splits[split] for split in ('train', 'validation'))
+  if not train.rows:
+    return (
+      f'{source}, tokenised and packed live; held out for validation {validation.rows:,} rows of its head'
+    )
   return (
     f'{source}: {train.documents:,} documents, {_megabytes(train.bytes)}, {quantity(train.tokens)} '
     f'tokens; held out for validation {validation.documents:,} documents, {quantity(validation.tokens)} tokens'
