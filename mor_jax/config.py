@@ -328,7 +328,15 @@ class CheckpointConfig:
   """When to save and what to keep."""
 
   every_steps: int = setting(1000, 'steps between two checkpoints; the last step is always saved')
+  every_minutes: float | None = setting(None, 'also save when the last checkpoint is so many minutes old')
   keep: int = setting(2, 'newest checkpoints kept')
+  keep_every: int | None = setting(None, 'also keep those of every so many steps')
+  keep_best: int = setting(
+    0, 'also keep so many of least validation loss, among those of steps that were validated'
+  )
+  folder: str | None = setting(
+    None, 'where checkpoints go, gs:// included; none: checkpoints/ in the run folder'
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from typing import Any
 
-from mor_jax.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
+from mor_jax.config import CheckpointConfig, Config, ConfigError, DataConfig, ModelConfig, TrainConfig
 
 SPECIAL_AND_BYTE_TOKENS = 257  # every byte, end of text
 
@@ -16,11 +16,17 @@ def validate(config: Config) -> None:
   _validate_data(config.data)
   _validate_train(config.train)
   _validate_ramp(config)
-  _require(
-    config.checkpoint.every_steps >= 1, 'checkpoint.every_steps', config.checkpoint.every_steps, '>= 1'
-  )
-  _require(config.checkpoint.keep >= 1, 'checkpoint.keep', config.checkpoint.keep, '>= 1')
+  _validate_checkpoint(config.checkpoint)
   _require(bool(config.name) and '/' not in config.name, 'name', config.name, 'a non-empty word without "/"')
+
+
+def _validate_checkpoint(checkpoint: CheckpointConfig) -> None:
+  for name in ('every_steps', 'keep', 'keep_every'):
+    value = getattr(checkpoint, name)
+    _require(value is None or value >= 1, f'checkpoint.{name}', value, '>= 1')
+  _require(checkpoint.keep_best >= 0, 'checkpoint.keep_best', checkpoint.keep_best, '>= 0')
+  minutes = checkpoint.every_minutes
+  _require(minutes is None or minutes > 0, 'checkpoint.every_minutes', minutes, '> 0')
 
 
 def _require(condition: bool, flag: str, value: Any, allowed: str) -> None:

@@ -1,52 +1,264 @@
-"""Checkpoints of a run: Orbax, asynchronous, the newest N kept."""
+"""Checkpoints of a run: written in the background, verified before use, removed when their successors are complete.
 
-from pathlib import Path
+A checkpoint is a folder named by its step, made by Orbax, with digests of all its files and a manifest
+(integrity.py). The manifest also says what the state belongs to: config, tokenizer, code, validation loss.
+"""
 
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from mor_jax.config import CheckpointConfig
+from mor_jax.settings import RunError
+from mor_jax.training import integrity, retention
 from mor_jax.training.state import TrainState
+
+RETRY_SECONDS = 60.0  # after a save that failed
+_REMOVED = '.removed'
 
 
 class Checkpoints:
-  """The checkpoints under one folder, named by step. Use as a context, which waits for pending saves.
+  """The checkpoints under one folder. Use as a context, which waits for the save under way.
+
+  With several processes all must call `newest_good`, `save` and `restore`, with the same steps.
 
   Args:
-    folder: made at the first save, or when absent.
-    keep: newest checkpoints kept; an older one is removed only after its successor is complete.
+    folder: made at the first save, or when absent; local, or any path that etils' epath takes (gs://).
+    settings: when to save and what to keep.
+    about: JSON that goes with every checkpoint: what its state belongs to.
+    report: shows a line to the user.
   """
 
-  def __init__(self, folder: Path, keep: int):
-    self._folder = folder.absolute()
-    self._checkpointer = ocp.training.Checkpointer(
-      self._folder,
-      preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-      cleanup_tmp_directories=True,
-    )
+  def __init__(
+    self,
+    folder: epath.PathLike,
+    settings: CheckpointConfig,
+    about: dict[str, Any] | None = None,
+    report: Callable[[str], None] = print,
+  ):
+    path = epath.Path(folder)
+    self._folder = path if '://' in str(folder) else path.absolute()
+    self._settings, self._about, self._report = settings, about or {}, report
+    self._finishing: threading.Thread | None = None
+    self._failure: str | None = None
+    self._saved_at = self._failed_at = time.monotonic()
+    self._open()
+
+  def _open(self) -> None:
+    self._checkpointer = ocp.training.Checkpointer(self._folder, cleanup_tmp_directories=True)
 
   def __enter__(self) -> 'Checkpoints':
     return self
 
   def __exit__(self, *_) -> None:
+    self._join()
     self._checkpointer.close()
+
+  # ---- what there is ----
+
+  @property
+  def steps(self) -> list[int]:
+    """Steps of all checkpoints on disk, ascending, finished or not."""
+    if not self._folder.is_dir():
+      return []
+    return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
 
   @property
   def latest_step(self) -> int | None:
-    """Step of the newest checkpoint, whether its save is complete or under way; None without any."""
-    latest = self._checkpointer.latest
-    return None if latest is None else latest.step
+    """Step of the newest finished checkpoint; None without any."""
+    return max((step for step in self.steps if (self.path(step) / integrity.MANIFEST).exists()), default=None)
 
-  def save(self, step: int, state: TrainState) -> None:
-    """Begins to save; returns once the state is copied, so that it may be donated."""
-    self._checkpointer.save_async(step, state, force=True)
-
-  def restore(self, abstract_state: TrainState) -> TrainState:
-    """The newest state, laid out as `abstract_state` (shapes, dtypes, shardings) says."""
-    return self._checkpointer.load(abstract_state=abstract_state)
-
-  def path(self, step: int) -> Path:
+  def path(self, step: int) -> epath.Path:
     """Folder of the checkpoint of a step."""
     return self._folder / str(step)
 
+  def newest_good(self, set_aside: bool = True) -> int | None:
+    """Step of the newest checkpoint whose files are all as they were written; None if there never was one.
+
+    Newer ones that are damaged or unfinished are reported, and renamed out of the way.
+
+    Args:
+      set_aside: rename them; a reader of a run that is still going on must not.
+
+    Raises:
+      RunError: there are checkpoints, but none that is good.
+    """
+    steps = self.steps
+    for step in reversed(steps):
+      folder = self.path(step)
+      found = integrity.problems(folder, jax.process_index(), jax.process_count())
+      for problem in found:
+        self._report(f'checkpoint {folder} cannot be used: {problem}')
+      if not _anywhere(bool(found)):
+        return step
+      if set_aside:
+        self._set_aside(folder)
+    if steps:
+      raise RunError(
+        f'none of the {len(steps)} checkpoints in {self._folder} can be used, so there is nothing to resume from; '
+        f'restore one of them, or start over in another --workdir'
+      )
+    return None
+
+  def _set_aside(self, folder: epath.Path) -> None:
+    if jax.process_index() == 0:
+      number = 0
+      while (target := folder.with_name(f'{folder.name}.damaged{number or ""}')).exists():
+        number += 1
+      folder.rename(target)
+      self._report(f'set it aside as {target.name}')
+    _together('set_aside')
+    self._checkpointer.reload()
+
+  # ---- saving ----
+
+  def wants_save(self) -> bool:
+    """Whether this process's clock asks for a save: it is time, or to try again one that failed.
+
+    Processes must agree before they save.
+    """
+    now = time.monotonic()
+    if self._failure is not None:
+      return now - self._failed_at > RETRY_SECONDS
+    minutes = self._settings.every_minutes
+    return minutes is not None and now - self._saved_at > 60 * minutes
+
+  def save(
+    self,
+    step: int,
+    state: TrainState,
+    validation_loss: float | None = None,
+    position: dict[str, Any] | None = None,
+  ) -> None:
+    """Begins to save; returns once the state is copied, so that it may be donated.
+
+    A save that fails, now or later, is reported, and nothing is removed for it; `wants_save` asks for
+    another.
+
+    Args:
+      validation_loss: of this state, to keep the best.
+      position: JSON; where this process stands in its stream of data, if it reads one.
+    """
+    self._join()
+    self._saved_at = time.monotonic()
+    try:
+      if (self.path(step)).exists():  # left by a save that failed half-way
+        self._remove(step)
+      response = self._checkpointer.save_async(step, state, force=True)
+    except Exception as error:  # the file system, Orbax, TensorStore: each has its own
+      self._note_failure(step, error)
+      return
+    about = {'step': step, 'validation_loss': validation_loss, **self._about}
+    self._finishing = threading.Thread(
+      target=self._finish, args=(step, response, about, position), name=f'checkpoint {step}'
+    )
+    self._finishing.start()
+
+  def _finish(self, step: int, response: Any, about: dict[str, Any], position: dict[str, Any] | None) -> None:
+    """Makes a save count once it is on disk, then removes what need not be kept. Runs on a thread."""
+    try:
+      response.result()
+      integrity.write_share(self.path(step), jax.process_index(), {'position': position})
+      if jax.process_index() == 0:
+        integrity.publish(self.path(step), jax.process_count(), about)
+        self._retain()
+      self._failure = None
+    except Exception as error:
+      self._note_failure(step, error)
+
+  def _note_failure(self, step: int, error: Exception) -> None:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    self._failure, self._failed_at = reason, time.monotonic()
+    self._report(
+      f'WARNING: checkpoint {self.path(step)} could not be saved: {reason}; training goes on, another attempt '
+      f'follows in {RETRY_SECONDS:.0f} s or at the next checkpoint'
+    )
+
+  def _retain(self) -> None:
+    losses = {}
+    for step in self.steps:
+      try:
+        losses[step] = integrity.read_manifest(self.path(step))['validation_loss']
+      except ValueError:
+        continue  # unfinished or damaged: not ours to judge
+    for step in retention.to_remove(self._settings, losses):
+      self._remove(step)
+
+  def _remove(self, step: int) -> None:
+    """By rename first, so that nothing half-removed bears a checkpoint's name."""
+    if jax.process_index() == 0:
+      target = self.path(step).with_name(f'{step}{_REMOVED}')
+      if target.exists():
+        target.rmtree()
+      self.path(step).rename(target)
+      target.rmtree()
+
+  def _join(self) -> None:
+    """Waits for the save under way."""
+    if self._finishing is not None:
+      self._finishing.join()
+      self._finishing = None
+    if self._failure is not None:
+      # Orbax keeps the failure of a background save and raises it at the next call.
+      try:
+        self._checkpointer.close()
+      except Exception as error:
+        self._failure = self._failure or str(error)
+      self._open()
+
   def wait(self) -> None:
-    """Returns when everything saved is complete on disk."""
-    self._checkpointer.wait()
+    """Returns when everything saved is complete on disk.
+
+    Raises:
+      RunError: the last save failed.
+    """
+    self._join()
+    if self._failure is not None:
+      kept = self.latest_step
+      remedy = f'run the same command again: it continues after step {kept}' if kept else 'there is none yet'
+      raise RunError(f'the last checkpoint could not be saved ({self._failure}); make room, then {remedy}')
+
+  # ---- restoring ----
+
+  def restore(self, step: int, abstract_state: TrainState) -> TrainState:
+    """The state of a step, laid out as `abstract_state` (shapes, dtypes, shardings) says."""
+    return self._checkpointer.load(step, abstract_state)
+
+  def manifest(self, step: int) -> dict[str, Any]:
+    """What a checkpoint says about itself: step, processes, validation_loss, `about`."""
+    return integrity.read_manifest(self.path(step))
+
+  def position(self, step: int) -> dict[str, Any] | None:
+    """Where this process stood in its stream of data, None if it read none.
+
+    Raises:
+      RunError: the checkpoint is of another number of processes, each of which read a part.
+    """
+    processes = self.manifest(step)['processes']
+    positions = [integrity.read_share(self.path(step), process)['position'] for process in range(processes)]
+    if processes != jax.process_count() and any(position is not None for position in positions):
+      raise RunError(
+        f'the run read its data live (data.live=true) with {processes} processes and can only go on with as many, '
+        f'not with {jax.process_count()}; start {processes}, or prepare the data and begin a new run'
+      )
+    return positions[jax.process_index()] if processes == jax.process_count() else None
+
+
+def _anywhere(condition: bool) -> bool:
+  """Whether the condition holds on any process."""
+  if jax.process_count() == 1:
+    return condition
+  return bool(np.any(multihost_utils.process_allgather(np.array(condition))))
+
+
+def _together(name: str) -> None:
+  """Returns when all processes have got here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)

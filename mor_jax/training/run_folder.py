@@ -35,7 +35,10 @@ MAY_CHANGE = (
   'train.sample_prompt',
   'train.sample_temperature',
   'checkpoint.every_steps',
+  'checkpoint.every_minutes',
   'checkpoint.keep',
+  'checkpoint.keep_every',
+  'checkpoint.keep_best',
 )
 """Settings that a resumed run may change: they do not decide what is trained."""
 

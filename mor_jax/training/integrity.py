@@ -1,0 +1,140 @@
+"""Whether a checkpoint is what was written: digests of all its files, checked before it is used.
+
+Orbax verifies no payload, and a flipped bit loads silently. So when a checkpoint is complete on disk every
+process digests the files that it wrote and leaves them in `process_N.json`; the first process gathers these
+and publishes `manifest.json`, last and by rename. A checkpoint without manifest was never finished.
+"""
+
+import hashlib
+import json
+import re
+import time
+from typing import Any
+
+from etils import epath
+
+MANIFEST = 'manifest.json'
+PATIENCE = 600.0  # seconds for other processes to leave their digests
+_SHARE = re.compile(r'process_(\d+)\.json')
+_OWNER = re.compile(r'(?:^|[./])process_(\d+)(?:/|$)')
+
+Digests = dict[str, list]  # path within the checkpoint -> [size in bytes, digest]
+
+
+def write_share(folder: epath.Path, process: int, about: dict[str, Any]) -> None:
+  """Digests the files that this process wrote, with what else it has to say about the checkpoint.
+
+  Args:
+    folder: of a checkpoint that is complete on disk.
+    about: JSON of this process, such as its position in a stream of data.
+  """
+  names = [name for name in _files(folder) if _owner(name) == process]
+  share = {'files': _digests(folder, names), 'about': about}
+  write_atomically(folder / f'process_{process}.json', json.dumps(share))
+
+
+def publish(folder: epath.Path, num_processes: int, about: dict[str, Any]) -> None:
+  """Makes the checkpoint count as finished, once all processes have written their shares.
+
+  Raises:
+    TimeoutError: the share of a process did not come.
+  """
+  begin = time.monotonic()
+  shares = [folder / f'process_{process}.json' for process in range(num_processes)]
+  while missing := [share.name for share in shares if not share.exists()]:
+    if time.monotonic() - begin > PATIENCE:
+      raise TimeoutError(f'{", ".join(missing)} did not appear in {folder} within {PATIENCE:.0f} s')
+    time.sleep(0.05)
+  files: Digests = {}
+  for share in shares:
+    text = share.read_text()
+    files |= json.loads(text)['files']
+    files[share.name] = [len(text.encode()), _digest(text.encode())]
+  manifest = {'processes': num_processes, **about, 'files': dict(sorted(files.items()))}
+  body = json.dumps(manifest, indent=1)
+  write_atomically(folder / MANIFEST, json.dumps({'digest': _digest(body.encode()), 'manifest': body}))
+
+
+def read_manifest(folder: epath.Path) -> dict[str, Any]:
+  """What `publish` wrote.
+
+  Raises:
+    ValueError: there is none, or it is damaged; the message says which.
+  """
+  try:
+    envelope = json.loads((folder / MANIFEST).read_text())
+    body = envelope['manifest']
+    if _digest(body.encode()) != envelope['digest']:
+      raise ValueError('its digest differs')
+    return json.loads(body)
+  except FileNotFoundError:
+    raise ValueError(f'it has no {MANIFEST}: its save was never finished') from None
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ValueError(f'its {MANIFEST} is damaged ({error})') from None
+
+
+def read_share(folder: epath.Path, process: int) -> dict[str, Any]:
+  """What a process had to say about the checkpoint (`about` of `write_share`)."""
+  return json.loads((folder / f'process_{process}.json').read_text())['about']
+
+
+def problems(folder: epath.Path, part: int = 0, parts: int = 1) -> list[str]:
+  """What is wrong with a checkpoint; [] if nothing is.
+
+  With several processes each looks at every `parts`-th file, from the `part`-th on.
+  """
+  try:
+    files: Digests = read_manifest(folder)['files']
+  except ValueError as error:
+    return [str(error)]
+  found = []
+  for name in list(files)[part::parts]:
+    size, digest = files[name]
+    path = folder / name
+    try:
+      if (actual := path.stat().length) != size:
+        found.append(f'{name} has {actual:,} bytes instead of {size:,}')
+      elif _file_digest(path) != digest:
+        found.append(f'{name} has other content than was written')
+    except FileNotFoundError:
+      found.append(f'{name} is missing')
+    except OSError as error:
+      found.append(f'{name} cannot be read ({error.strerror})')
+  return found
+
+
+def write_atomically(path: epath.Path, text: str) -> None:
+  """The file has the old content or the new one, whenever the process is killed."""
+  partial = path.with_name(f'{path.name}.partial')
+  partial.write_text(text)
+  partial.replace(path)
+
+
+def _files(folder: epath.Path, prefix: str = '') -> list[str]:
+  """Paths of all files that are the checkpoint's own, manifest and shares left out."""
+  names = []
+  for path in sorted(folder.iterdir()):
+    if path.is_dir():
+      names += _files(path, f'{prefix}{path.name}/')
+    elif prefix or not (path.name.startswith(MANIFEST) or _SHARE.match(path.name)):
+      names.append(f'{prefix}{path.name}')
+  return names
+
+
+def _owner(name: str) -> int:
+  """The process that wrote a file: Orbax has its number in the path; what is shared is the first one's."""
+  match = _OWNER.search(name)
+  return int(match[1]) if match else 0
+
+
+def _digests(folder: epath.Path, names: list[str]) -> Digests:
+  return {name: [(folder / name).stat().length, _file_digest(folder / name)] for name in names}
+
+
+def _file_digest(path: epath.Path) -> str:
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _digest(content: bytes) -> str:
+  return hashlib.blake2b(content, digest_size=16).hexdigest()
