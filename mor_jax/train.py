@@ -7,13 +7,15 @@ checkpoint; a finished run shows its result again.
 import itertools
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from absl import flags
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -40,9 +42,19 @@ from mor_jax.training.step import abstract_batch, make_train_step
 from mor_jax.training.stopping import Signals, Stop
 from mor_jax.training.watchdog import Watchdog
 
+FLAGS = flags.FLAGS
+flags.DEFINE_list(
+  'allow_change', [], 'settings that a resumed run may change although they decide what is trained'
+)
 
-def main(config: Config, workdir: str | None) -> int:
+
+def main(config: Config, workdir: str | None, allow_change: Sequence[str] = ()) -> int:
   """Trains, or resumes, or shows the result of a finished run.
+
+  Args:
+    config: resolved settings.
+    workdir: the run folder; None: runs/NAME.
+    allow_change: settings in which a resumed run may differ although they decide what is trained.
 
   Returns the exit code: 0, or 143 after SIGTERM and 130 after Ctrl-C, which save the state first.
 
@@ -51,10 +63,10 @@ def main(config: Config, workdir: str | None) -> int:
     RunError: the training cannot go on.
   """
   with Signals() as signals:
-    return _run(config, workdir, signals)
+    return _run(config, workdir, allow_change, signals)
 
 
-def _run(config: Config, workdir: str | None, signals: Signals) -> int:
+def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signals: Signals) -> int:
   console = Console()
   config = budget.with_budgeted_steps(config)
   folder = RunFolder(Path(workdir or f'runs/{config.name}'))
@@ -62,7 +74,7 @@ def _run(config: Config, workdir: str | None, signals: Signals) -> int:
   ledger = Ledger(folder.goodput if jax.process_index() == 0 else None)
 
   # ---- what is cheap to check comes first ----
-  folder.check(config)
+  folder.check(config, allow_change)
   mesh = mesh_lib.make_mesh()
   mesh_lib.check_batch(mesh, config.train)
   result = folder.read_summary()
@@ -71,29 +83,32 @@ def _run(config: Config, workdir: str | None, signals: Signals) -> int:
     return 0
 
   # ---- data, which decides the vocabulary ----
-  dataset = loader.open_dataset(config.data, report=lambda text: _print(console, text))
+  dataset = loader.open_dataset(config.data, report=partial(_print, console))
   config = _with_vocabulary(config, dataset.tokenizer.vocab_size)
   folder.create(config, dataset)
   summary.print_table(console, config.name, summary.describe_run(config, mesh, dataset, folder.path))
 
   # ---- model and step ----
   watchdog = Watchdog(config.train.hang_seconds, config.train.exit_on_hang)
-  guards = loop.Guards(Stop(signals, mesh), watchdog, ledger)
   _use_compilation_cache(config)
   model = Transformer(config.model)
   optimizer = make_optimizer(config.train, config.model.has_aux_router)
   initialize = initializer(model, optimizer, mesh, config.data.seq_len)
   abstract = abstract_state(initialize, mesh)
-  validate = _validator(model, config, mesh, dataset, guards)
 
-  with Checkpoints(folder.checkpoints, config.checkpoint.keep) as checkpoints:
-    done = checkpoints.latest_step or 0
+  about = folder.describe_checkpoints(config, dataset)
+  report = partial(_print, console)
+  with Checkpoints(folder.checkpoint_folder(config), config.checkpoint, about, report) as checkpoints:
+    guards = loop.Guards(Stop(signals, mesh, checkpoints.wants_save), watchdog, ledger)
+    validate = _validator(model, config, mesh, dataset, guards)
+    done = checkpoints.newest_good() or 0
+    position = checkpoints.position(done) if done else None
     with ledger.measure(goodput.COMPILE):
       train_step = _compile(console, config, optimizer, mesh, abstract, done)
 
-    # ---- state: the newest checkpoint, else the initial parameters ----
+    # ---- state: the newest good checkpoint, else the initial parameters ----
     if done:
-      state = checkpoints.restore(abstract)
+      state = checkpoints.restore(done, abstract)
       _print(console, f'\nresuming after step {done} from {checkpoints.path(done)}')
     else:
       state = initialize(jnp.uint32(config.train.seed))
@@ -106,6 +121,7 @@ def _run(config: Config, workdir: str | None, signals: Signals) -> int:
       start_step=done,
       host=jax.process_index(),
       num_hosts=jax.process_count(),
+      position=position,
     )
     ledger.resume(done)
     with (
@@ -135,7 +151,7 @@ def _run(config: Config, workdir: str | None, signals: Signals) -> int:
   # ---- result ----
   if 'validation/nll' not in last:
     last |= validate(state.variables)
-  result = _result(config, dataset, last, folder.checkpoints.name)
+  result = _result(config, dataset, last)
   result |= {'goodput': ledger.seconds(), 'restarts': ledger.restarts()}
   if config.train.sample_tokens:
     result['sample'] = _sample(model, config, dataset, state)
@@ -221,9 +237,7 @@ def _validator(
   return validate
 
 
-def _result(
-  config: Config, dataset: loader.Dataset, last: dict[str, float], checkpoints: str
-) -> dict[str, Any]:
+def _result(config: Config, dataset: loader.Dataset, last: dict[str, float]) -> dict[str, Any]:
   """What summary.json holds."""
   model, train = config.model, config.train
   parameters = flops.count_parameters(model)
@@ -240,7 +254,7 @@ def _result(
     **{name: value for name, value in last.items() if name.startswith('validation/')},
     'validation/unigram_entropy': unigram,
     'validation/bigram_entropy': bigram,
-    'checkpoint': f'{checkpoints}/{train.steps}',
+    'checkpoint': f'{config.checkpoint.folder or "checkpoints"}/{train.steps}',
     'sample': '',
   }
 
@@ -270,4 +284,4 @@ def _sample(model: Transformer, config: Config, dataset: loader.Dataset, state: 
 
 
 if __name__ == '__main__':
-  cli.run(main, __doc__)
+  cli.run(lambda config, workdir: main(config, workdir, FLAGS.allow_change), __doc__)

@@ -1,9 +1,24 @@
+"""Checkpoints: bit for bit, verified before use, damaged ones set aside, failed saves told and retried."""
+
+import contextlib
+import errno
+import json
+import pickle
+import shutil
+import types
+
 import jax
 import numpy as np
 import pytest
 import tiny_run
 
+from mor_jax.config import CheckpointConfig
+from mor_jax.settings import RunError
+from mor_jax.training import checkpoint as checkpoint_lib
+from mor_jax.training import integrity
 from mor_jax.training.checkpoint import Checkpoints
+
+SETTINGS = CheckpointConfig(keep=2)
 
 
 @pytest.fixture(scope='module')
@@ -11,34 +26,249 @@ def run():
   return tiny_run.run()
 
 
+@pytest.fixture(scope='module')
+def state(run):
+  return run.initial()
+
+
+@pytest.fixture(scope='module')
+def saved(state, tmp_path_factory):
+  """A folder with checkpoints 3 and 6."""
+  folder = tmp_path_factory.mktemp('saved') / 'checkpoints'
+  with Checkpoints(folder, SETTINGS, about={'config': {'name': 'x'}}) as checkpoints:
+    for step in (3, 6):
+      checkpoints.save(step, state, validation_loss=step / 2, position={'unit': step})
+    checkpoints.wait()
+  return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+  """A copy of it, to be damaged."""
+  return shutil.copytree(saved, tmp_path / 'checkpoints')
+
+
+def payload(folder, step: int = 6):
+  """The file that holds the arrays."""
+  return max(
+    (path for path in (folder / str(step)).rglob('*') if path.is_file()), key=lambda p: p.stat().st_size
+  )
+
+
 def test_state_survives_bit_for_bit_while_training_goes_on(run, tmp_path):
   """The step donates the state's memory right after the asynchronous save has begun."""
   batches = tiny_run.batches()
   state, _ = run.step(run.initial(), next(batches))
-  saved = jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
-  with Checkpoints(tmp_path / 'new' / 'checkpoints', keep=2) as checkpoints:
+  original = jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
+  with Checkpoints(tmp_path / 'new' / 'checkpoints', SETTINGS) as checkpoints:
     checkpoints.save(1, state)
     for _ in range(3):
       state, _ = run.step(state, next(batches))
     checkpoints.wait()
-    restored = checkpoints.restore(run.abstract)
-  assert jax.tree.structure(restored) == jax.tree.structure(saved)
-  for leaf, original in zip(jax.tree.leaves(restored), jax.tree.leaves(saved), strict=True):
-    np.testing.assert_array_equal(leaf, original)
-    assert leaf.dtype == original.dtype
+    assert checkpoints.newest_good() == 1
+    restored = checkpoints.restore(1, run.abstract)
+  assert jax.tree.structure(restored) == jax.tree.structure(original)
+  for leaf, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(original), strict=True):
+    np.testing.assert_array_equal(leaf, expected)
+    assert leaf.dtype == expected.dtype
   next_state, _ = run.step(restored, next(batches))
   assert int(next_state.step) == 2
 
 
-def test_newest_are_kept(run, tmp_path):
-  state = run.initial()
-  with Checkpoints(tmp_path, keep=2) as checkpoints:
+def test_newest_are_kept(state, tmp_path):
+  with Checkpoints(tmp_path, SETTINGS) as checkpoints:
     assert checkpoints.latest_step is None
+    assert checkpoints.newest_good() is None
     for step in (3, 6, 9):
       checkpoints.save(step, state)
     checkpoints.wait()
     assert checkpoints.latest_step == 9
     assert sorted(path.name for path in tmp_path.iterdir()) == ['6', '9']
     assert checkpoints.path(9) == tmp_path / '9'
-  with Checkpoints(tmp_path, keep=2) as reopened:
+  with Checkpoints(tmp_path, SETTINGS) as reopened:
     assert reopened.latest_step == 9
+
+
+def test_says_what_it_is_of(saved):
+  with Checkpoints(saved, SETTINGS) as checkpoints:
+    manifest = checkpoints.manifest(6)
+    assert checkpoints.position(6) == {'unit': 6}
+  assert (manifest['step'], manifest['processes'], manifest['validation_loss']) == (6, 1, 3.0)
+  assert manifest['config'] == {'name': 'x'}
+
+
+def flip(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
+def truncate(path):
+  path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGE = {
+  'a flipped bit': lambda folder: flip(payload(folder)),
+  'a truncated file': lambda folder: truncate(payload(folder)),
+  'an empty file': lambda folder: payload(folder).write_bytes(b''),
+  'a missing shard': lambda folder: payload(folder).unlink(),
+  'a longer file': lambda folder: payload(folder).write_bytes(payload(folder).read_bytes() + b'x'),
+  'the file of another step': lambda folder: payload(folder).write_bytes(
+    payload(folder, 3).read_bytes()[::-1]
+  ),
+  'other metadata': lambda folder: flip(folder / '6' / '_CHECKPOINT_METADATA'),
+  'a missing index': lambda folder: (folder / '6' / 'state' / 'manifest.ocdbt').unlink(),
+  'a missing folder': lambda folder: shutil.rmtree(folder / '6' / 'state'),
+  'no manifest': lambda folder: (folder / '6' / integrity.MANIFEST).unlink(),
+  'half a manifest': lambda folder: truncate(folder / '6' / integrity.MANIFEST),
+  'a changed manifest': lambda folder: flip(folder / '6' / integrity.MANIFEST),
+  'a changed position': lambda folder: (folder / '6' / 'process_0.json').write_text('{}'),
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGE.values(), ids=DAMAGE)
+def test_damaged_newest_is_set_aside_for_the_one_before(run, state, folder, damage):
+  damage(folder)
+  told = []
+  with Checkpoints(folder, SETTINGS, report=told.append) as checkpoints:
+    assert checkpoints.newest_good() == 3
+    restored = checkpoints.restore(3, run.abstract)
+    assert sorted(path.name for path in folder.iterdir()) == ['3', '6.damaged']
+    checkpoints.save(6, state)  # its place is free again
+    checkpoints.wait()
+    assert checkpoints.newest_good() == 6
+  assert f'{folder}/6 cannot be used' in told[0]
+  assert 'set it aside as 6.damaged' in told[-1]
+  for leaf, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+    np.testing.assert_array_equal(leaf, expected)
+
+
+def test_without_a_good_one_the_run_stops_and_begins_nothing_anew(folder):
+  for step in (3, 6):
+    flip(payload(folder, step))
+  with (
+    Checkpoints(folder, SETTINGS, report=lambda text: None) as checkpoints,
+    pytest.raises(RunError, match=r'none of the 2 checkpoints .* can be used'),
+  ):
+    checkpoints.newest_good()
+  assert sorted(path.name for path in folder.iterdir()) == ['3.damaged', '6.damaged']
+
+
+def test_a_reader_leaves_everything_where_it_is(folder):
+  flip(payload(folder))
+  (folder / '9.orbax-checkpoint-tmp').mkdir()  # a save under way
+  names = sorted(path.name for path in folder.iterdir())
+  with Checkpoints(folder, SETTINGS, report=lambda text: None, read_only=True) as checkpoints:
+    assert checkpoints.newest_good() == 3
+  assert sorted(path.name for path in folder.iterdir()) == names
+
+
+def test_files_of_other_processes_are_theirs_to_digest(tmp_path):
+  for name in (
+    'state/ocdbt.process_0/d/a',
+    'state/ocdbt.process_1/d/b',
+    'state/array_metadatas/process_1',
+    'state/x',
+  ):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(name)
+  for process in range(2):
+    integrity.write_share(checkpoint_lib.epath.Path(tmp_path), process, {})
+  shares = [json.loads((tmp_path / f'process_{process}.json').read_text())['files'] for process in range(2)]
+  assert sorted(shares[0]) == ['state/ocdbt.process_0/d/a', 'state/x']
+  assert sorted(shares[1]) == ['state/array_metadatas/process_1', 'state/ocdbt.process_1/d/b']
+  integrity.publish(checkpoint_lib.epath.Path(tmp_path), 2, {})
+  assert integrity.problems(checkpoint_lib.epath.Path(tmp_path)) == []
+  flip(tmp_path / 'state/ocdbt.process_1/d/b')
+  found = [integrity.problems(checkpoint_lib.epath.Path(tmp_path), part, 3) for part in range(3)]
+  assert sorted(map(len, found)) == [0, 0, 1], 'each looks at its part, together at all'
+
+
+def test_another_number_of_processes_cannot_go_on_with_live_data(folder, monkeypatch):
+  with Checkpoints(folder, SETTINGS) as checkpoints, monkeypatch.context() as two:
+    two.setattr(jax, 'process_count', lambda: 2)
+    with pytest.raises(RunError, match=r'data\.live=true\) with 1 processes .* not with 2'):
+      checkpoints.position(6)
+
+
+# ---- saves that fail ----
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  """Seconds that pass only when told to."""
+  now = types.SimpleNamespace(seconds=1000.0)
+  monkeypatch.setattr(checkpoint_lib.time, 'monotonic', lambda: now.seconds)
+  return now
+
+
+@pytest.mark.parametrize('where', ['write_share', 'publish'])
+def test_failed_save_is_told_and_tried_again_and_removes_nothing(state, folder, monkeypatch, clock, where):
+  told = []
+  with Checkpoints(folder, SETTINGS, report=told.append) as checkpoints:
+    with monkeypatch.context() as full:
+      full.setattr(integrity, where, _full_disk)
+      checkpoints.save(9, state)
+      checkpoints._join()
+    assert 'WARNING' in told[0]
+    assert 'No space left on device' in told[0]
+    assert {'3', '6'} <= {path.name for path in folder.iterdir()}
+    assert checkpoints.latest_step == 6
+    assert not checkpoints.wants_save()
+    clock.seconds += checkpoint_lib.RETRY_SECONDS + 1
+    assert checkpoints.wants_save()
+    checkpoints.save(10, state)
+    checkpoints.wait()
+    assert checkpoints.newest_good() == 10
+    assert not checkpoints.wants_save()
+
+
+def test_unwritable_folder_does_not_end_the_training_but_its_end_says_so(state, tmp_path, monkeypatch):
+  told = []
+  with Checkpoints(tmp_path / 'checkpoints', SETTINGS, report=told.append) as checkpoints:
+    monkeypatch.setattr(checkpoints._checkpointer, 'save_async', _full_disk)
+    checkpoints.save(5, state)
+    assert 'No space left' in told[0]
+    with pytest.raises(RunError, match='could not be saved'):
+      checkpoints.wait()
+
+
+def _full_disk(*_, **__):
+  raise OSError(errno.ENOSPC, 'No space left on device')
+
+
+def test_saves_by_the_clock(state, tmp_path, clock):
+  with Checkpoints(tmp_path, CheckpointConfig(every_minutes=2)) as checkpoints:
+    assert not checkpoints.wants_save()
+    clock.seconds += 121
+    assert checkpoints.wants_save()
+    checkpoints.save(1, state)
+    assert not checkpoints.wants_save()
+  with Checkpoints(tmp_path, SETTINGS) as checkpoints:
+    clock.seconds += 10**6
+    assert not checkpoints.wants_save(), 'no clock unless asked for'
+
+
+@pytest.mark.filterwarnings('ignore')  # what libraries say of such files
+def test_nothing_in_a_checkpoint_is_code(run, folder):
+  """A pickle in any of its files would be run by whoever unpickles it."""
+  ran = folder / 'ran'
+
+  class Attack:
+    def __reduce__(self):
+      return (open, (str(ran), 'w'))
+
+  for path in [path for path in (folder / '6').rglob('*') if path.is_file()]:
+    copy = shutil.copytree(folder / '6', folder / '9')
+    target = copy / path.relative_to(folder / '6')
+    target.write_bytes(pickle.dumps(Attack()))
+    # Whoever made it has fitting digests, too.
+    for name in ('process_0.json', integrity.MANIFEST):
+      (copy / name).unlink()
+    with contextlib.suppress(Exception):  # refusing it is as good as ignoring it
+      integrity.write_share(checkpoint_lib.epath.Path(copy), 0, {'position': None})
+      integrity.publish(checkpoint_lib.epath.Path(copy), 1, {'step': 9, 'validation_loss': None})
+      with Checkpoints(folder, SETTINGS, report=lambda text: None, read_only=True) as checkpoints:
+        checkpoints.restore(9, run.abstract)
+    assert not ran.exists()
+    shutil.rmtree(copy)

@@ -37,7 +37,7 @@ class Checkpoints:
   def __init__(self, metrics):
     self.saved, self._metrics = {}, metrics
 
-  def save(self, step, state):
+  def save(self, step, state, validation_loss=None, position=None):
     assert int(jax.device_get(state.step)) == step
     self.saved[step] = read(self._metrics)
 

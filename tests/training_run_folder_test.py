@@ -1,11 +1,12 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
 from mor_jax.config import Config, ConfigError
 from mor_jax.data import dataset as dataset_lib
-from mor_jax.training.run_folder import RunFolder
+from mor_jax.training.run_folder import RunFolder, code_version
 
 CONFIG = Config().replace(model={'vocab_size': 257})
 
@@ -125,3 +126,19 @@ def test_summary_marks_the_run_as_finished(folder):
   assert folder.read_summary() is None
   folder.write_summary({'validation/nll': 1.5})
   assert folder.read_summary() == {'validation/nll': 1.5}
+
+
+def test_a_change_can_be_allowed_by_name(folder):
+  other = CONFIG.replace(train={'learning_rate': 0.5, 'beta1': 0.5})
+  with pytest.raises(ConfigError, match=r'--allow_change=train\.learning_rate,train\.beta1$'):
+    folder.check(other)
+  with pytest.raises(ConfigError, match=r'beta1 was 0\.9, now 0\.5.*--allow_change=train\.beta1$'):
+    folder.check(other, ['train.learning_rate'])
+  folder.check(other, ['train.learning_rate', 'train.beta1'])
+  with pytest.raises(ConfigError, match='--allow_change=learning_rate is no setting'):
+    folder.check(other, ['learning_rate'])
+
+
+@pytest.mark.skipif(not (Path(__file__).parents[1] / '.git').exists(), reason='not a git checkout')
+def test_code_version_is_that_of_the_checkout():
+  assert len(code_version().rstrip('+')) == 40

@@ -34,6 +34,7 @@ class Checkpoints:
     settings: when to save and what to keep.
     about: JSON that goes with every checkpoint: what its state belongs to.
     report: shows a line to the user.
+    read_only: of a run that may be going on: nothing is renamed, removed or saved.
   """
 
   def __init__(
@@ -42,17 +43,20 @@ class Checkpoints:
     settings: CheckpointConfig,
     about: dict[str, Any] | None = None,
     report: Callable[[str], None] = print,
+    read_only: bool = False,
   ):
     path = epath.Path(folder)
     self._folder = path if '://' in str(folder) else path.absolute()
     self._settings, self._about, self._report = settings, about or {}, report
+    self._read_only = read_only
     self._finishing: threading.Thread | None = None
     self._failure: str | None = None
     self._saved_at = self._failed_at = time.monotonic()
     self._open()
 
   def _open(self) -> None:
-    self._checkpointer = ocp.training.Checkpointer(self._folder, cleanup_tmp_directories=True)
+    clean = not self._read_only
+    self._checkpointer = ocp.training.Checkpointer(self._folder, cleanup_tmp_directories=clean)
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -79,13 +83,10 @@ class Checkpoints:
     """Folder of the checkpoint of a step."""
     return self._folder / str(step)
 
-  def newest_good(self, set_aside: bool = True) -> int | None:
+  def newest_good(self) -> int | None:
     """Step of the newest checkpoint whose files are all as they were written; None if there never was one.
 
-    Newer ones that are damaged or unfinished are reported, and renamed out of the way.
-
-    Args:
-      set_aside: rename them; a reader of a run that is still going on must not.
+    Newer ones that are damaged or unfinished are reported, and renamed out of the way unless `read_only`.
 
     Raises:
       RunError: there are checkpoints, but none that is good.
@@ -98,7 +99,7 @@ class Checkpoints:
         self._report(f'checkpoint {folder} cannot be used: {problem}')
       if not _anywhere(bool(found)):
         return step
-      if set_aside:
+      if not self._read_only:
         self._set_aside(folder)
     if steps:
       raise RunError(

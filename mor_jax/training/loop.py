@@ -85,12 +85,13 @@ def train(
       progress.show(step, record)
     ledger.tick()
 
-  def save() -> None:
+  def save(validated: Record) -> None:
     nonlocal saved
     with meter.paused(), ledger.measure(goodput.CHECKPOINT):
       ledger.saved(done)
       watchdog.beat(f'the checkpoint of step {done}')
-      checkpoints.save(done, state)
+      position = getattr(batches, 'position', None)  # of data that is read live
+      checkpoints.save(done, state, validated.get('validation/nll'), position)
     saved = done
 
   def validation() -> Record:
@@ -120,21 +121,20 @@ def train(
         if stop.poll(done):
           break
         validates = _is_due(done, config.train.eval_every, steps)
-        saves = _is_due(done, config.checkpoint.every_steps, steps)
+        saves = _is_due(done, config.checkpoint.every_steps, steps) or stop.save_wanted
         if validates or saves:
           ended = meter.drain()
-          if validates:
-            ended = _extended(ended, done, validation())
-          note(ended)
+          validated = validation() if validates else {}
+          note(_extended(ended, done, validated))
         if saves:
-          save()
+          save(validated)
       note(meter.drain())
     except NonFiniteError as error:
       note(error.records)
       error.add(_last_good(checkpoints))
       raise
     if done > saved:
-      save()
+      save({})
   return state
 
 

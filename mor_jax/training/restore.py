@@ -33,15 +33,16 @@ def load_run(path: str | os.PathLike) -> LoadedRun:
   """
   folder = RunFolder(Path(path))
   config = folder.read_config()
-  if not folder.checkpoints.is_dir():
+  checkpoint_folder = folder.checkpoint_folder(config)
+  if not checkpoint_folder.is_dir():
     raise ConfigError(f'the run {path} has no checkpoint yet')
   mesh, model = mesh_lib.make_mesh(), Transformer(config.model)
   optimizer = make_optimizer(config.train, config.model.has_aux_router)
-  with Checkpoints(folder.checkpoints, config.checkpoint.keep) as checkpoints:
-    step = checkpoints.latest_step
+  with Checkpoints(checkpoint_folder, config.checkpoint, read_only=True) as checkpoints:
+    step = checkpoints.newest_good()
     if step is None:
       raise ConfigError(f'the run {path} has no checkpoint yet')
     state = checkpoints.restore(
-      abstract_state(initializer(model, optimizer, mesh, config.data.seq_len), mesh)
+      step, abstract_state(initializer(model, optimizer, mesh, config.data.seq_len), mesh)
     )
   return LoadedRun(folder, config, model, state.variables, step)

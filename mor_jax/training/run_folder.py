@@ -1,14 +1,19 @@
 """The folder of a run: what lies where, and whether it belongs to the run that wants to use it."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mor_jax.config import Config, ConfigError, resolve
+from etils import epath
+
+from mor_jax.config import Config, ConfigError, resolve, settings
 from mor_jax.data.loader import Dataset
 
 MAY_CHANGE = (
@@ -48,7 +53,7 @@ class RunFolder:
 
   def __init__(self, path: Path):
     self.path = path
-    self.checkpoints = path / 'checkpoints'
+    self._checkpoints = path / 'checkpoints'
     self.metrics = path / 'metrics.jsonl'
     self.tensorboard = path / 'tensorboard'
     self.tokenizer = path / 'tokenizer.json'
@@ -58,20 +63,28 @@ class RunFolder:
     self._summary = path / 'summary.json'
     self.calibrations = path / 'calibrations.json'
 
-  def check(self, config: Config) -> None:
-    """Raises ConfigError unless the folder can be written and holds nothing or this very run."""
+  def check(self, config: Config, allowed: Sequence[str] = ()) -> None:
+    """Raises ConfigError unless the folder can be written and holds nothing or this very run.
+
+    Args:
+      allowed: settings that may differ from the run's, beside MAY_CHANGE.
+    """
     _check_writable(self.path)
     if not self._config.exists():
-      if self.checkpoints.exists():
+      if self._checkpoints.exists():
         raise ConfigError(
           f'workdir={self.path} holds checkpoints but no config.json; choose another workdir or remove it'
         )
       return
-    changed = list(_differences(self.read_config().to_dict(), config.to_dict()))
+    unknown = [name for name in allowed if name not in settings()]
+    if unknown:
+      raise ConfigError(f'--allow_change={unknown[0]} is no setting; write it as in --config.SECTION.NAME')
+    differences = _differences(self.read_config().to_dict(), config.to_dict())
+    changed = {name: text for name, text in differences if name not in allowed}
     if changed:
       raise ConfigError(
-        f'workdir={self.path} holds a run with other settings: {"; ".join(changed)}; '
-        f'choose another workdir, or restore these settings to resume it'
+        f'workdir={self.path} holds a run with other settings: {"; ".join(changed.values())}; restore them to '
+        f'resume it, choose another workdir, or go on with the new ones: --allow_change={",".join(changed)}'
       )
 
   def read_config(self) -> Config:
@@ -84,6 +97,15 @@ class RunFolder:
       raise ConfigError(
         f'{self._config} cannot be read ({error}); choose another workdir or remove it'
       ) from None
+
+  def checkpoint_folder(self, config: Config) -> epath.Path:
+    """Where the checkpoints of this run lie."""
+    return epath.Path(config.checkpoint.folder or self._checkpoints)
+
+  def describe_checkpoints(self, config: Config, dataset: Dataset) -> dict[str, Any]:
+    """What every checkpoint says about the run that it is of."""
+    digest = dataset.manifest.tokenizer_digest
+    return {'config': config.to_dict(), 'tokenizer_digest': digest, 'code': code_version()}
 
   def read_data(self) -> dict[str, Any]:
     """Counts, tokenizer and source of the data that the run trains on, as its dataset's manifest has them."""
@@ -129,6 +151,18 @@ class RunFolder:
     write_atomically(self._summary, _to_json(summary))
 
 
+def code_version() -> str:
+  """The git commit of the code, with '+' if files were changed; without git the installed version."""
+  here = Path(__file__).parent
+  git = ['git', '-C', str(here), 'describe', '--always', '--abbrev=40', '--dirty=+', '--exclude=*']
+  try:
+    return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+  except (OSError, subprocess.SubprocessError):
+    with contextlib.suppress(metadata.PackageNotFoundError):
+      return metadata.version('mor_jax')
+  return 'unknown'
+
+
 def write_atomically(path: Path, text: str) -> None:
   """The file has the old content or the new one, whenever the process is killed."""
   partial = path.with_name(f'{path.name}.partial')
@@ -140,13 +174,16 @@ def _to_json(value: Any) -> str:
   return json.dumps(value, indent=2) + '\n'
 
 
-def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = '') -> Iterator[str]:
+def _differences(
+  stored: dict[str, Any], wanted: dict[str, Any], prefix: str = ''
+) -> Iterator[tuple[str, str]]:
+  """(setting, what it was and is) of those that may not change by themselves."""
   for name, value in stored.items():
     key, other = f'{prefix}{name}', wanted[name]
     if isinstance(value, dict):
       yield from _differences(value, other, f'{key}.')
     elif value != other and key not in MAY_CHANGE and not (key == 'model.vocab_size' and other is None):
-      yield f'{key} was {value}, now {other}'
+      yield key, f'{key} was {value}, now {other}'
 
 
 def _check_writable(folder: Path) -> None:

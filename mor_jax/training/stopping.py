@@ -17,7 +17,7 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -122,31 +122,47 @@ class Signals:
 
 
 class Stop:
-  """Tells the training loop when to save and end; the same on all processes.
+  """Tells the training loop when to save, and when to save and end; the same on all processes.
 
-  With several processes each step is followed by a vote: the maximum of everyone's signal, computed on the
-  devices behind the step and read `lag` votes later, when it is there already, so that nobody waits for it.
+  With several processes each step is followed by a vote: the maximum of everyone's signal and wish, computed
+  on the devices behind the step and read `lag` votes later, when it is there already, so that nobody waits.
 
   Args:
     signals: of this process.
     mesh: all devices of the run.
+    wants_save: whether this process wishes a checkpoint, for reasons of its own.
     lag: votes that may be on their way; at least the steps that the loop runs ahead of the devices.
   """
 
-  def __init__(self, signals: Signals, mesh: Mesh, lag: int = 2):
-    self._signals, self._lag = signals, lag
+  def __init__(
+    self, signals: Signals, mesh: Mesh, wants_save: Callable[[], bool] = lambda: False, lag: int = 2
+  ):
+    self._signals, self._wants_save, self._lag = signals, wants_save, lag
     self._agreed: int | None = None
+    self._save_agreed, self._stale = False, 0
     self._is_alone = jax.process_count() == 1
     self._votes = collections.deque()
     if not self._is_alone:
       self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
       self._places = len(mesh.local_devices)
-      self._count = jax.jit(lambda votes: votes.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+      self._count = jax.jit(
+        lambda votes: votes.max(axis=0), out_shardings=NamedSharding(mesh, PartitionSpec())
+      )
 
   @property
   def signal(self) -> int | None:
     """The signal that all processes agreed to stop for; None while there is none."""
     return self._agreed
+
+  @property
+  def save_wanted(self) -> bool:
+    """Whether all processes agreed that one of them wishes a checkpoint. True once: then it is made."""
+    if self._is_alone:
+      return self._wants_save()
+    wanted, self._save_agreed = self._save_agreed, False
+    if wanted:
+      self._stale = len(self._votes)  # these were cast before the checkpoint
+    return wanted
 
   def poll(self, step: int | None = None) -> int | None:
     """`signal`, after another vote. Every process must call it equally often, with the same steps."""
@@ -155,7 +171,9 @@ class Stop:
     elif self._agreed is None:
       self._votes.append(self._vote())
       if len(self._votes) > self._lag:
-        self._agreed = _read(self._votes.popleft())
+        self._agreed, wish = _read(self._votes.popleft())
+        self._save_agreed = self._save_agreed or (wish and not self._stale)
+        self._stale = max(0, self._stale - 1)
       if step is not None and _is_preempted(step):
         self._agreed = self._agreed or int(signal.SIGTERM)
     return self._agreed
@@ -165,7 +183,7 @@ class Stop:
     if self._is_alone:
       return self.poll()
     if self._agreed is None:
-      self._agreed = max(_read(vote) or 0 for vote in [*self._votes, self._vote()]) or None
+      self._agreed = max(_read(vote)[0] or 0 for vote in [*self._votes, self._vote()]) or None
       self._votes.clear()
     return self._agreed
 
@@ -194,12 +212,14 @@ class Stop:
       yield item
 
   def _vote(self) -> jax.Array:
-    own = np.full(self._places, self._signals.received or 0, np.int32)
+    own = np.tile(np.int32([self._signals.received or 0, self._wants_save()]), (self._places, 1))
     return self._count(jax.make_array_from_process_local_data(self._sharding, own))
 
 
-def _read(vote: jax.Array) -> int | None:
-  return int(jax.device_get(vote)) or None
+def _read(vote: jax.Array) -> tuple[int | None, bool]:
+  """(signal, wish) of a vote."""
+  number, wish = jax.device_get(vote).tolist()
+  return number or None, bool(wish)
 
 
 def _is_preempted(step: int) -> bool:

@@ -160,13 +160,14 @@ def describe_result(summary: dict[str, Any], run_path: Path) -> list[Row]:
         f'sampling accuracy {summary["validation/sampling_accuracy"]:.1%}',
       ),
     ]
+  elsewhere = '://' in summary['checkpoint']
   if summary['sample']:
     rows += [('sample', summary['sample'])]
   return [
     *rows,
     ('trained', f'{quantity(summary["tokens"])} tokens in {summary["seconds"]:,.0f} s'),
     *([('time', goodput.describe(summary['goodput'], summary['restarts']))] if 'goodput' in summary else []),
-    ('checkpoint', str(run_path / summary['checkpoint'])),
+    ('checkpoint', summary['checkpoint'] if elsewhere else str(run_path / summary['checkpoint'])),
     ('metrics', f'{run_path / "metrics.jsonl"} and {run_path / "tensorboard"}'),
   ]
 
