@@ -22,7 +22,7 @@ from rich.console import Console
 from mor_jax import cli
 from mor_jax.config import Config, ConfigError
 from mor_jax.data import dataset as dataset_lib
-from mor_jax.data import loader, schedule
+from mor_jax.data import live, loader, schedule
 from mor_jax.evaluation import ngram, nll
 from mor_jax.inference import sampling
 from mor_jax.model import flops
@@ -135,7 +135,7 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
           config, mesh, state, train_step, batches, validate, checkpoints, log, progress, guards
         )
       except NonFiniteError as error:
-        error.add(f'its batch had rows {_rows(config, dataset, error.step)} of the training split')
+        error.add(f'its batch had {_rows(config, dataset, error.step)}')
         error.add('lower train.learning_rate, or set train.on_nonfinite=skip')
         raise
       last = log.records[-1] if log.records else {}
@@ -145,6 +145,7 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
       stopped = guards.stop.settle()
       ledger.write()
     if stopped:
+      summary.print_rows(console, [summary.describe_time(ledger.seconds(), ledger.restarts())])
       _print(console, _describe_stop(stopped, checkpoints))
       return 128 + stopped
 
@@ -172,10 +173,13 @@ def _describe_stop(number: int, checkpoints: Checkpoints) -> str:
 
 
 def _rows(config: Config, dataset: loader.Dataset, step: int) -> str:
-  """Indices of the rows in the batch of a step."""
-  batches, rows = schedule.of(config.train), dataset.manifest.splits['train'].rows
+  """Which rows are in the batch of a step."""
+  batches = schedule.of(config.train)
   first, count = batches.rows_before(step - 1), batches.rows(step - 1)
-  return ', '.join(map(str, loader.batch_rows(rows, first, count, config.data.seed)))
+  if isinstance(dataset, live.LiveDataset):
+    return f'rows {first} to {first + count - 1} of the stream'
+  rows = loader.batch_rows(dataset.manifest.splits['train'].rows, first, count, config.data.seed)
+  return f'rows {", ".join(map(str, rows))} of the training split'
 
 
 def _with_vocabulary(config: Config, tokenizer_size: int) -> Config:

@@ -18,6 +18,8 @@ from mor_jax.config import Config, ConfigError
 from mor_jax.data import loader
 from mor_jax.model import flops
 from mor_jax.training import metrics
+from mor_jax.training.nonfinite import NonFiniteError
+from mor_jax.training.run_folder import RunFolder
 
 KILL_BEFORE_STEP = 17
 KILLED_RUN = f"""
@@ -146,6 +148,28 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(
   one, other = _checkpoint(folder, 20), _checkpoint(finished, 20)
   assert jax.tree.structure(one) == jax.tree.structure(other)
   jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_numbers_that_go_wrong_end_the_run_with_all_there_is_to_know(config, tmp_path):
+  wild = config.replace(train={'learning_rate': 1e18, 'warmup_steps': 0}, checkpoint={'every_steps': 1})
+  with pytest.raises(NonFiniteError) as stop:
+    train.main(wild, str(tmp_path))
+  step = stop.value.step
+  assert 1 < step < 10
+  rows = loader.batch_rows(_train_rows(tmp_path), (step - 1) * 8, 8, config.data.seed)
+  for told in (
+    f'nan at step {step} (gradient norms: embed ',
+    'the update was not applied',
+    f'the last checkpoint is {tmp_path}/checkpoints/{step - 1}',
+    f'its batch had rows {", ".join(map(str, rows))} of the training split',
+    'train.on_nonfinite=skip',
+  ):
+    assert told in str(stop.value)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(_checkpoint(tmp_path, step - 1)))
+
+
+def _train_rows(folder: Path) -> int:
+  return RunFolder(folder).read_data()['splits']['train']['rows']
 
 
 def test_finished_run_shows_its_result_again(config, finished, capsys, monkeypatch):

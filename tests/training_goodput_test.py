@@ -4,7 +4,8 @@ import time
 import pytest
 
 from mor_jax.training import goodput
-from mor_jax.training.goodput import KINDS, Ledger, describe
+from mor_jax.training.goodput import KINDS, Ledger
+from mor_jax.training.summary import describe_time
 
 
 def test_every_moment_counts_once(tmp_path):
@@ -67,6 +68,6 @@ def test_notes_outlive_a_kill_but_not_the_training_a_full_disk(tmp_path):
 
 def test_a_line_for_the_user():
   seconds = dict.fromkeys(KINDS, 0.0) | {'steps': 900.0, 'data_wait': 100.0}
-  assert describe(seconds, 2).startswith(
-    '1,000 s, 2 restarts: start up 0.0%, compile 0.0%, data wait 10.0%, steps 90.0%'
-  )
+  label, text = describe_time(seconds, restarts=2)
+  assert label == 'time'
+  assert text.startswith('1,000 s in 3 processes: start up 0.0%, compile 0.0%, data wait 10.0%, steps 90.0%')

@@ -224,7 +224,7 @@ def test_time_is_accounted_for(tmp_path):
       yield {'tokens': np.zeros((2, 4), np.int32)}
 
   begin = time.perf_counter()
-  _train(
+  _, records, _ = _train(
     tmp_path,
     batches=slow_batches(),
     validate=lambda _: time.sleep(0.1) or {'validation/nll': 3.0},
@@ -235,6 +235,9 @@ def test_time_is_accounted_for(tmp_path):
   assert 0.3 <= seconds['validation'] < 0.7
   assert seconds['steps'] > 0
   assert sum(seconds.values()) == pytest.approx(total, rel=0.1)
+  told = {r['step']: r['goodput/validation'] for r in records if 'goodput/validation' in r}
+  assert list(told) == [6, 8, 12, 16, 18, 20], 'at every validation and save'
+  assert told[20] == seconds['validation']
 
 
 def test_steps_are_queued_ahead_of_their_metrics(tmp_path):

@@ -98,14 +98,6 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return []
 
 
-def describe(seconds: dict[str, float], restarts: int) -> str:
-  """One line: how many seconds, and which share went where."""
-  total = sum(seconds.values())
-  shares = [f'{kind.replace("_", " ")} {value / max(total, 1e-9):.1%}' for kind, value in seconds.items()]
-  times = f', {restarts} restart{"s" * (restarts != 1)}' if restarts else ''
-  return f'{total:,.0f} s{times}: {", ".join(shares)}'
-
-
 def _lose_after(note: dict[str, Any], step: int) -> None:
   """Moves the seconds that an earlier process spent after `step` to `lost`: those of work that is done again."""
   seconds, kept = note['seconds'], [entry for entry in note['saved'] if entry[0] <= step]

@@ -77,7 +77,7 @@ def train(
     report=progress.report,
   )
   sharding = mesh_lib.micro_batch_sharding(mesh)
-  saved = done
+  saved, position = done, None  # the position of data that is read live
 
   def note(records: list[tuple[int, Record]]) -> None:
     for step, record in records:
@@ -90,7 +90,6 @@ def train(
     with meter.paused(), ledger.measure(goodput.CHECKPOINT):
       ledger.saved(done)
       watchdog.beat(f'the checkpoint of step {done}')
-      position = getattr(batches, 'position', None)  # of data that is read live
       checkpoints.save(done, state, validated.get('validation/nll'), position)
     saved = done
 
@@ -116,6 +115,7 @@ def train(
         batch = mesh_lib.put(split_batch(batch, batch_schedule.micro_batches(done)), sharding)
         state, metrics = train_step(state, batch)
         done += 1
+        position = getattr(batches, 'position', None)  # not later: an interrupted wait may have moved it
         progress.advance(done)
         note(meter.push(done, metrics, data_wait))
         if stop.poll(done):
@@ -125,7 +125,7 @@ def train(
         if validates or saves:
           ended = meter.drain()
           validated = validation() if validates else {}
-          note(_extended(ended, done, validated))
+          note(_extended(ended, done, validated | ledger.record()))
         if saves:
           save(validated)
       note(meter.drain())

@@ -1,8 +1,8 @@
 """SIGTERM and Ctrl-C: the training is saved first, then the process ends with the code of the signal.
 
 Three situations:
-  * Outside of the training loop there is nothing to save: the first signal ends the process, and where
-    the main thread is deep in a compiler that does not react, a thread ends it a little later.
+  * Outside of the training loop there is nothing to save: the first signal ends the process, and where the
+    main thread is deep in a compiler or an exception gets lost in a callback, a thread ends it a little later.
   * In the loop the first signal is only noted. The loop asks `Stop.poll` after every step; all processes of a
     run get the same answer at the same step, so they save together.
   * A second signal ends the process at once, whatever the main thread does.
@@ -18,15 +18,18 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mor_jax.parallel import mesh as mesh_lib
+
 HANDLED = (signal.SIGTERM, signal.SIGINT)
-GRACE_SECONDS = 10.0
+_STDOUT, _STDERR = 1, 2
+GRACE_SECONDS = 5.0
 
 
 class Interrupted(BaseException):
@@ -61,9 +64,15 @@ class Signals:
         self._previous[number] = signal.signal(number, self._handle)
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, kind: type | None, *_) -> None:
+    if kind is SystemExit and self.received is not None:
+      # Without the usual end of the interpreter: it crashes while a thread of JAX compiles.
+      sys.stdout.flush()
+      _leave(self.received)
     if threading.current_thread() is not threading.main_thread():
       return
+    if self.received is not None and jax.distributed.is_initialized():
+      return  # the end of the process may wait for the others: the thread bounds that
     for number, handler in self._previous.items():
       signal.signal(number, handler)
     signal.set_wakeup_fd(self._previous_fd)
@@ -106,7 +115,7 @@ class Signals:
       # A process that has nothing to save must be gone soon.
       leaves = count and not self.is_training
       if not select.select(self._pipe[:1], [], [], GRACE_SECONDS if leaves else None)[0]:
-        os._exit(128 + self.received)
+        _leave(self.received)
       number = os.read(self._pipe[0], 1)
       if not number:
         return
@@ -115,7 +124,7 @@ class Signals:
       count += 1
       if count > 1:
         _say(f'{signal.Signals(number[0]).name} again: leaving at once')
-        os._exit(128 + number[0])
+        _leave(number[0])
       self.received = number[0]
       what = 'saving, then leaving; once more to leave at once' if self.is_training else 'leaving'
       _say(f'{signal.Signals(number[0]).name}: {what}')
@@ -145,9 +154,7 @@ class Stop:
     if not self._is_alone:
       self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
       self._places = len(mesh.local_devices)
-      self._count = jax.jit(
-        lambda votes: votes.max(axis=0), out_shardings=NamedSharding(mesh, PartitionSpec())
-      )
+      self._count = jax.jit(lambda votes: votes.max(axis=0), out_shardings=mesh_lib.replicated(mesh))
 
   @property
   def signal(self) -> int | None:
@@ -213,7 +220,7 @@ class Stop:
 
   def _vote(self) -> jax.Array:
     own = np.tile(np.int32([self._signals.received or 0, self._wants_save()]), (self._places, 1))
-    return self._count(jax.make_array_from_process_local_data(self._sharding, own))
+    return self._count(mesh_lib.put({'votes': own}, self._sharding)['votes'])
 
 
 def _read(vote: jax.Array) -> tuple[int | None, bool]:
@@ -230,6 +237,12 @@ def _is_preempted(step: int) -> bool:
     return False
 
 
+def _leave(number: int) -> NoReturn:
+  if os.isatty(_STDOUT):
+    os.write(_STDOUT, b'\x1b[?25h')  # a progress bar hides the cursor
+  os._exit(128 + number)
+
+
 def _say(text: str) -> None:
   """To stderr without its lock, which the main thread may hold."""
-  os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f'\n{text}\n'.encode())
+  os.write(_STDERR, f'\n{text}\n'.encode())

@@ -11,7 +11,6 @@ from mor_jax.config import Config, ModelConfig
 from mor_jax.data import schedule
 from mor_jax.data.loader import Dataset
 from mor_jax.model import flops
-from mor_jax.training import goodput
 
 Row = tuple[str, str]
 
@@ -166,10 +165,18 @@ def describe_result(summary: dict[str, Any], run_path: Path) -> list[Row]:
   return [
     *rows,
     ('trained', f'{quantity(summary["tokens"])} tokens in {summary["seconds"]:,.0f} s'),
-    *([('time', goodput.describe(summary['goodput'], summary['restarts']))] if 'goodput' in summary else []),
+    describe_time(summary['goodput'], summary['restarts']),
     ('checkpoint', summary['checkpoint'] if elsewhere else str(run_path / summary['checkpoint'])),
     ('metrics', f'{run_path / "metrics.jsonl"} and {run_path / "tensorboard"}'),
   ]
+
+
+def describe_time(seconds: dict[str, float], restarts: int) -> Row:
+  """Where the time of a run went, over all its processes (`goodput.Ledger`)."""
+  total = sum(seconds.values())
+  shares = ', '.join(f'{kind.replace("_", " ")} {value / total:.1%}' for kind, value in seconds.items())
+  times = f' in {restarts + 1} processes' if restarts else ''
+  return 'time', f'{total:,.0f} s{times}: {shares}'
 
 
 def quantity(number: float) -> str:
