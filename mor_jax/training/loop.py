@@ -153,6 +153,7 @@ def _extended(records: list[tuple[int, Record]], step: int, more: Record) -> lis
 
 
 def _last_good(checkpoints: Checkpoints) -> str:
+  checkpoints.wait()  # one may be on its way
   step = checkpoints.latest_step
   if step is None:
     return 'there is no checkpoint yet'
