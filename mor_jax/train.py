@@ -144,10 +144,11 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
         checkpoints.wait()
       stopped = guards.stop.settle()
       ledger.write()
-    if stopped:
-      summary.print_rows(console, [summary.describe_time(ledger.seconds(), ledger.restarts())])
-      _print(console, _describe_stop(stopped, checkpoints))
-      return 128 + stopped
+
+  if stopped:
+    summary.print_rows(console, [summary.describe_time(ledger.seconds(), ledger.restarts())])
+    _print(console, _describe_stop(stopped, checkpoints))
+    return signals.exit_code(stopped)
 
   # ---- result ----
   if 'validation/nll' not in last:

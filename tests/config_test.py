@@ -77,6 +77,9 @@ def test_selected_tokens():
     ('model.num_kv_heads', 4, 'use one of 1, 3, 5, 15'),
     ('model.head_dim', 63, 'even head width'),
     ('model.vocab_size', 1, 'must be >= 2'),
+    ('train.max_skipped', 0, r'must be >= 1 \(on_nonfinite=halt skips none\)'),
+    ('train.spike_zscore', -1.0, 'must be >= 0'),
+    ('train.hang_seconds', -1.0, 'must be >= 0'),
     ('model.sharing', 'sequence', 'use cycle or middle_cycle'),
     ('model.capacities', (1.0,), 'has 1 entries; model.num_recursions=2'),
     ('model.capacities', (0.5, 0.6), 'rises'),
@@ -136,6 +139,11 @@ def test_whole_numbers_serve_as_rates():
 def test_a_section_must_be_a_section():
   with pytest.raises(ConfigError, match="model='small' must be a group"):
     resolve({'model': 'small'})
+
+
+def test_an_end_for_hangs_needs_a_limit():
+  with pytest.raises(ConfigError, match=r'train\.exit_on_hang=True needs a limit: set train\.hang_seconds'):
+    Config().replace(train={'hang_seconds': 0.0, 'exit_on_hang': True})
 
 
 @pytest.mark.parametrize('sharing', SHARING_SCHEMES)

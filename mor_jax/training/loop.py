@@ -1,5 +1,6 @@
 """The training loop: dispatch steps, and between them log, validate, save, and stop when asked to."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -77,7 +78,7 @@ def train(
     report=progress.report,
   )
   sharding = mesh_lib.micro_batch_sharding(mesh)
-  saved, position = done, None  # the position of data that is read live
+  first, saved, position = done, done, None  # the position of data that is read live
 
   def note(records: list[tuple[int, Record]]) -> None:
     for step, record in records:
@@ -106,8 +107,10 @@ def train(
       while done < steps and not stop.signal:
         watchdog.beat(f'step {done + 1}')
         begin = time.perf_counter()
+        # A stream is first read up to where it was left, which may take long.
+        patience = watchdog.paused() if done == first else contextlib.nullcontext()
         try:
-          with stop.interruptible(), ledger.measure(goodput.DATA_WAIT):
+          with patience, stop.interruptible(), ledger.measure(goodput.DATA_WAIT):
             batch = next(batches)
         except Interrupted:
           break

@@ -66,8 +66,6 @@ class Signals:
 
   def __exit__(self, kind: type | None, *_) -> None:
     if kind is SystemExit and self.received is not None:
-      # Without the usual end of the interpreter: it crashes while a thread of JAX compiles.
-      sys.stdout.flush()
       _leave(self.received)
     if threading.current_thread() is not threading.main_thread():
       return
@@ -100,6 +98,12 @@ class Signals:
     finally:
       self._raises = False
 
+  def exit_code(self, number: int) -> int:
+    """The code to end with after saving. A process without others ends right here."""
+    if not jax.distributed.is_initialized():  # else its end is a matter of all processes
+      _leave(number)
+    return 128 + number
+
   def _handle(self, number: int, _) -> None:
     """Python calls it in the main thread, as soon as that runs Python."""
     first, self.received = self.received is None, self.received or number
@@ -115,7 +119,7 @@ class Signals:
       # A process that has nothing to save must be gone soon.
       leaves = count and not self.is_training
       if not select.select(self._pipe[:1], [], [], GRACE_SECONDS if leaves else None)[0]:
-        _leave(self.received)
+        _leave(self.received, flush=False)
       number = os.read(self._pipe[0], 1)
       if not number:
         return
@@ -124,7 +128,7 @@ class Signals:
       count += 1
       if count > 1:
         _say(f'{signal.Signals(number[0]).name} again: leaving at once')
-        _leave(number[0])
+        _leave(number[0], flush=False)
       self.received = number[0]
       what = 'saving, then leaving; once more to leave at once' if self.is_training else 'leaving'
       _say(f'{signal.Signals(number[0]).name}: {what}')
@@ -237,7 +241,16 @@ def _is_preempted(step: int) -> bool:
     return False
 
 
-def _leave(number: int) -> NoReturn:
+def _leave(number: int, flush: bool = True) -> NoReturn:
+  """Ends the process without the usual end of the interpreter, which waits for a thread that compiles and crashes.
+
+  Args:
+    number: of the signal.
+    flush: write what is printed; for the main thread, since another one might wait for its locks.
+  """
+  if flush:
+    sys.stdout.flush()
+    sys.stderr.flush()
   if os.isatty(_STDOUT):
     os.write(_STDOUT, b'\x1b[?25h')  # a progress bar hides the cursor
   os._exit(128 + number)
