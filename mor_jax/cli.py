@@ -37,6 +37,7 @@ def run(
   with_config: bool = True,
   needs_config: bool = True,
   with_arguments: bool = False,
+  several_processes: bool = False,
 ) -> NoReturn:
   """Parses the command line, calls main and exits with what it returns (None: 0).
 
@@ -46,15 +47,18 @@ def run(
     doc: shown by --help; the first words say what the program does, an example says how.
     with_config: define --config, the settings and --workdir.
     needs_config: require --config; without, the settings start from their defaults.
+    several_processes: define --coordinator and its kin, and connect the processes before main.
     with_arguments: main takes the words of the command line that are no flags, a list, as its last argument.
   """
   if with_config:
     _define_config_flags()
+  if several_processes:
+    _define_process_flags()
 
   def parse(argv: list[str]) -> list[Any]:
     if any(arg.startswith('-') and arg.lstrip('-') in HELP_FLAGS for arg in argv[1:]):
       signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
-      print(_help(main, doc, with_config))
+      print(_help(main, doc, with_config, several_processes))
       sys.exit(0)
     try:
       words = _parse_flags(argv)
@@ -69,6 +73,8 @@ def run(
 
   def guarded_main(arguments: list[Any]) -> int | None:
     try:
+      if several_processes and _join_processes():
+        return _run_among_others(main, arguments)
       return main(*arguments)
     except ConfigError as error:
       _refuse(error)
@@ -85,6 +91,44 @@ def run(
 def _refuse(error: ConfigError) -> NoReturn:
   print(f'error: {error}', file=sys.stderr)
   sys.exit(BAD_FLAGS)
+
+
+# ---- several processes ----
+
+
+def _define_process_flags() -> None:
+  flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, where several processes meet')
+  flags.DEFINE_integer('num_processes', None, 'how many processes take part in the training')
+  flags.DEFINE_integer('process_id', None, 'which of them this is, from 0')
+  flags.DEFINE_boolean(
+    'cluster', None, 'ask SLURM or the TPU pod who takes part; default: if it shows several processes'
+  )
+
+
+def _join_processes() -> bool:
+  """Connects this process with the others of its training; False if it is alone."""
+  from mor_jax.parallel import runtime  # JAX is not needed before
+
+  given = runtime.Processes(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+  processes = runtime.find(given, FLAGS.cluster)
+  runtime.initialize(processes)
+  return processes is not None
+
+
+def _run_among_others(main: Callable[..., int | None], arguments: list[Any]) -> int | None:
+  """As `guarded_main`, but a failure ends the process at once: an ordinary exit would wait for the others."""
+  from mor_jax.parallel import runtime
+
+  try:
+    return main(*arguments)
+  except (ConfigError, RunError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    code = BAD_FLAGS if isinstance(error, ConfigError) else FAILED
+  except KeyboardInterrupt:
+    code = INTERRUPTED
+  except Exception:
+    runtime.leave(FAILED)
+  runtime.leave(code)
 
 
 # ---- flags ----
@@ -207,11 +251,13 @@ def _check_arguments(get_config: Callable, arguments: list[str]) -> None:
 # ---- help ----
 
 
-def _help(main: Callable, doc: str, with_config: bool) -> str:
+def _help(main: Callable, doc: str, with_config: bool, several_processes: bool) -> str:
   own = sys.argv[0] if main.__module__ == '__main__' else main.__module__
   names = [(flag.name, flag) for flag in FLAGS.get_flags_for_module(own)]
   if with_config:
     names += [(name, FLAGS[name]) for name in ('config', 'workdir')]
+  if several_processes:
+    names += [(name, FLAGS[name]) for name in ('coordinator', 'num_processes', 'process_id', 'cluster')]
   lines = [doc.strip(), '', 'Flags:']
   for name, flag in names:
     default = '' if flag.default is None else f'={flag.default}'

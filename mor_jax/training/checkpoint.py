@@ -10,12 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from mor_jax.config import CheckpointConfig
+from mor_jax.parallel import runtime
 from mor_jax.settings import RunError
 from mor_jax.training import integrity, retention
 from mor_jax.training.state import TrainState
@@ -97,7 +96,7 @@ class Checkpoints:
       found = integrity.problems(folder, jax.process_index(), jax.process_count())
       for problem in found:
         self._report(f'checkpoint {folder} cannot be used: {problem}')
-      if not _anywhere(bool(found)):
+      if not runtime.anywhere(bool(found)):
         return step
       if not self._read_only:
         self._set_aside(folder)
@@ -115,7 +114,7 @@ class Checkpoints:
         number += 1
       folder.rename(target)
       self._report(f'set it aside as {target.name}')
-    _together('set_aside')
+    runtime.barrier('set aside')
     self._checkpointer.reload()
 
   # ---- saving ----
@@ -251,15 +250,3 @@ class Checkpoints:
       )
     return positions[jax.process_index()] if processes == jax.process_count() else None
 
-
-def _anywhere(condition: bool) -> bool:
-  """Whether the condition holds on any process."""
-  if jax.process_count() == 1:
-    return condition
-  return bool(np.any(multihost_utils.process_allgather(np.array(condition))))
-
-
-def _together(name: str) -> None:
-  """Returns when all processes have got here."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)

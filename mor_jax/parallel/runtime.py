@@ -1,0 +1,161 @@
+"""Several processes as one training: who they are, how they find each other, and how they end together.
+
+One process (the usual case on one machine) needs none of this. Several find each other through explicit
+flags, through SLURM, or through the metadata of a TPU pod. After `initialize` every process sees the
+devices of all; process 0 alone prints and writes.
+"""
+
+import dataclasses
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mor_jax.settings import ConfigError
+
+PATIENCE = 30  # seconds to find the other processes, and to notice that one has died
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+  """Where this process stands among those of a training; None where the cluster knows it.
+
+  Attributes:
+    coordinator: `host:port` of process 0.
+    num_processes: how many there are.
+    process_id: which of them this is, from 0.
+  """
+
+  coordinator: str | None = None
+  num_processes: int | None = None
+  process_id: int | None = None
+
+
+def find(flags: Processes, cluster: bool | None, environment: Mapping[str, str] = os.environ) -> Processes | None:
+  """How this process takes part in a training of several; None if it is alone.
+
+  Args:
+    flags: what the command line says.
+    cluster: whether to ask the cluster (SLURM, TPU pod); None: if it shows several processes.
+
+  Raises:
+    ConfigError: flags that do not belong together, or contradict themselves.
+  """
+  given = {name: value for name, value in dataclasses.asdict(flags).items() if value is not None}
+  if given:
+    missing = [f'--{name}' for name in dataclasses.asdict(flags) if name not in given]
+    if missing:
+      raise ConfigError(
+        f'--{next(iter(given))} needs {" and ".join(missing)} too: give all three to every process'
+      )
+    if cluster:
+      raise ConfigError('--cluster asks SLURM or the TPU pod who takes part; leave --coordinator out')
+    _check(flags)
+    return flags if flags.num_processes > 1 else None
+  if cluster is None:
+    tasks = environment.get('SLURM_NTASKS', '1') if 'SLURM_PROCID' in environment else '1'
+    workers = environment.get('TPU_WORKER_HOSTNAMES', '').split(',')
+    cluster = int(tasks) > 1 or len(workers) > 1
+  return Processes() if cluster else None
+
+
+def _check(flags: Processes) -> None:
+  host, _, port = flags.coordinator.rpartition(':')
+  if not host or not port.isdigit():
+    raise ConfigError(f'--coordinator={flags.coordinator} must be HOST:PORT, the same for every process')
+  if flags.num_processes < 1:
+    raise ConfigError(f'--num_processes={flags.num_processes} is not allowed: must be >= 1')
+  if not 0 <= flags.process_id < flags.num_processes:
+    raise ConfigError(
+      f'--process_id={flags.process_id} is not one of 0 to {flags.num_processes - 1} (--num_processes='
+      f'{flags.num_processes})'
+    )
+
+
+def initialize(processes: Processes | None) -> None:
+  """Connects this process with the others; to be called before anything else asks JAX for its devices.
+
+  Raises:
+    ConfigError: the others cannot be reached within PATIENCE seconds; says what to check.
+  """
+  if processes is None:
+    return
+  # CPU devices of several processes talk over gloo; other platforms bring their own collectives.
+  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  arguments = {name: value for name, value in dataclasses.asdict(processes).items() if value is not None}
+  if 'coordinator' in arguments:
+    arguments['coordinator_address'] = arguments.pop('coordinator')
+    if processes.process_id > 0:
+      _wait_for(processes.coordinator)
+  try:
+    jax.distributed.initialize(
+      **arguments, initialization_timeout=PATIENCE, heartbeat_timeout_seconds=PATIENCE
+    )
+  except (RuntimeError, ValueError) as error:
+    who = processes.coordinator or 'the cluster'
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    raise ConfigError(
+      f'the processes did not find each other through {who} within {PATIENCE} s ({reason}); check that all of them '
+      f'were started, with the same --coordinator and --num_processes and different --process_id'
+    ) from None
+
+
+def _wait_for(coordinator: str) -> None:
+  """Returns when something listens at the address; JAX itself would end the process without a word to the user."""
+  host, _, port = coordinator.rpartition(':')
+  begin, problem = time.monotonic(), 'no answer'
+  while time.monotonic() - begin < PATIENCE:
+    try:
+      socket.create_connection((host, int(port)), timeout=5).close()
+      return
+    except OSError as error:
+      problem = error.strerror or str(error)
+      time.sleep(0.3)
+  raise ConfigError(
+    f'--coordinator={coordinator} cannot be reached after {PATIENCE} s ({problem}); check that process 0 runs '
+    f'there, that the address is the same for every process, and that no firewall closes the port'
+  )
+
+
+def is_main() -> bool:
+  """Whether this is process 0, which prints and writes for all."""
+  return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+  """Returns when all processes have got here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def anywhere(condition: bool) -> bool:
+  """Whether the condition holds on any process; all must ask."""
+  if jax.process_count() == 1:
+    return condition
+  return bool(np.any(multihost_utils.process_allgather(np.array(condition))))
+
+
+def on_host(tree: Any) -> Any:
+  """Arrays of all devices as NumPy arrays, whole on every process; all must ask."""
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+  return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def leave(code: int) -> NoReturn:
+  """Ends a process of several that has failed, with the traceback of the exception being handled, if any.
+
+  An ordinary exit would wait for the others, and they for it.
+  """
+  if sys.exc_info()[0] is not None:
+    traceback.print_exc()
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
