@@ -124,11 +124,12 @@ def _run_among_others(main: Callable[..., int | None], arguments: list[Any]) -> 
   except (ConfigError, RunError) as error:
     print(f'error: {error}', file=sys.stderr)
     code = BAD_FLAGS if isinstance(error, ConfigError) else FAILED
+    runtime.leave(code)
   except KeyboardInterrupt:
-    code = INTERRUPTED
+    runtime.leave(INTERRUPTED)
   except Exception:
+    traceback.print_exc()
     runtime.leave(FAILED)
-  runtime.leave(code)
 
 
 # ---- flags ----

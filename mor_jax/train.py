@@ -28,6 +28,7 @@ from mor_jax.inference import sampling
 from mor_jax.model import flops
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
+from mor_jax.parallel import runtime
 from mor_jax.training import budget, goodput, loop, phases, summary
 from mor_jax.training.checkpoint import Checkpoints
 from mor_jax.training.goodput import Ledger
@@ -67,11 +68,11 @@ def main(config: Config, workdir: str | None, allow_change: Sequence[str] = ()) 
 
 
 def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signals: Signals) -> int:
-  console = Console()
+  console = Console(quiet=not runtime.is_main())
   config = budget.with_budgeted_steps(config)
   folder = RunFolder(Path(workdir or f'runs/{config.name}'))
 
-  ledger = Ledger(folder.goodput if jax.process_index() == 0 else None)
+  ledger = Ledger(folder.goodput if runtime.is_main() else None)
 
   # ---- what is cheap to check comes first ----
   folder.check(config, allow_change)
@@ -85,7 +86,9 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
   # ---- data, which decides the vocabulary ----
   dataset = loader.open_dataset(config.data, report=partial(_print, console))
   config = _with_vocabulary(config, dataset.tokenizer.vocab_size)
-  folder.create(config, dataset)
+  if runtime.is_main():
+    folder.create(config, dataset)
+  runtime.barrier('run folder')
   summary.print_table(console, config.name, summary.describe_run(config, mesh, dataset, folder.path))
 
   # ---- model and step ----
@@ -125,7 +128,7 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
     )
     ledger.resume(done)
     with (
-      MetricsLog(folder.path, done) as log,
+      MetricsLog(folder.path, done, writes=runtime.is_main()) as log,
       Progress(console, config.train.steps, done) as progress,
       signals.training(),
       watchdog,
@@ -156,8 +159,11 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
   result = _result(config, dataset, last)
   result |= {'goodput': ledger.seconds(), 'restarts': ledger.restarts()}
   if config.train.sample_tokens:
-    result['sample'] = _sample(model, config, dataset, state)
-  folder.write_summary(result)
+    variables = runtime.on_host(state.variables)
+    if runtime.is_main():
+      result['sample'] = _sample(model, config, dataset, variables)
+  if runtime.is_main():
+    folder.write_summary(result)
   summary.print_table(console, 'Finished', summary.describe_result(result, folder.path))
   return 0
 
@@ -234,7 +240,8 @@ def _validator(
   split = dataset.manifest.splits['validation']
 
   def validate(variables: Any) -> dict[str, float]:
-    batches = loader.validation_batches(dataset, rows, config.train.eval_rows)
+    hosts = {'host': jax.process_index(), 'num_hosts': jax.process_count()}
+    batches = loader.validation_batches(dataset, rows, config.train.eval_rows, **hosts)
     metrics = nll.evaluate(nll_step, variables, guards.over(batches), mesh)
     metrics['bits_per_byte'] = nll.bits_per_byte(metrics['nll'], split.tokens, split.bytes)
     return {f'validation/{name}': value for name, value in metrics.items()}
@@ -273,12 +280,12 @@ def _entropies(config: Config, dataset: loader.Dataset) -> tuple[float, float]:
   return ngram.ngram_entropies(visible, config.model.vocab_size)
 
 
-def _sample(model: Transformer, config: Config, dataset: loader.Dataset, state: TrainState) -> str:
+def _sample(model: Transformer, config: Config, dataset: loader.Dataset, variables: Any) -> str:
   """The prompt and its continuation under threshold routing."""
   train = config.train
   text = sampling.sample_text(
     model,
-    state.variables,
+    variables,
     dataset.tokenizer,
     train.sample_prompt,
     train.sample_tokens,
@@ -289,4 +296,4 @@ def _sample(model: Transformer, config: Config, dataset: loader.Dataset, state: 
 
 
 if __name__ == '__main__':
-  cli.run(lambda config, workdir: main(config, workdir, FLAGS.allow_change), __doc__)
+  cli.run(lambda config, workdir: main(config, workdir, FLAGS.allow_change), __doc__, several_processes=True)

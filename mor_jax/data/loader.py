@@ -102,16 +102,20 @@ def train_batches(
   return iter(steps.to_iter_dataset(options))
 
 
-def validation_batches(dataset: Dataset, batch_size: int, max_rows: int | None = None) -> Iterator[Batch]:
-  """The validation rows in order, at most `max_rows`: int32 arrays of shape (batch_size, T).
+def validation_batches(
+  dataset: Dataset, batch_size: int, max_rows: int | None = None, host: int = 0, num_hosts: int = 1
+) -> Iterator[Batch]:
+  """The validation rows in order, at most `max_rows`: int32 arrays of shape (batch_size / num_hosts, T).
 
-  The last batch is filled up with rows of padding, whose segment ids are all 0.
+  The last batch is filled up with rows of padding, whose segment ids are all 0. Each host reads its part
+  of every batch; `batch_size` must be a multiple of their number.
   """
   rows = dataset.rows('validation')
   count = len(rows) if max_rows is None else min(max_rows, len(rows))
   padding = packing.padding_row(dataset.manifest.seq_len, dataset.tokenizer.end_of_text)
   for first in range(0, count, batch_size):
-    yield _stack([rows[i] if i < count else padding for i in range(first, first + batch_size)])
+    own = host_rows(np.arange(first, first + batch_size), 1, host, num_hosts)
+    yield _stack([rows[i] if i < count else padding for i in own])
 
 
 def _stack(rows: Sequence[dict[str, np.ndarray]]) -> Batch:

@@ -10,7 +10,6 @@ import os
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -38,7 +37,9 @@ class Processes:
   process_id: int | None = None
 
 
-def find(flags: Processes, cluster: bool | None, environment: Mapping[str, str] = os.environ) -> Processes | None:
+def find(
+  flags: Processes, cluster: bool | None, environment: Mapping[str, str] = os.environ
+) -> Processes | None:
   """How this process takes part in a training of several; None if it is alone.
 
   Args:
@@ -150,12 +151,7 @@ def on_host(tree: Any) -> Any:
 
 
 def leave(code: int) -> NoReturn:
-  """Ends a process of several that has failed, with the traceback of the exception being handled, if any.
-
-  An ordinary exit would wait for the others, and they for it.
-  """
-  if sys.exc_info()[0] is not None:
-    traceback.print_exc()
+  """Ends a process of several that has failed: an ordinary exit would wait for the others, and they for it."""
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)

@@ -249,4 +249,3 @@ class Checkpoints:
         f'not with {jax.process_count()}; start {processes}, or prepare the data and begin a new run'
       )
     return positions[jax.process_index()] if processes == jax.process_count() else None
-

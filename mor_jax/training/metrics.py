@@ -18,27 +18,32 @@ class MetricsLog:
     folder: the run folder.
     last_step: step that the run continues from; whatever an earlier process wrote about
       later steps is dropped, and so is a line that it did not finish.
+    writes: whether this process is the one that writes; the others only remember.
   """
 
-  def __init__(self, folder: Path, last_step: int):
-    self._path = folder / 'metrics.jsonl'
-    kept = [record for record in read(self._path) if record['step'] <= last_step]
-    write_atomically(self._path, ''.join(json.dumps(record) + '\n' for record in kept))
-    self.records = kept
-    self._file = self._path.open('a')
-    self._board = SummaryWriter(str(folder / 'tensorboard'), purge_step=last_step + 1)
+  def __init__(self, folder: Path, last_step: int, writes: bool = True):
+    path = folder / 'metrics.jsonl'
+    self.records = [record for record in read(path) if record['step'] <= last_step]
+    self._writes = writes
+    if writes:
+      write_atomically(path, ''.join(json.dumps(record) + '\n' for record in self.records))
+      self._file = path.open('a')
+      self._board = SummaryWriter(str(folder / 'tensorboard'), purge_step=last_step + 1)
 
   def __enter__(self) -> 'MetricsLog':
     return self
 
   def __exit__(self, *_) -> None:
-    self._file.close()
-    self._board.close()
+    if self._writes:
+      self._file.close()
+      self._board.close()
 
   def write(self, step: int, record: Record) -> None:
     """Writes all that is known about a step."""
     record = {'step': step, **record}
     self.records.append(record)
+    if not self._writes:
+      return
     self._file.write(json.dumps(record) + '\n')
     self._file.flush()
     for name, value in record.items():
