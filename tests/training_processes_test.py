@@ -31,7 +31,8 @@ jax.config.update('jax_cpu_collectives_implementation', 'gloo')
 jax.distributed.initialize(address, 2, index)
 mesh = mesh_lib.make_mesh()
 folder.mkdir()
-train = {'steps': 500, 'global_batch': 2, 'warmup_steps': 0, 'log_every': 1, 'eval_every': 0}
+eval_every = int(sys.argv[4])
+train = {'steps': 500, 'global_batch': 2, 'warmup_steps': 0, 'log_every': 1, 'eval_every': eval_every}
 config = Config().replace(train=train, data={'seq_len': 4})
 
 @jax.jit
@@ -52,6 +53,11 @@ def batches():
     print('step', number, flush=True)
     yield {'tokens': np.zeros((1, 4), np.int32)}
 
+def validate(variables):
+  for number in guards.over(range(500)):
+    print('validation', number, flush=True)
+    time.sleep(0.02)
+
 replicated = mesh_lib.replicated(mesh)
 state = jax.jit(lambda: TrainState(jnp.int32(0), (), ()), out_shardings=replicated)()
 with (
@@ -62,21 +68,22 @@ with (
   Watchdog(2.0, exits=True) as watchdog,
 ):
   guards = loop.Guards(Stop(signals, mesh), watchdog, Ledger())
-  loop.train(config, mesh, state, step, batches(), None, Checkpoints(), log, progress, guards)
+  loop.train(config, mesh, state, step, batches(), validate, Checkpoints(), log, progress, guards)
   stopped = guards.stop.settle()
 sys.exit(128 + stopped if stopped else 0)
 """
 
 
 @pytest.fixture
-def pair(tmp_path):
-  """Two processes that have trained for a few steps."""
+def pair(request, tmp_path):
+  """Two processes that train; (steps between validations, line to wait for) is the parameter."""
+  eval_every, sign_of_life = getattr(request, 'param', (0, 'step 6'))
   with socket.socket() as free:
     free.bind(('localhost', 0))
     address = f'localhost:{free.getsockname()[1]}'
   processes = [
     subprocess.Popen(
-      [sys.executable, '-c', PROCESS, address, str(index), str(tmp_path)],
+      [sys.executable, '-c', PROCESS, address, str(index), str(tmp_path), str(eval_every)],
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
@@ -84,7 +91,7 @@ def pair(tmp_path):
     for index in range(2)
   ]
   for process in processes:
-    while (line := process.stdout.readline()) not in ('', 'step 6\n'):
+    while (line := process.stdout.readline()) not in ('', f'{sign_of_life}\n'):
       pass
     assert line, process.communicate()[1]
   yield processes
@@ -93,6 +100,9 @@ def pair(tmp_path):
     process.communicate()
 
 
+@pytest.mark.parametrize(
+  'pair', [(0, 'step 6'), (3, 'validation 6')], indirect=True, ids=['steps', 'validation']
+)
 def test_one_is_told_and_both_save_the_same_step(pair):
   pair[1].send_signal(signal.SIGTERM)
   outputs = [process.communicate(timeout=30)[0] for process in pair]
@@ -100,6 +110,7 @@ def test_one_is_told_and_both_save_the_same_step(pair):
   saves = [re.findall(r'^saved (\d+) (\d+)$', output, re.M) for output in outputs]
   assert saves[0] == saves[1]
   assert len(saves[0]) == 1
+  assert 'validation 60' not in outputs[0]
   assert saves[0][0][0] == saves[0][0][1]
 
 
