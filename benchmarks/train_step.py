@@ -7,13 +7,9 @@ count. "Delivered" is the time ratio over the ratio of executed FLOPs: 1 where t
 Writes benchmarks/results/train_step.json and .md.
 """
 
-import json
-import platform
 import statistics
-import subprocess
 import time
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +18,7 @@ from absl import flags
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks import results
 from mor_jax import cli
 from mor_jax.config import Config
 from mor_jax.model import flops
@@ -38,7 +35,6 @@ flags.DEFINE_integer('width', 384, 'model width, a multiple of 64')
 flags.DEFINE_integer('rows', 4, 'rows of a batch')
 flags.DEFINE_integer('seq_len', 512, 'tokens of a row')
 
-RESULTS = Path(__file__).parent / 'results'
 MODELS = {
   'vanilla': {'kind': 'vanilla'},
   'recursive R=2': {'kind': 'recursive', 'num_recursions': 2},
@@ -104,38 +100,21 @@ def main() -> None:
       if index:  # the first round warms up
         seconds[name].append(taken)
   figures = {name: c.figures(statistics.median(seconds[name])) for name, c in contenders.items()}
-  lines = list(_table(figures))
-  Console().print('\n'.join(lines), highlight=False, soft_wrap=True)
-  RESULTS.mkdir(exist_ok=True)
   flag_values = {name: FLAGS[name].value for name in ('rounds', 'layers', 'width', 'rows', 'seq_len')}
-  result = {'machine': _machine(), 'settings': flag_values, 'models': figures}
-  (RESULTS / 'train_step.json').write_text(json.dumps(result, indent=2) + '\n')
-  notes = [f'{key}: {value}  ' for key, value in {**result['machine'], **flag_values}.items()]
-  (RESULTS / 'train_step.md').write_text('\n'.join([*lines, '', *notes]) + '\n')
+  table = results.keep('train_step', COLUMNS, list(_rows(figures)), flag_values, models=figures)
+  Console().print(table, highlight=False, soft_wrap=True)
 
 
-def _table(figures: dict[str, dict[str, float]]):
-  yield '| model | step, ms | tokens/s | time ratio | FLOP ratio | delivered | temporaries ratio |'
-  yield '|---|---|---|---|---|---|---|'
+COLUMNS = ('model', 'step, ms', 'tokens/s', 'time ratio', 'FLOP ratio', 'delivered', 'temporaries ratio')
+
+
+def _rows(figures: dict[str, dict[str, float]]) -> Iterator[list[str]]:
   base = figures['vanilla']
   for name, own in figures.items():
     times, work = own['seconds'] / base['seconds'], own['flops_per_token'] / base['flops_per_token']
     memory = own['temporary_bytes'] / base['temporary_bytes']
-    yield (
-      f'| {name} | {own["seconds"] * 1e3:,.0f} | {own["tokens_per_second"]:,.0f} | {times:.3f} | {work:.3f} '
-      f'| {times / work:.2f} | {memory:.2f} |'
-    )
-
-
-def _machine() -> dict[str, str]:
-  commit = subprocess.run(
-    ['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, check=False
-  )
-  return {
-    'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}, {platform.machine()}',
-    'jax': metadata.version('jax'),
-    'commit': commit.stdout.strip(),
-  }
+    speed = [f'{own["seconds"] * 1e3:,.0f}', f'{own["tokens_per_second"]:,.0f}']
+    yield [name, *speed, f'{times:.3f}', f'{work:.3f}', f'{times / work:.2f}', f'{memory:.2f}']
 
 
 if __name__ == '__main__':

@@ -225,6 +225,7 @@ def _use_compilation_cache(config: Config) -> None:
   """Compiled programs are kept in the cache folder of the datasets, so that a restart begins at once."""
   if jax.config.jax_compilation_cache_dir is None:
     jax.config.update('jax_compilation_cache_dir', str(dataset_lib.cache_dir(config.data) / 'xla'))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)  # small programs add up
 
 
 def _validator(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny_run
 
+from benchmarks.damage import DAMAGE, flip, newest, payload
 from mor_jax.config import CheckpointConfig
 from mor_jax.settings import RunError
 from mor_jax.training import checkpoint as checkpoint_lib
@@ -46,13 +47,6 @@ def saved(state, tmp_path_factory):
 def folder(saved, tmp_path):
   """A copy of it, to be damaged."""
   return shutil.copytree(saved, tmp_path / 'checkpoints')
-
-
-def payload(folder, step: int = 6):
-  """The file that holds the arrays."""
-  return max(
-    (path for path in (folder / str(step)).rglob('*') if path.is_file()), key=lambda p: p.stat().st_size
-  )
 
 
 def test_state_survives_bit_for_bit_while_training_goes_on(run, tmp_path):
@@ -97,35 +91,6 @@ def test_says_what_it_is_of(saved):
   assert manifest['config'] == {'name': 'x'}
 
 
-def flip(path):
-  content = bytearray(path.read_bytes())
-  content[len(content) // 2] ^= 1
-  path.write_bytes(content)
-
-
-def truncate(path):
-  path.write_bytes(path.read_bytes()[:-1])
-
-
-DAMAGE = {
-  'a flipped bit': lambda folder: flip(payload(folder)),
-  'a truncated file': lambda folder: truncate(payload(folder)),
-  'an empty file': lambda folder: payload(folder).write_bytes(b''),
-  'a missing shard': lambda folder: payload(folder).unlink(),
-  'a longer file': lambda folder: payload(folder).write_bytes(payload(folder).read_bytes() + b'x'),
-  'the file of another step': lambda folder: payload(folder).write_bytes(
-    payload(folder, 3).read_bytes()[::-1]
-  ),
-  'other metadata': lambda folder: flip(folder / '6' / '_CHECKPOINT_METADATA'),
-  'a missing index': lambda folder: (folder / '6' / 'state' / 'manifest.ocdbt').unlink(),
-  'a missing folder': lambda folder: shutil.rmtree(folder / '6' / 'state'),
-  'no manifest': lambda folder: (folder / '6' / integrity.MANIFEST).unlink(),
-  'half a manifest': lambda folder: truncate(folder / '6' / integrity.MANIFEST),
-  'a changed manifest': lambda folder: flip(folder / '6' / integrity.MANIFEST),
-  'a changed position': lambda folder: (folder / '6' / 'process_0.json').write_text('{}'),
-}
-
-
 @pytest.mark.parametrize('damage', DAMAGE.values(), ids=DAMAGE)
 def test_damaged_newest_is_set_aside_for_the_one_before(run, state, folder, damage):
   damage(folder)
@@ -145,7 +110,7 @@ def test_damaged_newest_is_set_aside_for_the_one_before(run, state, folder, dama
 
 def test_without_a_good_one_the_run_stops_and_begins_nothing_anew(folder):
   for step in (3, 6):
-    flip(payload(folder, step))
+    flip(payload(folder / str(step)))
   with (
     Checkpoints(folder, SETTINGS, report=lambda text: None) as checkpoints,
     pytest.raises(RunError, match=r'none of the 2 checkpoints .* can be used'),
@@ -155,7 +120,7 @@ def test_without_a_good_one_the_run_stops_and_begins_nothing_anew(folder):
 
 
 def test_a_reader_leaves_everything_where_it_is(folder):
-  flip(payload(folder))
+  flip(payload(newest(folder)))
   (folder / '9.orbax-checkpoint-tmp').mkdir()  # a save under way
   names = sorted(path.name for path in folder.iterdir())
   with Checkpoints(folder, SETTINGS, report=lambda text: None, read_only=True) as checkpoints:
