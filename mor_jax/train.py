@@ -106,6 +106,7 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
     validate = _validator(model, config, mesh, dataset, guards)
     done = checkpoints.newest_good() or 0
     position = checkpoints.position(done) if done else None
+    ledger.resume(done)
     with ledger.measure(goodput.COMPILE):
       train_step = _compile(console, config, optimizer, mesh, abstract, done)
 
@@ -126,7 +127,6 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
       num_hosts=jax.process_count(),
       position=position,
     )
-    ledger.resume(done)
     with (
       MetricsLog(folder.path, done, writes=runtime.is_main()) as log,
       Progress(console, config.train.steps, done) as progress,

@@ -101,7 +101,12 @@ def pair(request, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'pair', [(0, 'step 6'), (3, 'validation 6')], indirect=True, ids=['steps', 'validation']
+  'pair',
+  [
+    pytest.param((0, 'step 6'), id='steps'),
+    pytest.param((3, 'validation 6'), id='validation', marks=pytest.mark.slow),
+  ],
+  indirect=True,
 )
 def test_one_is_told_and_both_save_the_same_step(pair):
   pair[1].send_signal(signal.SIGTERM)
