@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from mor_jax import cli
-from mor_jax.config import Config, ConfigError
+from mor_jax.config import Config, ConfigError, TrainConfig
 from mor_jax.data import dataset as dataset_lib
 from mor_jax.data import live, loader, schedule
 from mor_jax.evaluation import ngram, nll
@@ -47,6 +47,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_list(
   'allow_change', [], 'settings that a resumed run may change although they decide what is trained'
 )
+ROWS_NAMED = 64  # of a batch, in a message
 
 
 def main(config: Config, workdir: str | None, allow_change: Sequence[str] = ()) -> int:
@@ -139,7 +140,7 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
         )
       except NonFiniteError as error:
         error.add(f'its batch had {_rows(config, dataset, error.step)}')
-        error.add('lower train.learning_rate, or set train.on_nonfinite=skip')
+        error.add(_remedy(config.train))
         raise
       last = log.records[-1] if log.records else {}
       watchdog.beat('the last checkpoint')
@@ -186,7 +187,15 @@ def _rows(config: Config, dataset: loader.Dataset, step: int) -> str:
   if isinstance(dataset, live.LiveDataset):
     return f'rows {first} to {first + count - 1} of the stream'
   rows = loader.batch_rows(dataset.manifest.splits['train'].rows, first, count, config.data.seed)
-  return f'rows {", ".join(map(str, rows))} of the training split'
+  named = ', '.join(map(str, rows[:ROWS_NAMED])) + (', ...' if count > ROWS_NAMED else '')
+  return f'{count} rows of the training split: {named}'
+
+
+def _remedy(train: TrainConfig) -> str:
+  """What a user can do about an update that is not finite."""
+  if train.on_nonfinite == 'skip':
+    return f'raise train.max_skipped={train.max_skipped} to leave out more, or lower train.learning_rate'
+  return 'set train.on_nonfinite=skip to leave it out, or lower train.learning_rate'
 
 
 def _with_vocabulary(config: Config, tokenizer_size: int) -> Config:

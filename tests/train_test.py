@@ -161,7 +161,7 @@ def test_numbers_that_go_wrong_end_the_run_with_all_there_is_to_know(config, tmp
     f'nan at step {step} (gradient norms: embed ',
     'the update was not applied',
     f'the last checkpoint is {tmp_path}/checkpoints/{step - 1}',
-    f'its batch had rows {", ".join(map(str, rows))} of the training split',
+    f'its batch had 8 rows of the training split: {", ".join(map(str, rows))};',
     'train.on_nonfinite=skip',
   ):
     assert told in str(stop.value)
