@@ -67,6 +67,7 @@ SETTINGS = {
 PROGRAM = """
 import os, runpy, sys, time
 from pathlib import Path
+sys.modules['torch'] = None  # where it is installed, TensorBoard's writer would take seconds to import it
 from mor_jax.data import loader
 from mor_jax.training.checkpoint import Checkpoints
 

@@ -12,12 +12,14 @@ import time
 
 from absl import flags
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from mor_jax import cli
 from mor_jax.config import Config, ConfigError
 from mor_jax.data import dataset as dataset_lib
 from mor_jax.data import inspection
+from mor_jax.units import quantity
 
 _INSPECT = flags.DEFINE_string('inspect', None, 'show rows and statistics of this prepared dataset instead')
 _ROWS = flags.DEFINE_integer('rows', 3, 'rows that --inspect shows')
@@ -34,6 +36,10 @@ def main(config: Config, workdir: str | None) -> None:
       raise ConfigError(f'--rows={_ROWS.value} is not allowed: must be >= 0')
     inspection.show(console, dataset_lib.open_dataset(_INSPECT.value), _SPLIT.value, _ROWS.value)
     return
+  if config.data.live:
+    raise ConfigError(
+      'data.live=True reads documents while training, so there is nothing to prepare; leave it out'
+    )
   with Meter(console) as meter:
     dataset = dataset_lib.prepare(config.data, report=meter.print, progress=meter.show)
   meter.print(f'use it with --config.data.source={dataset_lib.PREPARED}{dataset.folder}')
@@ -45,16 +51,14 @@ class Meter:
   def __init__(self, console: Console):
     self._console = console
     self._bar = Progress(
-      BarColumn(bar_width=None),
-      TextColumn('{task.fields[text]}'),
-      TimeElapsedColumn(),
+      BarColumn(bar_width=10),
+      TextColumn('{task.fields[text]}', table_column=Column(no_wrap=True)),
       TextColumn('ETA'),
       TimeRemainingColumn(),
       console=console,
-      expand=True,
     )
     self._task = None
-    self._start = self._last_line = 0.0
+    self._start = self._last_line = time.perf_counter()
 
   def __enter__(self) -> 'Meter':
     return self
@@ -65,16 +69,17 @@ class Meter:
   def print(self, text: str) -> None:
     """A line above the bar."""
     self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+    if self._task is None:
+      self._start = self._last_line = time.perf_counter()  # the next piece of work begins
 
   def show(self, state: dataset_lib.Progress) -> None:
     """Takes note of how far it is."""
     now = time.perf_counter()
     if self._task is None:
       self._task = self._bar.add_task('prepare', total=1.0, text='')
-      self._start = self._last_line = now
       if self._console.is_terminal:
         self._bar.start()
-    text = self._text(state, max(now - self._start, 1e-9))
+    text = self._text(state, now - self._start)
     if state.fraction is None:
       self._bar.update(self._task, total=None, text=text)
     else:
@@ -88,9 +93,9 @@ class Meter:
     new_bytes = done['bytes'] - state.skipped_bytes
     share = new_bytes / max(done['bytes'], 1)
     return (
-      f'{done["documents"]:,} documents ({done["documents"] * share / seconds:,.0f}/s)  '
-      f'{done["bytes"] / 1e6:,.0f} MB ({new_bytes / 1e6 / seconds:.1f} MB/s)  '
-      f'{done["tokens"] / seconds:,.0f} tokens/s'
+      f'{done["documents"]:,} documents, {done["documents"] * share / seconds:,.0f}/s; '
+      f'{done["bytes"] / 1e6:,.0f} MB, {new_bytes / 1e6 / seconds:.1f}/s; '
+      f'{quantity(done["tokens"] / seconds)} tokens/s'
     )
 
   def _time_left(self, fraction: float | None, seconds: float) -> str:

@@ -327,7 +327,9 @@ def _split_counts(data: DataConfig, split: str, counts: Counter[str]) -> SplitCo
 
 
 def _too_small(data: DataConfig, split: str, counts: Counter) -> str:
-  remedies = ['lower data.seq_len']
+  remedies = (
+    ['lower data.seq_len'] if counts['documents'] else ['give more documents: a document is on one side']
+  )
   if data.max_documents:
     remedies.append(f'raise data.max_documents={data.max_documents}')
   if split == 'validation':

@@ -12,7 +12,7 @@ from mor_jax.model import flops
 from mor_jax.reporting import page, plots
 from mor_jax.reporting.depths import Depths, mean_depth
 from mor_jax.reporting.runs import AXES, Curve, Run, differing_settings, same_tokenizer
-from mor_jax.training.summary import quantity
+from mor_jax.units import quantity
 
 ROUTER_METRICS = {
   'mean_depth': 'mean recursions per token',

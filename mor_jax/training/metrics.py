@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 from mor_jax.training.run_folder import write_atomically
 
 Record = dict[str, float]
@@ -28,6 +26,8 @@ class MetricsLog:
     if writes:
       write_atomically(path, ''.join(json.dumps(record) + '\n' for record in self.records))
       self._file = path.open('a')
+      from tensorboardX import SummaryWriter  # slow to import, and of use here alone
+
       self._board = SummaryWriter(str(folder / 'tensorboard'), purge_step=last_step + 1)
 
   def __enter__(self) -> 'MetricsLog':

@@ -11,6 +11,7 @@ from mor_jax.config import Config, ModelConfig
 from mor_jax.data import schedule
 from mor_jax.data.loader import Dataset
 from mor_jax.model import flops
+from mor_jax.units import quantity
 
 Row = tuple[str, str]
 
@@ -177,14 +178,6 @@ def describe_time(seconds: dict[str, float], restarts: int) -> Row:
   shares = ', '.join(f'{kind.replace("_", " ")} {value / total:.1%}' for kind, value in seconds.items())
   times = f' in {restarts + 1} processes' if restarts else ''
   return 'time', f'{total:,.0f} s{times}: {shares}'
-
-
-def quantity(number: float) -> str:
-  """A count with three digits and a unit: 12.3 M."""
-  for size, unit in ((1e12, ' T'), (1e9, ' G'), (1e6, ' M'), (1e3, ' k')):
-    if number >= size:
-      return f'{number / size:.3g}{unit}'
-  return f'{number:.3g}'
 
 
 def _megabytes(num_bytes: float) -> str:
