@@ -150,6 +150,27 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(
   jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+@pytest.mark.slow
+def test_a_restart_does_not_compile_again(config, tmp_path):
+  """What a user gets without setting anything: the programs are kept beside the datasets."""
+  own = config.replace(data={'cache_dir': str(tmp_path / 'cache')})
+  environment = {name: value for name, value in os.environ.items() if 'CACHE_DIR' not in name}
+  for number, code in ((signal.SIGTERM, 143), (0, 0)):  # 0: no signal
+    command = [
+      sys.executable,
+      '-c',
+      KILLED_RUN,
+      json.dumps(own.to_dict()),
+      str(tmp_path / 'run'),
+      str(int(number)),
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+  first, second = json.loads((tmp_path / 'run' / 'goodput.json').read_text())
+  assert second['seconds']['compile'] < 0.6 * first['seconds']['compile']
+  assert list((tmp_path / 'cache' / 'xla').glob('jit_train_step*'))
+
+
 def test_numbers_that_go_wrong_end_the_run_with_all_there_is_to_know(config, tmp_path):
   wild = config.replace(train={'learning_rate': 1e18, 'warmup_steps': 0}, checkpoint={'every_steps': 1})
   with pytest.raises(NonFiniteError) as stop:
