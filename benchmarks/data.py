@@ -1,15 +1,14 @@
-"""Speed and memory of the data pipeline: python benchmarks/data.py --corpus='texts/**/*.txt' --tokenizer=tokenizer.json
+"""Speed and memory of the data pipeline: python -m benchmarks.data --corpus='texts/**/*.txt' --tokenizer=tokenizer.json
 
 Prepares the same text with `tokenizers` alone (encode_batch_fast, all cores) and with mor_jax, in turns, and
-reports the ratio; then the tokens/s of the loader from a warm page cache; then the memory of preparing, over
-all processes, beyond that of a process that has only loaded the tokenizer.
+reports the ratio; then the tokens/s of the loader from a warm page cache, at rows of 2,048 and for the tiny
+model, whose training step runs in the same process; then the memory of preparing, over all processes, beyond
+that of a process that has only loaded the tokenizer. Run it from the repository: python -m benchmarks.data.
 """
 
 import argparse
 import json
-import os
 import pathlib
-import platform
 import resource
 import statistics
 import subprocess
@@ -19,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable
 
-RESULTS = pathlib.Path(__file__).parent / 'results' / 'data.json'
 MB = 1e6
 
 
@@ -34,19 +32,23 @@ def main() -> None:
   )
   parser.add_argument('--repeats', type=int, default=3, help='of the speed measurement')
   arguments = parser.parse_args()
-  result = {'machine': f'{platform.machine()}, {os.cpu_count()} cores', 'python': platform.python_version()}
+  result = {}
   with tempfile.TemporaryDirectory() as scratch:
     corpus = repeated(arguments.corpus, pathlib.Path(scratch, 'speed.jsonl'), arguments.megabytes)
     result |= prepare_speed(corpus, arguments.tokenizer, scratch, arguments.repeats)
     result |= loader_speed(f'{scratch}/0')
+    result |= tiny_speed(scratch)
     if arguments.memory_megabytes:
       corpus = repeated(arguments.corpus, pathlib.Path(scratch, 'memory.jsonl'), arguments.memory_megabytes)
       result |= prepare_memory(corpus, arguments.tokenizer, scratch, arguments.memory_megabytes)
-  width = max(map(len, result))
-  for name, value in result.items():
-    print(f'{name:<{width}}  {value:,.2f}' if isinstance(value, float) else f'{name:<{width}}  {value}')
-  RESULTS.parent.mkdir(exist_ok=True)
-  RESULTS.write_text(json.dumps(result, indent=2) + '\n')
+  from benchmarks import results
+
+  rows = [
+    [name.replace('_', ' '), f'{value:,.4g}' if value < 1000 else f'{value:,.0f}']
+    for name, value in result.items()
+  ]
+  asked = {name: value for name, value in vars(arguments).items() if name not in ('corpus', 'tokenizer')}
+  print(results.keep('data', ['what', 'measured'], rows, asked, figures=result))
 
 
 def repeated(pattern: str, path: pathlib.Path, megabytes: float) -> pathlib.Path:
@@ -131,6 +133,45 @@ def loader_speed(cache_dir: str) -> dict[str, float]:
     tokens = sum(next(batches)['tokens'].size for _ in range(40))
     speeds.append(tokens / (time.perf_counter() - begin))
   return {'loader_tokens_per_second': statistics.median(speeds[1:])}
+
+
+def tiny_speed(scratch: str) -> dict[str, float]:
+  """Tokens/s that the training step of configs/tiny.py takes, and that the loader gives for it."""
+  import jax
+  import jax.numpy as jnp
+
+  from mor_jax import cli
+  from mor_jax.data import loader, schedule
+  from mor_jax.model.transformer import Transformer
+  from mor_jax.parallel import mesh as mesh_lib
+  from mor_jax.training.optimizer import make_optimizer
+  from mor_jax.training.state import initializer
+  from mor_jax.training.step import make_train_step, split_batch
+
+  config = cli.load_config('configs/tiny.py', {'data.cache_dir': f'{scratch}/tiny'})
+  dataset = loader.open_dataset(config.data)
+  config = config.replace(model={'vocab_size': dataset.tokenizer.vocab_size})
+  batches = loader.train_batches(dataset, config.data, schedule.of(config.train))
+  mesh, model, optimizer = mesh_lib.make_mesh(), Transformer(config.model), make_optimizer(config.train)
+  state = initializer(model, optimizer, mesh, config.data.seq_len)(jnp.uint32(0))
+  step, sharding = make_train_step(model, config, optimizer, mesh), mesh_lib.micro_batch_sharding(mesh)
+  tokens, steps, loads = config.train.global_batch * config.data.seq_len, [], []
+  for _ in range(30):
+    begin = time.perf_counter()
+    for _ in range(50):
+      batch = next(batches)
+    loads.append((time.perf_counter() - begin) / 50)
+    batch = mesh_lib.put(split_batch(batch, config.train.accumulation), sharding)
+    begin = time.perf_counter()
+    state, metrics = step(state, batch)
+    jax.block_until_ready(metrics)
+    steps.append(time.perf_counter() - begin)
+  consumed, given = tokens / statistics.median(steps[2:]), tokens / statistics.median(loads[2:])
+  return {
+    'tiny_model_tokens_per_second': consumed,
+    'tiny_loader_tokens_per_second': given,
+    'tiny_loader_of_model': given / consumed,
+  }
 
 
 def prepare_memory(corpus: pathlib.Path, tokenizer: str, scratch: str, megabytes: float) -> dict[str, float]:

@@ -205,14 +205,30 @@ def _load_config(needs_config: bool) -> Config:
   """The validated Config of --config and the overrides; raises ConfigError."""
   if not FLAGS.config and needs_config:
     raise ConfigError('--config is missing: name a file of settings, for example --config=configs/tiny.py')
-  settings = _read_config_file(FLAGS.config) if FLAGS.config else config_lib.default()
+  return load_config(FLAGS.config, overrides())
+
+
+def overrides() -> dict[str, Any]:
+  """Settings given on the command line, by dotted name: `{'train.steps': 10}`."""
   flag_of = {name: FLAGS[f'config.{name}'] for name in config_lib.settings()}
-  overrides = {name: flag.value for name, flag in flag_of.items() if flag.present}
+  return {name: flag.value for name, flag in flag_of.items() if flag.present}
+
+
+def load_config(spec: str | None, changes: dict[str, Any]) -> Config:
+  """The validated Config of `PATH` or `PATH:VARIANT` (None: the defaults) with changes by dotted name.
+
+  Raises:
+    ConfigError: the file, a name or a value cannot work.
+  """
+  settings = _read_config_file(spec) if spec else config_lib.default()
+  unknown = [name for name in changes if name not in config_lib.settings()]
+  if unknown:
+    raise ConfigError(f'unknown setting {unknown[0]} (--help lists all settings)')
   # A file may build a ConfigDict by hand, with sections left out; resolve() checks names and types.
   with settings.unlocked(), settings.ignore_type():
-    for section in {name.partition('.')[0] for name in overrides if '.' in name} - set(settings):
+    for section in {name.partition('.')[0] for name in changes if '.' in name} - set(settings):
       settings[section] = config_dict.ConfigDict()
-    settings.update_from_flattened_dict(overrides)
+    settings.update_from_flattened_dict(changes)
   return config_lib.resolve(settings)
 
 

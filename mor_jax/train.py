@@ -102,7 +102,9 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
 
   about = folder.describe_checkpoints(config, dataset)
   report = partial(_print, console)
-  with Checkpoints(folder.checkpoint_folder(config), config.checkpoint, about, report) as checkpoints:
+  with Checkpoints(
+    folder.checkpoint_folder(config), config.checkpoint, about, [folder.tokenizer], report
+  ) as checkpoints:
     guards = loop.Guards(Stop(signals, mesh, checkpoints.wants_save), watchdog, ledger)
     validate = _validator(model, config, mesh, dataset, guards)
     done = checkpoints.newest_good() or 0

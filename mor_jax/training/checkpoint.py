@@ -6,7 +6,7 @@ A checkpoint is a folder named by its step, made by Orbax, with digests of all i
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ class Checkpoints:
     folder: made at the first save, or when absent; local, or any path that etils' epath takes (gs://).
     settings: when to save and what to keep.
     about: JSON that goes with every checkpoint: what its state belongs to.
+    attachments: files copied into every checkpoint, such as the tokenizer.
     report: shows a line to the user.
     read_only: of a run that may be going on: nothing is renamed, removed or saved.
   """
@@ -41,12 +42,14 @@ class Checkpoints:
     folder: epath.PathLike,
     settings: CheckpointConfig,
     about: dict[str, Any] | None = None,
+    attachments: Sequence[epath.PathLike] = (),
     report: Callable[[str], None] = print,
     read_only: bool = False,
   ):
     path = epath.Path(folder)
     self._folder = path if '://' in str(folder) else path.absolute()
     self._settings, self._about, self._report = settings, about or {}, report
+    self._attachments = [epath.Path(path) for path in attachments]
     self._read_only = read_only
     self._finishing: threading.Thread | None = None
     self._failure: str | None = None
@@ -108,7 +111,7 @@ class Checkpoints:
     return None
 
   def _set_aside(self, folder: epath.Path) -> None:
-    if jax.process_index() == 0:
+    if runtime.is_main():
       number = 0
       while (target := folder.with_name(f'{folder.name}.damaged{number or ""}')).exists():
         number += 1
@@ -165,8 +168,11 @@ class Checkpoints:
     """Makes a save count once it is on disk, then removes what need not be kept. Runs on a thread."""
     try:
       response.result()
+      if runtime.is_main():
+        for path in self._attachments:
+          path.copy(self.path(step) / path.name, overwrite=True)
       integrity.write_share(self.path(step), jax.process_index(), {'position': position})
-      if jax.process_index() == 0:
+      if runtime.is_main():
         integrity.publish(self.path(step), jax.process_count(), about)
         self._retain()
       self._failure = None
@@ -193,7 +199,7 @@ class Checkpoints:
 
   def _remove(self, step: int) -> None:
     """By rename first, so that nothing half-removed bears a checkpoint's name."""
-    if jax.process_index() == 0:
+    if runtime.is_main():
       target = self.path(step).with_name(f'{step}{_REMOVED}')
       if target.exists():
         target.rmtree()
