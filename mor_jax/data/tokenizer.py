@@ -40,6 +40,7 @@ class Tokenizer:
     backend.no_padding()
     self._backend = backend
     self.end_of_text: int = end_of_text
+    self.separator = separator
 
   @property
   def vocab_size(self) -> int:

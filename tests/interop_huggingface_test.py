@@ -1,0 +1,123 @@
+"""Llama checkpoints: bit for bit there and back, opened by transformers, and refused by name where they cannot be read."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny
+
+from mor_jax.config import ConfigError, DataConfig
+from mor_jax.data import tokenizer as tokenizer_lib
+from mor_jax.interop import huggingface
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+  return tokenizer_lib.build(DataConfig(tokenizer='bytes'))
+
+
+def vanilla(**change):
+  return tiny.model(kind='vanilla', vocab_size=257, num_layers=3, **change)
+
+
+@pytest.fixture
+def folder(tokenizer, tmp_path):
+  """A checkpoint of a small model."""
+  huggingface.save(tmp_path / 'llama', *vanilla(), tokenizer)
+  return tmp_path / 'llama'
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('change', [{}, {'tie_embeddings': False, 'head_dim': 16, 'rope_theta': 5e5}])
+def test_there_and_back_is_the_same_bit_for_bit(tokenizer, tmp_path, monkeypatch, dtype, change):
+  model, variables = vanilla(dtype=dtype, **change)
+  variables = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), variables)
+  monkeypatch.setattr(huggingface, 'SHARD_BYTES', 20_000)  # several files
+  huggingface.save(tmp_path / 'llama', model, variables, tokenizer)
+  assert len(list((tmp_path / 'llama').glob('*.safetensors'))) > 2
+  loaded, ours, vocabulary = huggingface.load(tmp_path / 'llama')
+  assert loaded.config == model.config
+  assert vocabulary.digest == tokenizer.digest
+  assert vocabulary.end_of_text == tokenizer.end_of_text
+  assert jax.tree.structure(ours) == jax.tree.structure(variables)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(ours):
+    expected = variables
+    for entry in path:
+      expected = expected[entry.key]
+    assert leaf.dtype == expected.dtype
+    assert leaf.tobytes() == np.asarray(expected).tobytes(), jax.tree_util.keystr(path)
+
+
+def test_other_kinds_of_model_and_existing_folders_are_refused(tokenizer, folder):
+  with pytest.raises(ConfigError, match='only vanilla models can'):
+    huggingface.save(folder.with_name('other'), *tiny.model(kind='mor', num_recursions=2), tokenizer)
+  with pytest.raises(ConfigError, match='exists; name a new folder'):
+    huggingface.save(folder, *vanilla(), tokenizer)
+  assert sorted(path.name for path in folder.parent.iterdir()) == ['llama']
+
+
+def change_config(folder, **change):
+  config = json.loads((folder / 'config.json').read_text())
+  (folder / 'config.json').write_text(json.dumps(config | change))
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'model_type': 'gpt2'}, r"model_type='gpt2' \(must be 'llama'\)"),
+    ({'attention_bias': True}, 'attention_bias=True'),
+    ({'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}}, "rope scaling 'llama3'"),
+    ({'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1.0}}, "rope scaling 'yarn'"),
+    ({'vocab_size': 200}, r'embed_tokens\.weight has shape'),
+    ({'num_hidden_layers': 4}, r'model\.layers\.3\.input_layernorm\.weight is missing'),
+    ({'num_hidden_layers': 2}, r'model\.layers\.2\.input_layernorm\.weight has no place'),
+    ({'intermediate_size': 40}, r'gate_proj\.weight has shape \(48, 32\), config.json asks for \(40, 32\)'),
+  ],
+)
+def test_what_does_not_fit_is_listed_by_name(folder, change, message):
+  change_config(folder, **change)
+  with pytest.raises(ConfigError, match=message):
+    huggingface.load(folder)
+
+
+def test_damaged_and_missing_files_are_named(folder, tmp_path):
+  weights = folder / 'model.safetensors'
+  content = weights.read_bytes()
+  weights.write_bytes(content[:-10])
+  with pytest.raises(ConfigError, match=r'model\.safetensors cannot be read .* truncated'):
+    huggingface.load(folder)
+  weights.unlink()
+  with pytest.raises(ConfigError, match=r'lacks the file model\.safetensors'):
+    huggingface.load(folder)
+  with pytest.raises(ConfigError, match=r'has no config\.json'):
+    huggingface.load(tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder):
+  tensors = safetensors.numpy.load_file(folder / 'model.safetensors')
+  tensors['model.embed_tokens.weight'] = tensors['model.embed_tokens.weight'][:100]
+  safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
+  change_config(folder, vocab_size=100)
+  with pytest.raises(ConfigError, match=r'has 257 entries, the model of .* only 100'):
+    huggingface.load(folder)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize('change', [{}, {'tie_embeddings': False, 'num_kv_heads': 4, 'norm_epsilon': 1e-3}])
+def test_transformers_opens_it_and_computes_the_same(tokenizer, tmp_path, change):
+  import torch
+  import transformers
+
+  model, variables = vanilla(**change)
+  huggingface.save(tmp_path / 'llama', model, variables, tokenizer)
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'llama').float().eval()
+  vocabulary = transformers.AutoTokenizer.from_pretrained(tmp_path / 'llama')
+  ids = vocabulary('Call me Ishmael. Åß…')['input_ids']
+  assert ids == tokenizer.encode('Call me Ishmael. Åß…')
+  with torch.no_grad():
+    expected = theirs(torch.tensor([ids])).logits.numpy()
+  logits = tiny.apply(model)(variables, jnp.array([ids], jnp.int32)).logits
+  np.testing.assert_allclose(logits, expected, atol=1e-4)
