@@ -226,7 +226,9 @@ def complete(run: Run, processes: int = 2) -> int:
   """Starts the run until it has finished; returns the step it went on after."""
   for _ in range(5):
     before = run.good
+    earlier = len(run.starts())
     codes = wait(run.start(processes))
+    assert len(run.starts()) > earlier, f'{run.folder} did not start: exit codes {codes}, see {run.notes}'
     assert run.starts()[-1][0] == before, f'went on after {run.starts()[-1][0]}, not {before}'
     if run.finished:
       return before

@@ -76,7 +76,7 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
   ledger = Ledger(folder.goodput if runtime.is_main() else None)
 
   # ---- what is cheap to check comes first ----
-  folder.check(config, allow_change)
+  folder.check(config, allow_change, writes=runtime.is_main())
   mesh = mesh_lib.make_mesh()
   mesh_lib.check_batch(mesh, config.train)
   result = folder.read_summary()

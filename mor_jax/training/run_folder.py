@@ -63,13 +63,15 @@ class RunFolder:
     self._summary = path / 'summary.json'
     self.calibrations = path / 'calibrations.json'
 
-  def check(self, config: Config, allowed: Sequence[str] = ()) -> None:
+  def check(self, config: Config, allowed: Sequence[str] = (), writes: bool = True) -> None:
     """Raises ConfigError unless the folder can be written and holds nothing or this very run.
 
     Args:
       allowed: settings that may differ from the run's, beside MAY_CHANGE.
+      writes: whether this process is the one of several that writes.
     """
-    _check_writable(self.path)
+    if writes:
+      _check_writable(self.path)
     if not self._config.exists():
       if self._checkpoints.exists():
         raise ConfigError(
