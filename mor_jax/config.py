@@ -340,6 +340,17 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+  """How rows and parameters are split over devices; the product of all sizes is the number of devices."""
+
+  replica: int = setting(-1, 'copies of the parameters within a slice; -1: as many as devices are left')
+  fsdp: int = setting(1, 'parts that parameters and optimiser state are split into within a slice; -1 fills')
+  tensor: int = setting(1, 'parts that heads, MLP and vocabulary of a layer are split into; -1 fills')
+  dcn_replica: int = setting(1, 'copies of the parameters over slices (pods joined by network); -1 fills')
+  dcn_fsdp: int = setting(1, 'parts of the parameters over slices; -1 fills')
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """A run: `resolve` makes it, `validate` has passed on it."""
 
@@ -348,6 +359,7 @@ class Config:
   data: DataConfig = DataConfig()
   train: TrainConfig = TrainConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
+  parallel: ParallelConfig = ParallelConfig()
 
   def replace(self, **sections: dict[str, Any]) -> 'Config':
     """A validated copy with single settings changed: `config.replace(model={'dtype': 'float32'})`."""

@@ -77,8 +77,9 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
 
   # ---- what is cheap to check comes first ----
   folder.check(config, allow_change, writes=runtime.is_main())
-  mesh = mesh_lib.make_mesh()
+  mesh = mesh_lib.make_mesh(config.parallel)
   mesh_lib.check_batch(mesh, config.train)
+  mesh_lib.check_model(mesh, config.model)
   result = folder.read_summary()
   if result is not None:
     summary.print_table(console, 'Already finished', summary.describe_result(result, folder.path))
@@ -87,6 +88,7 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
   # ---- data, which decides the vocabulary ----
   dataset = loader.open_dataset(config.data, report=partial(_print, console))
   config = _with_vocabulary(config, dataset.tokenizer.vocab_size)
+  mesh_lib.check_model(mesh, config.model)
   if runtime.is_main():
     folder.create(config, dataset)
   runtime.barrier('run folder')

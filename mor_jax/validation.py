@@ -4,7 +4,15 @@ import dataclasses
 import itertools
 from typing import Any
 
-from mor_jax.config import CheckpointConfig, Config, ConfigError, DataConfig, ModelConfig, TrainConfig
+from mor_jax.config import (
+  CheckpointConfig,
+  Config,
+  ConfigError,
+  DataConfig,
+  ModelConfig,
+  ParallelConfig,
+  TrainConfig,
+)
 
 SPECIAL_AND_BYTE_TOKENS = 257  # every byte, end of text
 
@@ -17,6 +25,7 @@ def validate(config: Config) -> None:
   _validate_train(config.train)
   _validate_ramp(config)
   _validate_checkpoint(config.checkpoint)
+  _validate_parallel(config.parallel)
   _require(bool(config.name) and '/' not in config.name, 'name', config.name, 'a non-empty word without "/"')
 
 
@@ -27,6 +36,20 @@ def _validate_checkpoint(checkpoint: CheckpointConfig) -> None:
   _require(checkpoint.keep_best >= 0, 'checkpoint.keep_best', checkpoint.keep_best, '>= 0')
   minutes = checkpoint.every_minutes
   _require(minutes is None or minutes > 0, 'checkpoint.every_minutes', minutes, '> 0')
+
+
+def _validate_parallel(parallel: ParallelConfig) -> None:
+  sizes = dataclasses.asdict(parallel)
+  for name, size in sizes.items():
+    _require(size >= 1 or size == -1, f'parallel.{name}', size, '>= 1, or -1 to fill')
+  for prefix, names in (('', ('replica', 'fsdp', 'tensor')), ('dcn_', ('dcn_replica', 'dcn_fsdp'))):
+    filled = [name for name in names if sizes[name] == -1]
+    if len(filled) > 1:
+      where = 'over slices' if prefix else 'within a slice'
+      raise ConfigError(
+        f'parallel.{filled[0]}=-1 and parallel.{filled[1]}=-1 cannot both fill what is left {where}; '
+        f'set one of them to a number'
+      )
 
 
 def _require(condition: bool, flag: str, value: Any, allowed: str) -> None:

@@ -2,7 +2,7 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh
 
-from mor_jax.config import ConfigError, TrainConfig
+from mor_jax.config import Config, ConfigError, ModelConfig, ParallelConfig, TrainConfig
 from mor_jax.parallel import mesh as mesh_lib
 
 
@@ -24,3 +24,27 @@ def test_batches_that_do_not_divide_are_refused_with_the_nearest_that_do(global_
   mesh = AbstractMesh((4, 1, 1), mesh_lib.AXES)
   with pytest.raises(ConfigError, match=f'among 4 devices; set train.global_batch to {remedy}$'):
     mesh_lib.check_batch(mesh, TrainConfig(global_batch=global_batch, accumulation=accumulation))
+
+
+@pytest.mark.parametrize('sizes', [{'fsdp': 3}, {'replica': 2, 'fsdp': 1}, {'dcn_fsdp': 2}])
+def test_sizes_that_do_not_multiply_to_the_devices_are_refused(sizes):
+  with pytest.raises(ConfigError, match=r'cannot be laid out on 1 (devices|slices); set sizes'):
+    mesh_lib.make_mesh(ParallelConfig(**sizes), jax.devices()[:1])
+
+
+def test_only_one_size_can_fill():
+  with pytest.raises(ConfigError, match='-1 cannot both fill what is left within a slice'):
+    Config().replace(parallel={'fsdp': -1})
+
+
+@pytest.mark.parametrize(
+  ('shape', 'model', 'named'),
+  [
+    ((1, 1, 2), {'num_heads': 15}, 'model.num_heads=15'),
+    ((1, 1, 5), {'mlp_dim': 2561}, 'model.mlp_dim=2561'),
+    ((1, 7, 1), {}, 'model.d_model=960'),
+  ],
+)
+def test_models_that_do_not_divide_are_refused(shape, model, named):
+  with pytest.raises(ConfigError, match=f'^{named} cannot be split into parallel'):
+    mesh_lib.check_model(AbstractMesh(shape, mesh_lib.AXES), ModelConfig(**model))

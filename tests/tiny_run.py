@@ -20,7 +20,7 @@ from mor_jax.training.step import make_train_step, split_batch
 TEXT = pathlib.Path(__file__).parent / 'texts' / 'harbour.txt'
 END_OF_TEXT = 256
 SEQ_LEN = 64
-MESH = mesh_lib.make_mesh(jax.devices()[:1])
+MESH = mesh_lib.make_mesh(devices=jax.devices()[:1])
 
 CONFIG = Config().replace(
   model={

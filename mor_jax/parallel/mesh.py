@@ -1,26 +1,49 @@
-"""The device mesh and how batches and parameters are laid out on it.
+"""The device mesh and how batches are laid out on it; parameters are laid out by `rules.py`.
 
 Axes: `replica` copies of the parameters, `fsdp` shards of them, `tensor` shards of single
 matrices. Rows of a batch are split over replica and fsdp; a row never leaves its device.
-At present all devices are on `replica`, that is pure data parallelism.
+Of each axis the part over slices (`dcn_*`) is the outer one.
 """
 
 from collections.abc import Mapping
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mor_jax.config import ConfigError, TrainConfig
+from mor_jax.config import ConfigError, ModelConfig, ParallelConfig, TrainConfig
 
 AXES = ('replica', 'fsdp', 'tensor')
 BATCH_AXES = ('replica', 'fsdp')
 
 
-def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-  """All devices (of all processes), or those given, on the replica axis."""
+def make_mesh(parallel: ParallelConfig | None = None, devices: list[jax.Device] | None = None) -> Mesh:
+  """The mesh of all devices (of all processes), or those given; by default all are replicas.
+
+  Raises:
+    ConfigError: the sizes do not multiply to the number of devices or of slices.
+  """
+  parallel = parallel or ParallelConfig()
   devices = jax.devices() if devices is None else devices
-  return jax.make_mesh((len(devices), 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  outer = _fill({'dcn_replica': parallel.dcn_replica, 'dcn_fsdp': parallel.dcn_fsdp}, slices, 'slices')
+  sizes = {'replica': parallel.replica, 'fsdp': parallel.fsdp, 'tensor': parallel.tensor}
+  inner = _fill(sizes, len(devices) // slices, 'devices' if slices == 1 else 'devices of a slice')
+  if slices == 1:
+    return jax.make_mesh(tuple(inner), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  grid = mesh_utils.create_hybrid_device_mesh(inner, [*outer, 1], devices)
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _fill(sizes: dict[str, int], count: int, what: str) -> list[int]:
+  """The sizes with -1 replaced by what is left of `count`."""
+  fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+  filled = [count // fixed if size == -1 else size for size in sizes.values()]
+  if int(np.prod(filled)) != count:
+    given = ', '.join(f'parallel.{name}={size}' for name, size in sizes.items())
+    raise ConfigError(f'{given} cannot be laid out on {count} {what}; set sizes whose product is {count}')
+  return filled
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -54,6 +77,23 @@ def check_batch(mesh: Mesh, train: TrainConfig) -> None:
       f'train.global_batch={train.global_batch} in train.accumulation={train.accumulation} micro-batches '
       f'gives {rows} rows, which do not divide among {shards} devices; set train.global_batch to {allowed}'
     )
+
+
+def check_model(mesh: Mesh, model: ModelConfig) -> None:
+  """Raises ConfigError unless everything that is split over devices divides evenly."""
+  split = {
+    'tensor': ('num_heads', 'num_kv_heads', 'mlp_dim', 'vocab_size'),
+    'fsdp': ('d_model',),
+  }
+  for axis, names in split.items():
+    parts = mesh.shape[axis]
+    for name in names:
+      size = getattr(model, name)
+      if size is not None and size % parts:
+        raise ConfigError(
+          f'model.{name}={size} cannot be split into parallel.{axis}={parts} equal parts; '
+          f'use a divisor of {size}, or set model.{name}={-(-size // parts) * parts}'
+        )
 
 
 def put(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:

@@ -44,6 +44,11 @@ MAY_CHANGE = (
   'checkpoint.keep',
   'checkpoint.keep_every',
   'checkpoint.keep_best',
+  'parallel.replica',
+  'parallel.fsdp',
+  'parallel.tensor',
+  'parallel.dcn_replica',
+  'parallel.dcn_fsdp',
 )
 """Settings that a resumed run may change: they do not decide what is trained."""
 
