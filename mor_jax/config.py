@@ -38,6 +38,19 @@ class ModelConfig:
   head_dim: int | None = setting(None, 'width E of a head; none: d_model / num_heads')
   mlp_dim: int = setting(2560, 'hidden width F of the SwiGLU MLP')
   rope_theta: float = setting(10000.0, 'base of the rotary position embedding')
+  rope_scaling: str = setting(
+    'none',
+    'slower rotations for longer texts: linear, all by rope_scaling_factor; llama3, as Llama 3.1: the slow ones',
+    ('none', 'linear', 'llama3'),
+  )
+  rope_scaling_factor: float = setting(1.0, 'rope_scaling: how many times slower')
+  rope_low_frequency_factor: float = setting(
+    1.0, 'llama3: rotations that turn less often than this in rope_original_length are slowed down in full'
+  )
+  rope_high_frequency_factor: float = setting(
+    4.0, 'llama3: those that turn more often than this are left alone, those between in part'
+  )
+  rope_original_length: int = setting(8192, 'llama3: longest text that the model saw before')
   norm_epsilon: float = setting(1e-5, 'epsilon of RMSNorm')
   tie_embeddings: bool = setting(True, 'use the embedding matrix as output head')
   init_std: float = setting(0.02, 'standard deviation of initial weights')

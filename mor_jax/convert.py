@@ -1,34 +1,141 @@
-"""Takes a trained model elsewhere: python -m mor_jax.convert --checkpoint=RUN --output=FOLDER
+"""Converts checkpoints: python -m mor_jax.convert --checkpoint=PATH --output=FOLDER
 
-Writes the newest checkpoint of a vanilla model with its tokenizer as a Llama folder (safetensors,
-config.json, tokenizer.json), which `transformers` opens.
+What PATH is decides what FOLDER, which must not exist, will be:
+
+  the folder of a run    a folder of safetensors with config.json and tokenizer: of a vanilla model a Llama
+                         checkpoint, which `transformers` opens; of a MoR or recursive model in the authors' form
+  a Llama checkpoint     of Hugging Face (SmolLM, TinyLlama, Llama 2 and 3, ...): a run folder, for
+                         mor_jax.train --init_from, mor_jax.evaluate and mor_jax.generate
+  the authors' weights   a file (.safetensors; .bin or .pt where torch is installed) or a folder of a MoR or
+                         recursive model, described by --settings unless mor_jax wrote it: a run folder
+
+Tensors are read and written one at a time, and keep every bit unless --dtype says otherwise.
 """
 
-import jax
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
 from absl import flags
 from rich.console import Console
 
 from mor_jax import cli
-from mor_jax.config import ConfigError
+from mor_jax.config import Config, ConfigError
 from mor_jax.data.tokenizer import Tokenizer
-from mor_jax.interop import huggingface
-from mor_jax.training.restore import load_run
+from mor_jax.interop import folders, huggingface, official
+from mor_jax.interop.weights import Weights
+from mor_jax.training import stored
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string('checkpoint', None, 'folder of the run')
+flags.DEFINE_string(
+  'checkpoint', None, 'what to convert: folder of a run, Llama folder, or weights of the authors'
+)
 flags.DEFINE_string('output', None, 'folder to write, which must not exist')
+flags.DEFINE_string(
+  'settings', None, "JSON file with the settings of the authors' weights (docs/uptraining.md)"
+)
+flags.DEFINE_string('tokenizer', None, "tokenizer.json, where there is none beside the authors' weights")
+flags.DEFINE_string('separator', '<|endoftext|>', 'its token that ends a text')
+flags.DEFINE_enum('untied', 'refuse', ['refuse', 'average'], 'where copies of a shared tensor differ')
+flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'dtype to write; default: as it is')
 
 
 def main() -> None:
-  """Reads, converts and writes. Raises ConfigError before anything is written."""
+  """Reads, converts and writes. Raises ConfigError, with nothing written."""
   for name in ('checkpoint', 'output'):
     if not FLAGS[name].value:
       raise ConfigError(f'--{name} is missing (--help shows an example)')
-  run = load_run(FLAGS.checkpoint)
-  tokenizer = Tokenizer.load(run.folder.tokenizer, run.config.data.separator)
-  huggingface.save(FLAGS.output, run.model, jax.device_get(run.variables), tokenizer)
-  console = Console()
-  console.print(f'wrote the model of step {run.step} to {FLAGS.output}', highlight=False, soft_wrap=True)
+  source, output = Path(FLAGS.checkpoint), folders.require_new(FLAGS.output)
+  if not source.exists():
+    raise ConfigError(f'--checkpoint={source} does not exist')
+  if (source / 'checkpoints').is_dir() or _has(source, 'model', 'train'):
+    what = export(source, output, FLAGS.dtype)
+  else:
+    what = bring_in(source, output)
+  Console().print(f'wrote {what} to {output}', highlight=False, soft_wrap=True)
+
+
+def export(source: Path, output: Path, dtype: str | None = None) -> str:
+  """A run as a folder of safetensors; returns what it wrote."""
+  run = stored.open_run(source)
+  weights = _cast(run, dtype)
+  if run.config.kind == 'vanilla':
+    huggingface.write(output, weights, run.tokenizer())
+    return f'the model of step {run.step}, as a Llama checkpoint,'
+  official.write(output, weights, run.tokenizer())
+  return f"the model of step {run.step}, under the authors' names,"
+
+
+def bring_in(source: Path, output: Path) -> str:
+  """A checkpoint of another library as a run folder; returns what it wrote."""
+  if FLAGS.settings or _has(source, official.OURS) or source.is_file():
+    if source.is_file() and not FLAGS.settings:
+      raise ConfigError(f'--checkpoint={source} is a file, which needs --settings to say what model it is of')
+    settings = official.read_settings(FLAGS.settings) if FLAGS.settings else None
+    weights = official.open_weights(source, settings, FLAGS.untied)
+    tokenizer = _tokenizer(source, weights)
+  else:
+    weights, tokenizer = huggingface.open_folder(source)
+  weights = _cast(weights, FLAGS.dtype)
+  config = Config(name=output.name, model=weights.config).replace(
+    data={'tokenizer': str(output.absolute() / 'tokenizer.json'), 'separator': tokenizer.separator}
+  )
+  stored.write_model(output, config, weights, tokenizer, str(source))
+  return f'the {config.model.kind} model of {source}, as a run folder,'
+
+
+def _tokenizer(source: Path, weights: Weights) -> Tokenizer:
+  beside = (source if source.is_dir() else source.parent) / 'tokenizer.json'
+  path = Path(FLAGS.tokenizer) if FLAGS.tokenizer else beside
+  try:
+    tokenizer = Tokenizer.load(path, FLAGS.separator)
+  except FileNotFoundError:
+    raise ConfigError(f'there is no {path}; name a tokenizer.json with --tokenizer') from None
+  except ValueError as error:
+    raise ConfigError(f'{path} cannot be used ({error})') from None
+  huggingface.check_vocabulary(tokenizer, weights.config, path)
+  return tokenizer
+
+
+def _has(folder: Path, *keys: str) -> bool:
+  return (folder / 'config.json').is_file() and set(keys) <= set(folders.read_config(folder))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cast:
+  """Weights in another dtype."""
+
+  inner: Weights
+  dtype: np.dtype
+
+  @property
+  def config(self):
+    return self.inner.config
+
+  @property
+  def shapes(self):
+    return self.inner.shapes
+
+  @property
+  def dtypes(self):
+    return dict.fromkeys(self.inner.dtypes, self.dtype)
+
+  def leaf(self, path: str) -> np.ndarray:
+    return self.inner.leaf(path).astype(self.dtype)
+
+  def leaves(self) -> Iterator[tuple[str, np.ndarray]]:
+    for path, leaf in self.inner.leaves():
+      yield path, leaf.astype(self.dtype)
+
+
+def _cast(weights: Weights, dtype: str | None) -> Weights:
+  return (
+    weights
+    if dtype is None
+    else _Cast(weights, np.dtype(ml_dtypes.bfloat16 if dtype == 'bfloat16' else dtype))
+  )
 
 
 if __name__ == '__main__':

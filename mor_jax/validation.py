@@ -73,7 +73,15 @@ def _validate_model(model: ModelConfig) -> None:
     _require(getattr(model, name) >= 1, f'model.{name}', getattr(model, name), '>= 1')
   if model.vocab_size is not None:
     _require(model.vocab_size >= 2, 'model.vocab_size', model.vocab_size, '>= 2')
-  for name in ('rope_theta', 'norm_epsilon', 'router_temperature', 'gate_scale', 'threshold_slack'):
+  for name in (
+    'rope_theta',
+    'rope_scaling_factor',
+    'rope_original_length',
+    'norm_epsilon',
+    'router_temperature',
+    'gate_scale',
+    'threshold_slack',
+  ):
     _require(getattr(model, name) > 0, f'model.{name}', getattr(model, name), '> 0')
   for name in (
     'init_std',
@@ -89,6 +97,10 @@ def _validate_model(model: ModelConfig) -> None:
     _require(getattr(model, name) >= 0, f'model.{name}', getattr(model, name), '>= 0')
   _require(0 <= model.ema_decay < 1, 'model.ema_decay', model.ema_decay, 'in [0, 1)')
   _validate_heads(model)
+  low, high = model.rope_low_frequency_factor, model.rope_high_frequency_factor
+  _require(
+    0 < low < high, 'model.rope_low_frequency_factor', low, f'between 0 and rope_high_frequency_factor={high}'
+  )
   if model.recursion_encoding and model.sharing.endswith('sequence'):
     raise ConfigError(
       f'model.recursion_encoding=True marks the passes over the shared block, which '

@@ -11,7 +11,9 @@ import tiny
 
 from mor_jax.config import ConfigError, DataConfig
 from mor_jax.data import tokenizer as tokenizer_lib
-from mor_jax.interop import huggingface
+from mor_jax.interop import huggingface, tensors
+
+LLAMA3 = {'rope_scaling': 'llama3', 'rope_scaling_factor': 8.0, 'rope_original_length': 64}
 
 
 @pytest.fixture(scope='module')
@@ -31,11 +33,13 @@ def folder(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('change', [{}, {'tie_embeddings': False, 'head_dim': 16, 'rope_theta': 5e5}])
+@pytest.mark.parametrize(
+  'change', [{}, {'tie_embeddings': False, 'head_dim': 16, 'rope_theta': 5e5} | LLAMA3]
+)
 def test_there_and_back_is_the_same_bit_for_bit(tokenizer, tmp_path, monkeypatch, dtype, change):
   model, variables = vanilla(dtype=dtype, **change)
   variables = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), variables)
-  monkeypatch.setattr(huggingface, 'SHARD_BYTES', 20_000)  # several files
+  monkeypatch.setattr(tensors, 'SHARD_BYTES', 20_000)  # several files
   huggingface.save(tmp_path / 'llama', model, variables, tokenizer)
   assert len(list((tmp_path / 'llama').glob('*.safetensors'))) > 2
   loaded, ours, vocabulary = huggingface.load(tmp_path / 'llama')
@@ -69,12 +73,14 @@ def change_config(folder, **change):
   [
     ({'model_type': 'gpt2'}, r"model_type='gpt2' \(must be 'llama'\)"),
     ({'attention_bias': True}, 'attention_bias=True'),
-    ({'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}}, "rope scaling 'llama3'"),
+    ({'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}}, "rope scaling 'llama3' lacks low_freq_factor"),
+    ({'rope_scaling': {'type': 'dynamic', 'factor': 2.0}}, "rope scaling 'dynamic'"),
+    ({'quantization_config': {'bits': 4}}, 'quantised weights cannot be read'),
     ({'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1.0}}, "rope scaling 'yarn'"),
     ({'vocab_size': 200}, r'embed_tokens\.weight has shape'),
     ({'num_hidden_layers': 4}, r'model\.layers\.3\.input_layernorm\.weight is missing'),
     ({'num_hidden_layers': 2}, r'model\.layers\.2\.input_layernorm\.weight has no place'),
-    ({'intermediate_size': 40}, r'gate_proj\.weight has shape \(48, 32\), config.json asks for \(40, 32\)'),
+    ({'intermediate_size': 40}, r'gate_proj\.weight has shape \(48, 32\), the settings ask for \(40, 32\)'),
   ],
 )
 def test_what_does_not_fit_is_listed_by_name(folder, change, message):
@@ -90,7 +96,7 @@ def test_damaged_and_missing_files_are_named(folder, tmp_path):
   with pytest.raises(ConfigError, match=r'model\.safetensors cannot be read .* truncated'):
     huggingface.load(folder)
   weights.unlink()
-  with pytest.raises(ConfigError, match=r'lacks the file model\.safetensors'):
+  with pytest.raises(ConfigError, match=r'has no weights: neither model\.safetensors'):
     huggingface.load(folder)
   with pytest.raises(ConfigError, match=r'has no config\.json'):
     huggingface.load(tmp_path)
@@ -101,12 +107,78 @@ def test_a_tokenizer_of_another_model_is_refused(folder):
   tensors['model.embed_tokens.weight'] = tensors['model.embed_tokens.weight'][:100]
   safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
   change_config(folder, vocab_size=100)
-  with pytest.raises(ConfigError, match=r'has 257 entries, the model of .* only 100'):
+  with pytest.raises(ConfigError, match='has 257 entries with ids up to 256, the model only 100'):
     huggingface.load(folder)
 
 
+def change_tensors(folder, **change):
+  """Rewrites the weights with tensors replaced, or left out where they are None."""
+  path = folder / 'model.safetensors'
+  changed = safetensors.numpy.load_file(path) | change
+  safetensors.numpy.save_file({name: array for name, array in changed.items() if array is not None}, path)
+
+
+def test_everything_wrong_is_listed_at_once(folder):
+  half = np.zeros(32, np.float16)
+  change_tensors(
+    folder,
+    **{
+      'model.norm.weight': None,
+      'model.layers.1.mlp.up_proj.weight': np.zeros((3, 4), np.float32),
+      'model.layers.1.input_layernorm.weight': half,
+      'model.layers.0.self_attn.q_proj.weight': np.zeros((32, 32), np.int8),
+      'model.layers.0.self_attn.q_proj.bias': np.zeros(32, np.float32),
+    },
+  )
+  (folder / 'tokenizer.json').unlink()
+  with pytest.raises(ConfigError) as error:
+    huggingface.load(folder)
+  for problem in (
+    'tensor model.norm.weight is missing',
+    'model.layers.1.mlp.up_proj.weight has shape (3, 4), the settings ask for (48, 32)',
+    'model.layers.1.input_layernorm.weight is stored as F16, other layers as F32',
+    'model.layers.0.self_attn.q_proj.weight is stored as I8',
+    'model.layers.0.self_attn.q_proj.bias has no place in the model',
+    'has no tokenizer.json',
+  ):
+    assert problem in str(error.value)
+
+
+def test_a_head_stored_beside_tied_embeddings_must_be_the_same(folder):
+  embedding = safetensors.numpy.load_file(folder / 'model.safetensors')['model.embed_tokens.weight']
+  change_tensors(
+    folder, **{'lm_head.weight': embedding, 'model.layers.0.self_attn.rotary_emb.inv_freq': embedding[0]}
+  )
+  huggingface.load(folder)
+  change_tensors(folder, **{'lm_head.weight': embedding + 1})
+  with pytest.raises(ConfigError, match=r'embed_tokens\.weight and lm_head\.weight'):
+    huggingface.load(folder)
+
+
+def test_index_and_files_must_agree(tokenizer, tmp_path, monkeypatch):
+  monkeypatch.setattr(tensors, 'SHARD_BYTES', 20_000)
+  huggingface.save(tmp_path / 'llama', *vanilla(), tokenizer)
+  path = tmp_path / 'llama' / 'model.safetensors.index.json'
+  index = json.loads(path.read_text())
+  index['weight_map']['ghost.weight'] = index['weight_map'].pop('model.norm.weight')
+  path.write_text(json.dumps(index))
+  with pytest.raises(ConfigError, match=r'ghost\.weight is not in model.*model\.norm\.weight is not in'):
+    huggingface.load(tmp_path / 'llama')
+  next((tmp_path / 'llama').glob('model-00002*')).unlink()
+  with pytest.raises(ConfigError, match='lacks the files model-00002'):
+    huggingface.load(tmp_path / 'llama')
+
+
 @pytest.mark.torch
-@pytest.mark.parametrize('change', [{}, {'tie_embeddings': False, 'num_kv_heads': 4, 'norm_epsilon': 1e-3}])
+@pytest.mark.parametrize(
+  'change',
+  [
+    {},
+    {'tie_embeddings': False, 'num_kv_heads': 4, 'norm_epsilon': 1e-3},
+    {'rope_scaling': 'linear', 'rope_scaling_factor': 3.0},
+    LLAMA3 | {'head_dim': 16, 'rope_high_frequency_factor': 5.0},
+  ],
+)
 def test_transformers_opens_it_and_computes_the_same(tokenizer, tmp_path, change):
   import torch
   import transformers

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from mor_jax.interop import official
+from mor_jax.config import DataConfig
+from mor_jax.data import tokenizer as tokenizer_lib
+from mor_jax.interop import names, official
+from mor_jax.interop import tensors as tensors_lib
 from mor_jax.model.router import loss_weights, summarize
 from mor_jax.model.transformer import Transformer
 from tests import tiny
@@ -85,13 +88,16 @@ def test_settings_and_tensors_that_do_not_fit_are_refused(tmp_path):
     official.model_config({**fixture.settings, 'nonsense': 'x'})
   tensors = safetensors.numpy.load_file(fixture.weights)
   config = official.model_config(fixture.settings)
-  with pytest.raises(ValueError, match=r'without a place.*extra\.weight'):
+  with pytest.raises(ValueError, match=r'extra\.weight has no place'):
     official.to_params(config, {**tensors, 'extra.weight': np.zeros(1)})
   missing = {k: v for k, v in tensors.items() if k != 'model.norm.weight'}
   with pytest.raises(ValueError, match=r'model\.norm\.weight is missing'):
     official.to_params(config, missing)
   name = 'model.layers.2.block.0.mlp.up_proj.weight'
-  with pytest.raises(ValueError, match='differ, though the layers are shared'):
+  with pytest.raises(
+    ValueError,
+    match=r'copies of one shared tensor differ.*layers\.1\.block\.0\.mlp\.up_proj\.weight and model\.layers\.2',
+  ):
     official.to_params(config, {**tensors, name: tensors[name] + 1})
 
 
@@ -131,3 +137,121 @@ def test_auxiliary_routers_and_balancing_bias_are_read(tmp_path):
   assert (model.apply(variables, fixture.tokens_BT).routing.depth_BT == 3).all()
   with pytest.raises(ValueError, match="set bal='loss_free'"):
     official.load(tmp_path / 'bias.safetensors', fixture.settings)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_what_was_read_is_written_back_bit_for_bit(name, tmp_path):
+  fixture = Fixture(name)
+  official.save(tmp_path / 'out', *official.load(fixture.weights, fixture.settings))
+  assert_same_tensors(tmp_path / 'out' / 'model.safetensors', fixture.weights)
+  model, variables = official.load(tmp_path / 'out')  # config.json says what it is
+  original, expected = official.load(fixture.weights, fixture.settings)
+  assert model.config == original.config
+  jax.tree.map(np.testing.assert_array_equal, variables, expected)
+
+
+def assert_same_tensors(path, expected_path):
+  ours, theirs = (safetensors.numpy.load_file(file) for file in (path, expected_path))
+  assert sorted(ours) == sorted(theirs)
+  for name, tensor in theirs.items():
+    assert ours[name].dtype == tensor.dtype
+    assert ours[name].tobytes() == tensor.tobytes(), name
+
+
+KINDS = [
+  {'kind': 'recursive', 'num_recursions': 2},
+  {'kind': 'recursive', 'num_recursions': 2, 'sharing': 'middle_sequence', 'kv': 'shared'},
+  {'kind': 'recursive', 'num_recursions': 3, 'sharing': 'sequence', 'tie_embeddings': False},
+  {'num_recursions': 2, 'causality': 'aux_router', 'router_head': 'wide_mlp', 'kv': 'hybrid'},
+  {'num_recursions': 3, 'sharing': 'cycle', 'router_activation': 'tanh', 'gating': 'residual'},
+  {'num_recursions': 4, 'router': 'token_choice', 'balancing': 'loss_free', 'router_head': 'mlp'},
+  {'num_recursions': 3, 'router': 'token_choice', 'sharing': 'cycle', 'token_gating': 'every_step'},
+]
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('change', KINDS)
+def test_every_kind_of_model_there_and_back(change, dtype, tmp_path, monkeypatch):
+  monkeypatch.setattr(tensors_lib, 'SHARD_BYTES', 40_000)  # several files
+  model, variables = tiny.model(**change)
+  variables = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.dtype(dtype)), variables)
+  official.save(tmp_path / 'out', model, variables)
+  assert len(list((tmp_path / 'out').glob('*.safetensors'))) > 1
+  again, loaded = official.load(tmp_path / 'out')
+  assert again.config == model.config
+  for (path, leaf), (ours, expected) in zip(names.leaves(loaded), names.leaves(variables), strict=True):
+    assert (path, leaf.dtype) == (ours, expected.dtype)
+    assert leaf.tobytes() == expected.tobytes(), path
+
+
+def test_models_with_parameters_that_the_authors_lack_are_refused(tmp_path):
+  model, variables = tiny.model(num_recursions=2, lora_rank=2)
+  with pytest.raises(ValueError, match=r'have no params/steps/lora/attention_key/down'):
+    official.save(tmp_path / 'out', model, variables)
+  with pytest.raises(ValueError, match='write it as a Llama checkpoint'):
+    official.save(tmp_path / 'out', *tiny.model(kind='vanilla'))
+  assert not list(tmp_path.iterdir())
+
+
+def test_untied_copies_are_all_named_or_averaged(tmp_path):
+  fixture = Fixture('expert_middle_cycle_r3')
+  tensors = safetensors.numpy.load_file(fixture.weights)
+  query = 'model.layers.{}.block.0.self_attn.q_proj.weight'
+  for step, scale in ((1, 3.0), (2, 6.0), (3, 0.0)):
+    tensors[query.format(step)] = np.full((64, 64), scale, np.float32)
+  key = 'model.layers.3.block.1.self_attn.k_proj.weight'
+  tensors[key] = tensors[key] + 1
+  path = tmp_path / 'untied.safetensors'
+  safetensors.numpy.save_file(tensors, path)
+  with pytest.raises(ValueError, match='copies of one shared tensor differ') as error:
+    official.load(path, fixture.settings)
+  for name in (query.format(2), query.format(3), key):
+    assert name in str(error.value)
+  _, variables = official.load(path, fixture.settings, untied='average')
+  layers = variables['params']['layers']
+  np.testing.assert_allclose(layers['attention']['query']['kernel'][1], 3.0)
+  tied = official.load(fixture.weights, fixture.settings)[1]['params']['layers']
+  np.testing.assert_allclose(
+    layers['attention']['key']['kernel'][2], tied['attention']['key']['kernel'][2] + 1 / 3, atol=1e-6
+  )
+  np.testing.assert_array_equal(layers['mlp']['up']['kernel'], tied['mlp']['up']['kernel'])
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize('suffix', ['bin', 'pt'])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_pytorch_files_are_read_without_running_what_is_in_them(suffix, dtype, tmp_path):
+  import torch
+
+  fixture = Fixture('token_middle_cycle_r3')
+  tensors = {
+    name: torch.tensor(tensor).to(getattr(torch, dtype))
+    for name, tensor in safetensors.numpy.load_file(fixture.weights).items()
+  }
+  path = tmp_path / f'weights.{suffix}'
+  torch.save(tensors if suffix == 'bin' else {'state_dict': tensors, 'step': 7}, path)
+  _, variables = official.load(path, fixture.settings)
+  _, expected = official.load(fixture.weights, fixture.settings)
+  jax.tree.map(
+    lambda ours, theirs: np.testing.assert_array_equal(ours, theirs.astype(jnp.dtype(dtype))),
+    variables,
+    expected,
+  )
+  torch.save(tensors | {'evil': print}, path)
+  with pytest.raises(ValueError, match='cannot be read as a PyTorch state dict'):
+    official.load(path, fixture.settings)
+
+
+@pytest.mark.torch
+def test_a_recursive_model_opens_in_transformers(tmp_path):
+  import torch
+  import transformers
+
+  model, variables = tiny.model(kind='recursive', num_recursions=2, vocab_size=257)
+  tokenizer = tokenizer_lib.build(DataConfig(tokenizer='bytes'))
+  official.save(tmp_path / 'out', model, variables, tokenizer)
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out').float().eval()
+  tokens_BT = tiny.tokens(2, 20)
+  with torch.no_grad():
+    expected = theirs(torch.tensor(np.asarray(tokens_BT))).logits.numpy()
+  np.testing.assert_allclose(tiny.apply(model)(variables, tokens_BT).logits, expected, atol=1e-4)

@@ -48,6 +48,11 @@ class Tokenizer:
     return self._backend.get_vocab_size()
 
   @property
+  def largest_id(self) -> int:
+    """The largest token id, which may be above `vocab_size - 1` where a vocabulary has gaps."""
+    return max(self._backend.get_vocab().values())
+
+  @property
   def digest(self) -> str:
     """SHA-256 of the tokenizer's JSON: equal digests mean equal token ids."""
     return hashlib.sha256(self._backend.to_str().encode()).hexdigest()

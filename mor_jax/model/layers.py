@@ -93,6 +93,13 @@ def rotation(config: ModelConfig, positions_BC: jax.Array) -> tuple[jax.Array, j
   """Cosines and sines (B, C, 1, E/2) of the rotary position embedding (Su et al. 2021)."""
   half = config.head_width // 2
   frequencies_E = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  if config.rope_scaling == 'linear':
+    frequencies_E /= config.rope_scaling_factor
+  elif config.rope_scaling == 'llama3':
+    turns_E = config.rope_original_length * frequencies_E / (2 * jnp.pi)
+    low, high = config.rope_low_frequency_factor, config.rope_high_frequency_factor
+    kept_E = jnp.clip((turns_E - low) / (high - low), 0, 1)
+    frequencies_E *= kept_E + (1 - kept_E) / config.rope_scaling_factor
   angles_BC1E = positions_BC[:, :, None, None].astype(jnp.float32) * frequencies_E
   return jnp.cos(angles_BC1E), jnp.sin(angles_BC1E)
 

@@ -237,6 +237,13 @@ class Checkpoints:
     """The state of a step, laid out as `abstract_state` (shapes, dtypes, shardings) says."""
     return self._checkpointer.load(step, abstract_state)
 
+  def restore_variables(self, step: int, abstract_state: TrainState) -> dict[str, Any]:
+    """Parameters and router state alone: all that a converted model has, and that using a model needs."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+      return ocp.load(self.path(step), abstract_state.variables)
+
   def manifest(self, step: int) -> dict[str, Any]:
     """What a checkpoint says about itself: step, processes, validation_loss, `about`."""
     return integrity.read_manifest(self.path(step))

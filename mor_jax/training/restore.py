@@ -42,7 +42,6 @@ def load_run(path: str | os.PathLike) -> LoadedRun:
     step = checkpoints.newest_good()
     if step is None:
       raise ConfigError(f'the run {path} has no checkpoint yet')
-    state = checkpoints.restore(
-      step, abstract_state(initializer(model, optimizer, mesh, config.data.seq_len), mesh)
-    )
-  return LoadedRun(folder, config, model, state.variables, step)
+    state = abstract_state(initializer(model, optimizer, mesh, config.data.seq_len), mesh)
+    variables = checkpoints.restore_variables(step, state)
+  return LoadedRun(folder, config, model, variables, step)

@@ -86,6 +86,11 @@ class RunFolder:
     unknown = [name for name in allowed if name not in settings()]
     if unknown:
       raise ConfigError(f'--allow_change={unknown[0]} is no setting; write it as in --config.SECTION.NAME')
+    if not self._data.exists():
+      raise ConfigError(
+        f'workdir={self.path} holds a converted model, not a training; choose another workdir, and train from the '
+        f'model with --init_from={self.path}'
+      )
     differences = _differences(self.read_config().to_dict(), config.to_dict())
     changed = {name: text for name, text in differences if name not in allowed}
     if changed:
@@ -147,7 +152,11 @@ class RunFolder:
       self.path.mkdir(parents=True, exist_ok=True)
       dataset.tokenizer.save(self.tokenizer)
       write_atomically(self._data, data)
-    write_atomically(self._config, _to_json(config.to_dict()))  # last: it says that the folder is a run's
+    self.write_config(config)  # last: it says that the folder is a run's
+
+  def write_config(self, config: Config) -> None:
+    """Writes config.json."""
+    write_atomically(self._config, _to_json(config.to_dict()))
 
   def read_summary(self) -> dict[str, Any] | None:
     """The result of the run, if it has finished."""

@@ -1,0 +1,155 @@
+"""mor_jax.convert: whole folders in and out, nothing left of what could not be converted."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny
+from absl import flags
+from absl.testing import flagsaver
+
+from mor_jax import convert
+from mor_jax.config import Config, ConfigError, DataConfig
+from mor_jax.data import tokenizer as tokenizer_lib
+from mor_jax.interop import huggingface, official, tensors
+from mor_jax.interop.weights import HeldWeights
+from mor_jax.training import stored
+from mor_jax.training.restore import load_run
+from mor_jax.training.run_folder import RunFolder
+
+FIXTURES = pathlib.Path(__file__).parent / 'fixtures' / 'official_mor'
+NAMES = sorted(path.stem for path in FIXTURES.glob('*.json'))
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+  return tokenizer_lib.build(DataConfig(tokenizer='bytes'))
+
+
+@pytest.fixture
+def run_convert():
+  """Runs the program with flags, the others at their defaults; raises as it does."""
+
+  def run(**values):
+    with flagsaver.flagsaver():
+      flags.FLAGS(['convert', *(f'--{name}={value}' for name, value in values.items())])
+      convert.main()
+
+  return run
+
+
+def same_weights(one, other):
+  ours, theirs = ({path.name: path for path in folder.glob('*.safetensors')} for folder in (one, other))
+  assert sorted(ours) == sorted(theirs)
+  for name, path in ours.items():
+    first, second = (safetensors.numpy.load_file(file) for file in (path, theirs[name]))
+    assert sorted(first) == sorted(second)
+    for key, value in first.items():
+      assert value.dtype == second[key].dtype
+      assert value.tobytes() == second[key].tobytes(), key
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_llama_becomes_a_run_and_llama_again(run_convert, tokenizer, tmp_path, monkeypatch, capsys, dtype):
+  monkeypatch.setattr(tensors, 'SHARD_BYTES', 30_000)
+  model, variables = tiny.model(kind='vanilla', vocab_size=257, num_layers=3, dtype=dtype)
+  stored_variables = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype), variables)
+  huggingface.save(tmp_path / 'llama', model, stored_variables, tokenizer)
+  run_convert(checkpoint=tmp_path / 'llama', output=tmp_path / 'run')
+  assert 'as a run folder, to' in capsys.readouterr().out.replace('\n', ' ')
+
+  run = load_run(tmp_path / 'run')  # as evaluate and generate do
+  assert (run.config.model, run.step) == (model.config, 0)
+  for leaf, expected in zip(jax.tree.leaves(run.variables), jax.tree.leaves(stored_variables), strict=True):
+    assert leaf.dtype == np.float32
+    np.testing.assert_array_equal(leaf, expected.astype(np.float32))
+
+  run_convert(checkpoint=tmp_path / 'run', output=tmp_path / 'again')
+  same_weights(tmp_path / 'again', tmp_path / 'llama')
+  for name in ('config.json', 'tokenizer.json', 'tokenizer_config.json'):
+    assert (tmp_path / 'again' / name).read_text() == (tmp_path / 'llama' / name).read_text()
+  run_convert(checkpoint=tmp_path / 'run', output=tmp_path / 'wide', dtype='float32')
+  assert huggingface.open_folder(tmp_path / 'wide')[0].dtypes['params/final_norm/scale'] == np.float32
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_authors_weights_become_a_run_and_themselves_again(run_convert, tokenizer, tmp_path, name):
+  settings = json.loads((FIXTURES / f'{name}.json').read_text()) | {'vocab': 192}
+  original = safetensors.numpy.load_file(FIXTURES / f'{name}.weights.safetensors')
+  # Their vocabularies are smaller than the 257 of bytes, so rows are repeated.
+  for head in ('lm_head.weight', 'model.embed_tokens.weight'):
+    if head in original:
+      original[head] = np.resize(original[head], (300, original[head].shape[1]))
+  safetensors.numpy.save_file(original, tmp_path / 'theirs.safetensors')
+  (tmp_path / 'settings.json').write_text(json.dumps(settings | {'vocab': 300}))
+  tokenizer.save(tmp_path / 'tokenizer.json')
+  run_convert(
+    checkpoint=tmp_path / 'theirs.safetensors', settings=tmp_path / 'settings.json', output=tmp_path / 'run'
+  )
+  run_convert(checkpoint=tmp_path / 'run', output=tmp_path / 'out')
+  written = safetensors.numpy.load_file(tmp_path / 'out' / 'model.safetensors')
+  assert sorted(written) == sorted(original)
+  assert all(written[key].tobytes() == value.tobytes() for key, value in original.items())
+  run_convert(checkpoint=tmp_path / 'out', output=tmp_path / 'run2')  # described by its own config.json
+  assert stored.open_run(tmp_path / 'run2').config == stored.open_run(tmp_path / 'run').config
+
+
+def test_a_bias_of_the_routers_state_is_kept(tokenizer, tmp_path):
+  model, variables = tiny.model(
+    vocab_size=257, num_recursions=2, router='token_choice', balancing='loss_free'
+  )
+  variables['routing'] = {'bias': np.array([0.25, -0.5], np.float32)}
+  config = Config(model=model.config).replace()
+  stored.write_model(tmp_path / 'run', config, HeldWeights(model.config, variables), tokenizer, 'memory')
+  np.testing.assert_array_equal(load_run(tmp_path / 'run').variables['routing']['bias'], [0.25, -0.5])
+
+
+@pytest.mark.parametrize('break_it', ['tensor', 'truncated', 'untied', 'vocabulary'])
+def test_nothing_is_written_where_something_is_wrong(run_convert, tokenizer, tmp_path, break_it):
+  source = tmp_path / 'source'
+  if break_it == 'untied':
+    official.save(source, *tiny.model(vocab_size=257, kind='recursive', num_recursions=2), tokenizer)
+  else:
+    size = 100 if break_it == 'vocabulary' else 257
+    huggingface.save(source, *tiny.model(kind='vanilla', vocab_size=size, num_layers=3), tokenizer)
+  weights = source / 'model.safetensors'
+  held = safetensors.numpy.load_file(weights)
+  if break_it == 'truncated':
+    weights.write_bytes(weights.read_bytes()[:-1])
+  elif break_it != 'vocabulary':
+    name = 'model.layers.2.self_attn.q_proj.weight'
+    held[name] = held[name] + 1 if break_it == 'untied' else held[name][:5]
+    safetensors.numpy.save_file(held, weights)
+  message = {
+    'tensor': r'layers\.2\.self_attn\.q_proj\.weight has shape',
+    'truncated': 'may be truncated',
+    'untied': r'layers\.2\.self_attn\.q_proj\.weight and model\.layers\.4',
+    'vocabulary': 'only 100 embeddings',
+  }[break_it]
+  with pytest.raises(ConfigError, match=message):
+    run_convert(checkpoint=source, output=tmp_path / 'run')
+  assert [path.name for path in tmp_path.iterdir()] == ['source']
+
+
+def test_what_cannot_be_meant_is_refused(run_convert, tmp_path):
+  with pytest.raises(ConfigError, match='--output is missing'):
+    run_convert(checkpoint=tmp_path)
+  with pytest.raises(ConfigError, match='exists; name a new folder'):
+    run_convert(checkpoint=tmp_path, output=tmp_path)
+  with pytest.raises(ConfigError, match='nowhere does not exist'):
+    run_convert(checkpoint=tmp_path / 'nowhere', output=tmp_path / 'run')
+  with pytest.raises(ConfigError, match=r'it has no config\.json'):
+    run_convert(checkpoint=tmp_path, output=tmp_path / 'run')
+  with pytest.raises(ConfigError, match='which needs --settings'):
+    run_convert(checkpoint=FIXTURES / f'{NAMES[0]}.weights.safetensors', output=tmp_path / 'run')
+
+
+def test_a_converted_model_is_no_training_to_resume(tokenizer, tmp_path):
+  model, variables = tiny.model(kind='vanilla', vocab_size=257)
+  config = Config(model=model.config).replace()
+  stored.write_model(tmp_path / 'run', config, HeldWeights(model.config, variables), tokenizer, 'memory')
+  with pytest.raises(ConfigError, match=r'holds a converted model, not a training; .*--init_from='):
+    RunFolder(tmp_path / 'run').check(config)
