@@ -298,6 +298,9 @@ class TrainConfig:
   )
   global_batch: int = setting(1024, 'rows in an optimiser step, over all devices')
   accumulation: int = setting(1, 'micro-batches an optimiser step is split into')
+  loss_chunk: int | None = setting(
+    None, 'tokens of a device whose logits exist at once; 0: all; none: 512 on CPU, 2048 on TPU and GPU'
+  )
   ramp_batch: int | None = setting(
     None,
     'rows in the first optimiser steps, which double until train.global_batch is reached, by the number of '

@@ -333,6 +333,8 @@ def _validate_train(train: TrainConfig) -> None:
     _require(bool(train.sample_prompt), 'train.sample_prompt', repr(train.sample_prompt), 'a non-empty text')
   if train.eval_rows is not None:
     _require(train.eval_rows >= 1, 'train.eval_rows', train.eval_rows, '>= 1')
+  if train.loss_chunk is not None:
+    _require(train.loss_chunk >= 0, 'train.loss_chunk', train.loss_chunk, '>= 0')
   if train.global_batch % train.accumulation:
     raise ConfigError(
       f'train.accumulation={train.accumulation} does not divide train.global_batch={train.global_batch}'

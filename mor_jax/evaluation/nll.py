@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from mor_jax.config import Config
+from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.training import loss as loss_lib
 from mor_jax.training.meter import add_up, router_metrics
@@ -22,18 +23,19 @@ def make_nll_step(
 
   def nll_step(variables, batch: loss_lib.Batch):
     batch = loss_lib.visible_batch(batch, config.data.segment_mask)
-    output = model.apply(
+    x_BTD, kernel_DV, routed = model.apply(
       variables,
       batch['tokens'],
       routing=routing,
       segment_ids=batch['segment_ids'],
       positions=batch['positions'],
+      method=Transformer.hidden_and_head,
     )
     sums = {
-      'nll': loss_lib.next_token_nll(output.logits, batch),
+      'nll': loss_lib.next_token_nll(x_BTD, kernel_DV, batch, config.train.loss_chunk, mesh),
       'targets': loss_lib.predicted(batch['segment_ids']).sum(),
     }
-    return sums if output.routing is None else sums | {'counts': output.routing.counts}
+    return sums if routed is None else sums | {'counts': routed.counts}
 
   shard = mesh_lib.replicated(mesh)
   return jax.jit(nll_step, in_shardings=(shard, mesh_lib.batch_sharding(mesh)), out_shardings=shard)

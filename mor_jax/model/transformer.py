@@ -134,12 +134,20 @@ class Transformer(nn.Module):
       return expert_choice.route_gathered(cfg, block, steps_R, x_BTD, context)
     return expert_choice.route_masked(cfg, block, steps_R, x_BTD, context, routing, max_len, slack)
 
+  def head_kernel(self) -> jax.Array:
+    """Kernel (D, V) of the output head, float32."""
+    return self.embed.embedding.T if self.config.tie_embeddings else self.head['kernel']
+
+  def hidden_and_head(self, *args, **kwargs) -> tuple[jax.Array, jax.Array, RoutingOutput | None]:
+    """`hidden` and `head_kernel`, for a loss that makes the logits itself: (x_BTD, kernel_DV, routing)."""
+    x_BTD, routed = self.hidden(*args, **kwargs)
+    return x_BTD, self.head_kernel(), routed
+
   def logits(self, x_BTD: jax.Array) -> jax.Array:
     """Output head: logits (..., V) in float32."""
     dtype = jnp.dtype(self.config.dtype)
-    kernel_DV = self.embed.embedding.T if self.config.tie_embeddings else self.head['kernel']
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1]).astype(dtype)
-    logits_NV = jnp.dot(x_ND, kernel_DV.astype(dtype), preferred_element_type=jnp.float32)
+    logits_NV = jnp.dot(x_ND, self.head_kernel().astype(dtype), preferred_element_type=jnp.float32)
     return logits_NV.reshape(*x_BTD.shape[:-1], -1)
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
+from jax.sharding import Mesh
 
 from mor_jax.config import ModelConfig
 from mor_jax.model import router
-from mor_jax.model.transformer import ModelOutput
+from mor_jax.model.transformer import Transformer
+from mor_jax.training import vocabulary_loss
 
 Batch = Mapping[str, jax.Array]
 
@@ -57,11 +58,24 @@ def predicted(segment_ids: jax.Array) -> jax.Array:
   return (segment_ids[..., 1:] == segment_ids[..., :-1]) & (segment_ids[..., 1:] > 0)
 
 
-def next_token_nll(logits_BTV: jax.Array, batch: Batch) -> jax.Array:
-  """Negative log-likelihood in nats, summed over the predicted tokens, in float32."""
-  logits_BTV = logits_BTV[:, :-1].astype(jnp.float32)
-  nll_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch['tokens'][:, 1:])
-  return jnp.where(predicted(batch['segment_ids']), nll_BT, 0).sum()
+def next_token_nll(
+  x_BTD: jax.Array, kernel_DV: jax.Array, batch: Batch, chunk: int | None = None, mesh: Mesh | None = None
+) -> jax.Array:
+  """Negative log-likelihood in nats, summed over the predicted tokens, in float32.
+
+  Args:
+    x_BTD: normed final states.
+    kernel_DV: output head.
+    batch: arrays (B, T).
+    chunk: `train.loss_chunk`.
+    mesh: over which rows are split.
+  """
+  # All T states, the last of which predicts nothing: their number is then one that divides well.
+  targets_BT = jnp.roll(batch['tokens'], -1, axis=1)
+  mask_BT = jnp.pad(predicted(batch['segment_ids']), ((0, 0), (0, 1)))
+  return vocabulary_loss.sum_over_tokens(
+    vocabulary_loss.next_token_nll, x_BTD, kernel_DV, (targets_BT, mask_BT), chunk, mesh
+  )
 
 
 def normalizers(config: ModelConfig, segment_ids_ABT: jax.Array) -> Normalizers:
@@ -72,7 +86,7 @@ def normalizers(config: ModelConfig, segment_ids_ABT: jax.Array) -> Normalizers:
 
 
 def make_loss(
-  apply: Callable[..., ModelOutput], config: ModelConfig
+  apply: Callable[..., Any], config: ModelConfig, chunk: int | None = None, mesh: Mesh | None = None
 ) -> Callable[..., tuple[jax.Array, dict[str, Any]]]:
   """The training loss of a model: (params, micro-batch, normalizers, routing, key) -> (loss, parts).
 
@@ -82,25 +96,27 @@ def make_loss(
   for `router.summarize` and the auxiliary losses before their weights, 'aux_loss' and so on.
 
   `routing` is the routers' state, {} for most; `key` is what a random router draws from.
+  `chunk` and `mesh` are those of `next_token_nll`.
   """
 
   weights = router.loss_weights(config)
 
   def loss(params, batch: Batch, whole: Normalizers, routing: Mapping[str, jax.Array], key: jax.Array):
-    output = apply(
+    x_BTD, kernel_DV, routed = apply(
       {'params': params, 'routing': routing} if routing else {'params': params},
       batch['tokens'],
       rngs={'routing': key},
       routing='topk',
       segment_ids=batch['segment_ids'],
       positions=batch['positions'],
+      method=Transformer.hidden_and_head,
     )
-    nll = next_token_nll(output.logits, batch) / whole.targets
-    if output.routing is None:
+    nll = next_token_nll(x_BTD, kernel_DV, batch, chunk, mesh) / whole.targets
+    if routed is None:
       return nll, {'loss': nll}
-    parts = {'loss': nll, 'counts': output.routing.counts}
+    parts = {'loss': nll, 'counts': routed.counts}
     total = nll
-    for name, term in output.routing.losses.items():
+    for name, term in routed.losses.items():
       # A router that serves all steps has one entry, a mean over the tokens that enter the first.
       value = (term.sum / whole.entrants_R[: term.sum.shape[0]]).sum()
       total += weights[name] * value

@@ -28,6 +28,7 @@ MAY_CHANGE = (
   'data.workers',
   'data.max_bad_fraction',
   'train.accumulation',
+  'train.loss_chunk',
   'train.on_nonfinite',
   'train.max_skipped',
   'train.spike_zscore',

@@ -34,7 +34,8 @@ def make_train_step(
   """
   schedule = learning_rate_schedule(config.train)
   may_skip = config.train.max_skipped if config.train.on_nonfinite == 'skip' else 0
-  gradient = jax.value_and_grad(loss_lib.make_loss(model.apply, config.model), has_aux=True)
+  loss = loss_lib.make_loss(model.apply, config.model, config.train.loss_chunk, mesh)
+  gradient = jax.value_and_grad(loss, has_aux=True)
 
   def train_step(state: TrainState, batch_ABT: loss_lib.Batch):
     batch_ABT = loss_lib.visible_batch(batch_ABT, config.data.segment_mask)
