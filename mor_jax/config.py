@@ -254,8 +254,8 @@ class DataConfig:
   drop_duplicates: bool = setting(False, 'leave out documents whose text came before')
   tokenizer: str = setting(
     'bpe',
-    'bpe: trained on the corpus; bytes: one token a byte; else the path of a tokenizer.json, or a model on '
-    'the Hugging Face hub, such as HuggingFaceTB/SmolLM-135M',
+    'bpe: trained on the corpus; bytes: one token a byte; source: that of init.source; else the path of a '
+    'tokenizer.json, or a model on the Hugging Face hub, such as HuggingFaceTB/SmolLM-135M',
   )
   vocab_size: int = setting(4096, 'entries of the trained tokenizer (bpe), special tokens included')
   separator: str = setting('<|endoftext|>', 'token of the vocabulary that ends every document')
@@ -340,6 +340,23 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class InitConfig:
+  """What a new training begins from. A checkpoint of the run itself always comes first."""
+
+  source: str | None = setting(
+    None,
+    'vanilla model to begin from, the folder of a run or a Llama checkpoint (also --init_from=FOLDER); none: '
+    'random weights',
+  )
+  method: str = setting(
+    'stepwise',
+    'layers of it that the shared block is made of: stepwise, at equal distances; the first (lower) or last '
+    '(upper); a random choice; average, the mean of all that a shared layer stands for',
+    ('stepwise', 'average', 'lower', 'upper', 'random'),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
   """When to save and what to keep."""
 
@@ -374,6 +391,7 @@ class Config:
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()
   train: TrainConfig = TrainConfig()
+  init: InitConfig = InitConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   parallel: ParallelConfig = ParallelConfig()
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from mor_jax import cli
 from mor_jax.config import Config, ConfigError
 from mor_jax.data.tokenizer import Tokenizer
-from mor_jax.interop import folders, huggingface, official
+from mor_jax.interop import folders, huggingface, official, sources
 from mor_jax.interop.weights import Weights
 from mor_jax.training import stored
 
@@ -50,7 +50,7 @@ def main() -> None:
   source, output = Path(FLAGS.checkpoint), folders.require_new(FLAGS.output)
   if not source.exists():
     raise ConfigError(f'--checkpoint={source} does not exist')
-  if (source / 'checkpoints').is_dir() or _has(source, 'model', 'train'):
+  if sources.is_run(source):
     what = export(source, output, FLAGS.dtype)
   else:
     what = bring_in(source, output)
@@ -70,7 +70,7 @@ def export(source: Path, output: Path, dtype: str | None = None) -> str:
 
 def bring_in(source: Path, output: Path) -> str:
   """A checkpoint of another library as a run folder; returns what it wrote."""
-  if FLAGS.settings or _has(source, official.OURS) or source.is_file():
+  if FLAGS.settings or sources.has_settings(source, official.OURS) or source.is_file():
     if source.is_file() and not FLAGS.settings:
       raise ConfigError(f'--checkpoint={source} is a file, which needs --settings to say what model it is of')
     settings = official.read_settings(FLAGS.settings) if FLAGS.settings else None
@@ -97,10 +97,6 @@ def _tokenizer(source: Path, weights: Weights) -> Tokenizer:
     raise ConfigError(f'{path} cannot be used ({error})') from None
   huggingface.check_vocabulary(tokenizer, weights.config, path)
   return tokenizer
-
-
-def _has(folder: Path, *keys: str) -> bool:
-  return (folder / 'config.json').is_file() and set(keys) <= set(folders.read_config(folder))
 
 
 @dataclasses.dataclass(frozen=True)

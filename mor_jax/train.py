@@ -2,6 +2,12 @@
 
 The run folder is --workdir, or runs/NAME. Running the same command again resumes from the newest
 checkpoint; a finished run shows its result again.
+
+The state comes from the first of these that there is:
+  1. the newest good checkpoint of the run itself, so that the same command resumes;
+  2. --init_from=MODEL, a vanilla model (run folder or Llama checkpoint) whose layers become the shared
+     block as config.init says, with a fresh optimiser, routers and step 0 (docs/uptraining.md);
+  3. random weights.
 """
 
 import itertools
@@ -20,11 +26,14 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from mor_jax import cli
-from mor_jax.config import Config, ConfigError, TrainConfig
+from mor_jax.config import Config, ConfigError, InitConfig, TrainConfig
 from mor_jax.data import dataset as dataset_lib
 from mor_jax.data import live, loader, schedule
+from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.evaluation import ngram, nll
 from mor_jax.inference import sampling
+from mor_jax.interop import sources
+from mor_jax.interop.uptraining import SharedWeights
 from mor_jax.model import flops
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
@@ -38,7 +47,7 @@ from mor_jax.training.nonfinite import NonFiniteError
 from mor_jax.training.optimizer import make_optimizer
 from mor_jax.training.progress import Progress
 from mor_jax.training.run_folder import RunFolder
-from mor_jax.training.state import TrainState, abstract_state, initializer
+from mor_jax.training.state import TrainState, abstract_state, begin_from, initializer
 from mor_jax.training.step import abstract_batch, make_train_step
 from mor_jax.training.stopping import Signals, Stop
 from mor_jax.training.watchdog import Watchdog
@@ -46,6 +55,9 @@ from mor_jax.training.watchdog import Watchdog
 FLAGS = flags.FLAGS
 flags.DEFINE_list(
   'allow_change', [], 'settings that a resumed run may change although they decide what is trained'
+)
+flags.DEFINE_string(
+  'init_from', None, 'vanilla model that a new training begins from; the same as --config.init.source'
 )
 ROWS_NAMED = 64  # of a batch, in a message
 
@@ -77,6 +89,7 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
 
   # ---- what is cheap to check comes first ----
   folder.check(config, allow_change, writes=runtime.is_main())
+  config = folder.with_vocabulary(config)
   mesh = mesh_lib.make_mesh(config.parallel)
   mesh_lib.check_batch(mesh, config.train)
   mesh_lib.check_model(mesh, config.model)
@@ -85,8 +98,15 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
     summary.print_table(console, 'Already finished', summary.describe_result(result, folder.path))
     return 0
 
-  # ---- data, which decides the vocabulary ----
+  # ---- the model to begin from, and data, which decide the vocabulary ----
+  source = None
+  if config.init.source and not folder.checkpoint_folder(config).is_dir():
+    source, vocabulary = sources.open_model(config.init.source, 'init.source')
+    config = config.replace(model={'vocab_size': config.model.vocab_size or source.config.vocab_size})
+    source = SharedWeights(config.model, source, config.init.method, config.train.seed)
   dataset = loader.open_dataset(config.data, report=partial(_print, console))
+  if source is not None:
+    _check_same_tokenizer(config, dataset, vocabulary)
   config = _with_vocabulary(config, dataset.tokenizer.vocab_size)
   mesh_lib.check_model(mesh, config.model)
   if runtime.is_main():
@@ -115,12 +135,14 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
     with ledger.measure(goodput.COMPILE):
       train_step = _compile(console, config, optimizer, mesh, abstract, done)
 
-    # ---- state: the newest good checkpoint, else the initial parameters ----
+    # ---- state: the newest good checkpoint, else a model to begin from, else random weights ----
     if done:
       state = checkpoints.restore(done, abstract)
       _print(console, f'\nresuming after step {done} from {checkpoints.path(done)}')
     else:
       state = initialize(jnp.uint32(config.train.seed))
+      if source is not None:
+        state = begin_from(state, source)
 
     # ---- training ----
     batches = loader.train_batches(
@@ -200,6 +222,36 @@ def _remedy(train: TrainConfig) -> str:
   if train.on_nonfinite == 'skip':
     return f'raise train.max_skipped={train.max_skipped} to leave out more, or lower train.learning_rate'
   return 'set train.on_nonfinite=skip to leave it out, or lower train.learning_rate'
+
+
+def _check_same_tokenizer(config: Config, dataset: loader.Dataset, vocabulary: Tokenizer) -> None:
+  """Raises ConfigError unless token ids mean what they meant to the model that the run begins from."""
+  if dataset.tokenizer.digest != vocabulary.digest:
+    raise ConfigError(
+      f'data.tokenizer={config.data.tokenizer} is not the tokenizer of init.source={config.init.source}, so that '
+      f'the same ids mean other text; set --config.data.tokenizer={config.init.source}/tokenizer.json'
+    )
+
+
+def with_source(config: Config, init_from: str | None) -> Config:
+  """The config with what --init_from names as `init.source`, and with its tokenizer where it is to be used.
+
+  Raises:
+    ConfigError: --init_from and init.source differ, or a setting refers to a source without either.
+  """
+  if init_from is not None:
+    if config.init.source not in (None, init_from):
+      raise ConfigError(
+        f'--init_from={init_from} and --config.init.source={config.init.source} differ; give one of them'
+      )
+    config = config.replace(init={'source': init_from})
+  if config.init.source is None and config.init.method != InitConfig().method:
+    raise ConfigError(f'init.method={config.init.method} has no model to take layers from: give --init_from')
+  if config.data.tokenizer == 'source':
+    if config.init.source is None:
+      raise ConfigError('data.tokenizer=source is that of init.source, which is not set: give --init_from')
+    config = config.replace(data={'tokenizer': str(Path(config.init.source) / 'tokenizer.json')})
+  return config
 
 
 def _with_vocabulary(config: Config, tokenizer_size: int) -> Config:
@@ -310,4 +362,8 @@ def _sample(model: Transformer, config: Config, dataset: loader.Dataset, variabl
 
 
 if __name__ == '__main__':
-  cli.run(lambda config, workdir: main(config, workdir, FLAGS.allow_change), __doc__, several_processes=True)
+  cli.run(
+    lambda config, workdir: main(with_source(config, FLAGS.init_from), workdir, FLAGS.allow_change),
+    __doc__,
+    several_processes=True,
+  )

@@ -79,27 +79,6 @@ def encode(x: jax.Array, step: dict) -> jax.Array:
   return x + step['encoding']['embedding'].astype(x.dtype)
 
 
-def init_lora_from_layers(config: ModelConfig, block: dict, layers_RN: dict) -> dict:
-  """LoRA factors with which the shared block comes as close as their rank allows to given layers.
-
-  Args:
-    config: with `lora_rank` of at least 1.
-    block: parameters of the N shared layers, leaves (N, ...).
-    layers_RN: what step r should have at layer n, for instance the layers of a vanilla model,
-      leaves (R, N, ...).
-
-  Returns:
-    The 'lora' entry of `init_steps`, from the SVD of what sharing lost of every kernel.
-  """
-  scale, lora = config.lora_alpha / config.lora_rank, {}
-  shared, wanted = (traverse_util.flatten_dict(tree, sep='/') for tree in (block, layers_RN))
-  for name in LORA_TARGETS[config.lora_targets]:
-    residual_RNIO = wanted[f'{name}/kernel'] - shared[f'{name}/kernel']
-    down, up = low_rank(residual_RNIO, config.lora_rank, scale)
-    lora[name.replace('/', '_')] = {'down': down, 'up': up}
-  return lora
-
-
 def low_rank(residual_IO: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:
   """Factors (down, up) of the best approximation of rank `rank` to a change of a kernel, by SVD.
 

@@ -100,6 +100,12 @@ class RunFolder:
         f'resume it, choose another workdir, or go on with the new ones: --allow_change={",".join(changed)}'
       )
 
+  def with_vocabulary(self, config: Config) -> Config:
+    """The config with the size of the vocabulary that the run has had, where it names none."""
+    if config.model.vocab_size is not None or not self._config.exists():
+      return config
+    return config.replace(model={'vocab_size': self.read_config().model.vocab_size})
+
   def read_config(self) -> Config:
     """The config of the run. Raises ConfigError if there is none, or it cannot be read."""
     try:

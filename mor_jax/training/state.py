@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
-from flax import struct
+from flax import struct, traverse_util
 from jax.sharding import Mesh
 
 from mor_jax.parallel import mesh as mesh_lib
@@ -60,3 +61,19 @@ def abstract_state(initialize: Callable[[jax.Array], TrainState], mesh: Mesh) ->
   shapes = jax.eval_shape(initialize, jax.ShapeDtypeStruct((), jnp.uint32))
   sharding = mesh_lib.replicated(mesh)
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+
+
+def begin_from(state: TrainState, weights: Any) -> TrainState:
+  """The state with parameters from elsewhere, each device reading its own part of a leaf.
+
+  Args:
+    state: at step 0; leaves that are replaced are deleted.
+    weights: `interop.weights.Weights` of the same model; what they do not have stays.
+  """
+  params = traverse_util.flatten_dict(state.params, sep='/')
+  for path, leaf in weights.leaves():
+    name = path.removeprefix('params/')
+    old, leaf = params[name], np.asarray(leaf, params[name].dtype)
+    params[name] = jax.make_array_from_callback(old.shape, old.sharding, leaf.__getitem__)
+    old.delete()
+  return state.replace(params=traverse_util.unflatten_dict(params, sep='/'))

@@ -40,6 +40,8 @@ def describe_run(config: Config, mesh: Mesh, dataset: Dataset, workdir: Path) ->
   ]
   if config.model.kind == 'mor':
     rows += [('capacities', _capacities(config.model, config.data.seq_len))]
+  if config.init.source:
+    rows += [('begins from', f'{config.init.source}, its layers {config.init.method}')]
   return [
     *rows,
     ('FLOPs/token', _flops(config.model, config.data.seq_len)),

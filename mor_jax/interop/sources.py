@@ -1,0 +1,40 @@
+"""Opens a model wherever it is: the newest checkpoint of a run, or a Llama checkpoint."""
+
+from pathlib import Path
+
+from mor_jax.config import ConfigError
+from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.interop import folders, huggingface, official
+from mor_jax.interop.weights import Weights
+from mor_jax.training import stored
+
+
+def is_run(path: Path) -> bool:
+  """Whether a folder is that of a run of this package."""
+  return has_settings(path, 'model', 'train')
+
+
+def has_settings(folder: Path, *keys: str) -> bool:
+  """Whether a folder has a config.json with all of these keys."""
+  return (folder / 'config.json').is_file() and set(keys) <= set(folders.read_config(folder))
+
+
+def open_model(path: str | Path, flag: str) -> tuple[Weights, Tokenizer]:
+  """The weights, which are read leaf by leaf, and the tokenizer of a run folder or of a Llama folder.
+
+  Args:
+    flag: named in errors.
+
+  Raises:
+    ConfigError: it is neither, or cannot be read.
+  """
+  path = Path(path)
+  try:
+    if is_run(path):
+      run = stored.open_run(path)
+      return run, run.tokenizer()
+    if has_settings(path, official.OURS):
+      raise ConfigError(f'{path} holds no vanilla model')
+    return huggingface.open_folder(path)
+  except ConfigError as error:
+    raise ConfigError(f'{flag}={path}: {error}') from None

@@ -1,0 +1,217 @@
+"""A vanilla model's weights as the beginning of a model that shares layers (docs/uptraining.md)."""
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
+
+from mor_jax.config import ConfigError, ModelConfig
+from mor_jax.interop import names
+from mor_jax.interop.weights import Weights
+from mor_jax.model import relaxation, sharing
+
+METHODS = ('stepwise', 'average', 'lower', 'upper', 'random')
+
+# What must be as it was: the meaning of the weights depends on it.
+_SAME = (
+  'vocab_size',
+  'd_model',
+  'num_heads',
+  'num_kv_heads',
+  'head_width',
+  'mlp_dim',
+  'tie_embeddings',
+  'norm_epsilon',
+  'rope_theta',
+  'rope_scaling',
+  'rope_scaling_factor',
+)
+_LLAMA3 = ('rope_low_frequency_factor', 'rope_high_frequency_factor', 'rope_original_length')
+
+# The norm before each kernel that has one, whose scale can be folded into the kernel.
+_NORM_BEFORE = {
+  'attention/query/kernel': 'attention_norm/scale',
+  'attention/key/kernel': 'attention_norm/scale',
+  'attention/value/kernel': 'attention_norm/scale',
+  'mlp/gate/kernel': 'mlp_norm/scale',
+  'mlp/up/kernel': 'mlp_norm/scale',
+}
+_LAYERS, _LORA, _NORMS = 'params/layers/', 'params/steps/lora/', 'params/steps/norms/'
+
+
+class SharedWeights:
+  """Weights of a model with shared layers, from those of a vanilla model, leaf by leaf in float32.
+
+  The first and the last layer are kept where the sharing scheme keeps them, and every slot of the shared
+  block is made of layers of the original, as `source_layers` says. Embedding, head and final norm are the
+  original's. Routers are not among the leaves: they begin fresh.
+
+  With `lora_rank` the low-rank changes of each step are the best approximation (SVD) to what sharing lost
+  of that step's own layer of the original. Where norm scales are shared too, they are folded into the
+  kernels after them, so that nothing is lost beside the kernels. Where they are not, each step has the
+  scales of its own layer. So at full rank the model is the original. A recursion encoding begins at zero.
+
+  Args:
+    config: of the model to begin with.
+    source: a vanilla model's.
+    method: one of METHODS.
+    seed: of method 'random'.
+
+  Raises:
+    ConfigError: the source is not vanilla, its layers are of other shape, or they are too few.
+  """
+
+  def __init__(self, config: ModelConfig, source: Weights, method: str, seed: int = 0):
+    _check(config, source.config)
+    self.config, self._source = config, source
+    self._sources = source_layers(config, source.config.num_layers, method, seed)
+    self._folds = bool(config.lora_rank) and config.share_norms and config.kind != 'vanilla'
+    shapes = names.shapes(config)
+    fresh = ('params/router/', 'params/aux_router/', 'routing/')
+    self.shapes = {path: shape for path, shape in shapes.items() if not path.startswith(fresh)}
+    self.dtypes = dict.fromkeys(self.shapes, np.dtype(np.float32))
+    self._second: tuple[str, np.ndarray] | None = None
+
+  def leaf(self, path: str) -> np.ndarray:
+    """One leaf, float32."""
+    if path.startswith(_LAYERS):
+      return self._layers(path.removeprefix(_LAYERS))
+    if path.startswith(_LORA):
+      return self._lora(path)
+    if path.startswith(_NORMS):
+      return self._norms(path)
+    if path == 'params/steps/encoding/embedding':
+      return np.zeros(self.shapes[path], np.float32)
+    return self._source.leaf(path).astype(np.float32)
+
+  def leaves(self) -> Iterator[tuple[str, np.ndarray]]:
+    """(path, leaf) of all, one at a time."""
+    for path in self.shapes:
+      yield path, self.leaf(path)
+
+  def _layers(self, name: str) -> np.ndarray:
+    """A leaf of all slots: the mean of the layers that each is made of."""
+    ours, folded = self._source.leaf(_LAYERS + name), self._folded(name)
+    last = self.config.num_unique_layers - self.config.unique_ends
+    value = np.empty(self.shapes[_LAYERS + name], np.float32)
+    for slot, layers in enumerate(self._sources):
+      is_shared = self.config.unique_ends <= slot < last
+      rows = [folded(ours, layer) if is_shared else ours[layer] for layer in layers]
+      value[slot] = rows[0] if len(rows) == 1 else np.mean(rows, axis=0, dtype=np.float64)
+    return value
+
+  def _folded(self, name: str):
+    """(leaf of all layers, layer) -> the layer's part, in float32, with the norm's scale folded if it is to be."""
+    if not self._folds:
+      return lambda leaf, layer: leaf[layer].astype(np.float32)
+    if name in _NORM_BEFORE.values():
+      return lambda leaf, layer: np.ones(leaf.shape[1:], np.float32)
+    if name not in _NORM_BEFORE:
+      return lambda leaf, layer: leaf[layer].astype(np.float32)
+    scales = self._source.leaf(_LAYERS + _NORM_BEFORE[name]).astype(np.float32)
+    return lambda leaf, layer: scales[layer][:, None] * leaf[layer].astype(np.float32)
+
+  def _lora(self, path: str) -> np.ndarray:
+    """`down` or `up` of one kernel; both come of one decomposition, and the second is kept until it is asked for."""
+    if self._second is not None and self._second[0] == path:
+      value, self._second = self._second[1], None
+      return value
+    name, part = path.removeprefix(_LORA).split('/')
+    kernel = next(
+      f'{target}/kernel' for target in relaxation.LORA_TARGETS['all'] if target.replace('/', '_') == name
+    )
+    shared, original, folded = self._layers(kernel), self._source.leaf(_LAYERS + kernel), self._folded(kernel)
+    rank, scale = self.config.lora_rank, self.config.lora_alpha / self.config.lora_rank
+    both = {each: np.zeros(self.shapes[f'{_LORA}{name}/{each}'], np.float32) for each in ('down', 'up')}
+    for (step, layer), slot, source in self._steps:
+      down, up = relaxation.low_rank(folded(original, source) - shared[slot], rank, scale)
+      full = up.shape[0]  # a rank above that of the kernel adds nothing
+      both['down'][step, layer, :, :full], both['up'][step, layer, :full] = down, up
+    other = 'up' if part == 'down' else 'down'
+    self._second = f'{_LORA}{name}/{other}', both[other]
+    return both[part]
+
+  def _norms(self, path: str) -> np.ndarray:
+    """Changes of the norm scales, (R, N, D)."""
+    name = path.removeprefix(_NORMS)
+    shared, original = self._layers(name), self._source.leaf(_LAYERS + name).astype(np.float32)
+    value = np.empty(self.shapes[path], np.float32)
+    for place, slot, source in self._steps:
+      value[place] = original[source] - shared[slot]
+    return value
+
+  @cached_property
+  def _steps(self) -> list[tuple[tuple[int, int], int, int]]:
+    """((step, layer of the block), slot, layer of the original) of every layer within the recursions."""
+    config, ends = self.config, self.config.unique_ends
+    mapped = depths(config, self._source.config.num_layers)
+    seen: dict[int, int] = {}
+    steps = []
+    for depth, slot in enumerate(sharing.layer_slots(config)):
+      if ends <= slot < config.num_unique_layers - ends:
+        step = seen[slot] = seen.get(slot, -1) + 1
+        steps.append(((step, slot - ends), slot, mapped[depth]))
+    return steps
+
+
+def depths(config: ModelConfig, num_layers: int) -> list[int]:
+  """Layer of a vanilla model of so many that stands at each depth of the unrolled model.
+
+  The same where both are equally deep. Else the layers between the ends that stay are taken at equal
+  distances and rounded, so that some are left out (as the authors do) or come twice.
+  """
+  ends = config.unique_ends
+  middle = np.linspace(ends, num_layers - 1 - ends, config.num_layers - 2 * ends)
+  return [*[0] * ends, *(round(float(layer)) for layer in middle), *[num_layers - 1] * ends]
+
+
+def source_layers(config: ModelConfig, num_layers: int, method: str, seed: int = 0) -> list[tuple[int, ...]]:
+  """Layers of a vanilla model that each parameter slot is made of; several are averaged.
+
+  Between the ends that stay: 'stepwise' takes layers at equal distances, 'lower' the first, 'upper' the
+  last, 'random' a random choice in order (the authors' four), 'average' the mean of all that a slot
+  stands for in the unrolled model.
+
+  Raises:
+    ConfigError: there are fewer layers than slots.
+  """
+  if method not in METHODS:
+    raise ConfigError(f'init.method={method} is not one of {", ".join(METHODS)}')
+  ends, depth = config.unique_ends, config.shared_depth
+  first, last = ends, num_layers - 1 - ends
+  if last - first + 1 < depth or num_layers < 1:
+    raise ConfigError(
+      f'model.num_layers={config.num_layers} with model.sharing={config.sharing} has a block of {depth} layers, but '
+      f'the {num_layers} layers of init.source leave only {max(0, last - first + 1)} for it; lower model.num_layers'
+    )
+  if method == 'average':
+    mapped, of_slot = depths(config, num_layers), [[] for _ in range(config.num_unique_layers)]
+    for layer, slot in zip(mapped, sharing.layer_slots(config), strict=True):
+      of_slot[slot].append(layer)
+    return [tuple(layers) for layers in of_slot]
+  picks = {
+    'stepwise': lambda: [round(float(layer)) for layer in np.linspace(first, last, depth)],
+    'lower': lambda: range(first, first + depth),
+    'upper': lambda: range(last - depth + 1, last + 1),
+    'random': lambda: sorted(
+      first + np.random.default_rng(seed).choice(last - first + 1, depth, replace=False)
+    ),
+  }[method]()
+  return [*[(0,)] * ends, *((int(layer),) for layer in picks), *[(num_layers - 1,)] * ends]
+
+
+def _check(config: ModelConfig, source: ModelConfig) -> None:
+  if source.kind != 'vanilla' or source.kv == 'shared':
+    raise ConfigError(
+      f'init.source has a model of model.kind={source.kind}, model.kv={source.kv}; only vanilla models, whose layers '
+      f'all have parameters, keys and values of their own, can be begun from'
+    )
+  fields = (*_SAME, *(_LLAMA3 if source.rope_scaling == 'llama3' else ()))
+  different = {name: (getattr(config, name), getattr(source, name)) for name in fields}
+  different = {
+    name.replace('head_width', 'head_dim'): pair for name, pair in different.items() if pair[0] != pair[1]
+  }
+  if different:
+    text = ', '.join(f'model.{name}={ours}' for name, (ours, _) in different.items())
+    remedy = ' '.join(f'--config.model.{name}={theirs}' for name, (_, theirs) in different.items())
+    raise ConfigError(f'{text} cannot begin from init.source, whose layers have other shapes; set {remedy}')

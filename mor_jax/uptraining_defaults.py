@@ -1,0 +1,48 @@
+"""What trainings that begin from a pretrained model have in common; configs/uptrain_*.py are its models (docs/uptraining.md)."""
+
+from ml_collections import config_dict
+
+from mor_jax import config as mor_config
+
+VARIANTS = ('mor', 'recursive', 'vanilla')
+LEARNING_RATE = 5e-4  # a pretrained model at the peak rate of its own training unlearns first
+WARMUP_FRACTION = 0.05
+
+
+def uptraining_run(name: str, variant: str, num_layers: int, steps: int, **shape) -> config_dict.ConfigDict:
+  """Settings of a training of `steps` that begins from a vanilla model of `num_layers`, with two recursions.
+
+  An override of `model.num_recursions` raises the depth to the next that the recursions divide.
+  A MoR model begins near the original: gates are the paper's residual form around 1, and capacities fall
+  from 1 within the first third.
+
+  Args:
+    name: of the run and the config file, without `.py`.
+    variant: one of VARIANTS.
+    **shape: further settings of the model, which must be the original's.
+
+  Raises:
+    ConfigError: unknown variant.
+  """
+  if variant not in VARIANTS:
+    raise mor_config.ConfigError(
+      f'configs/{name}.py:{variant} does not exist; use one of {", ".join(VARIANTS)}'
+    )
+  config = mor_config.default()
+  config.name = f'{name}-{variant}'
+  config.model.update(shape)
+  config.model.kind = variant
+  config.model.num_layers = num_layers
+  if variant != 'vanilla':
+    recursions = config.model.get_ref('num_recursions')
+    config.model.num_layers = 2 + (num_layers - 2 + recursions - 1) // recursions * recursions
+    config.name = f'{name}-{variant}-r' + recursions.to_str()
+  if variant == 'mor':
+    config.model.gating = 'residual'
+    config.model.router_alpha = 2.0
+    config.model.capacity_warmup_steps = steps // 3
+  config.data.tokenizer = 'source'
+  config.train.steps = steps
+  config.train.learning_rate = LEARNING_RATE
+  config.train.warmup_steps = max(1, round(WARMUP_FRACTION * steps))
+  return config

@@ -1,0 +1,164 @@
+"""Beginning from a vanilla model: which layers go where, and that at full rank nothing is lost."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import tiny_run
+
+from mor_jax.config import ConfigError
+from mor_jax.interop import uptraining, weights
+from mor_jax.interop.uptraining import SharedWeights, depths, source_layers
+from mor_jax.interop.weights import HeldWeights
+from mor_jax.model.transformer import Transformer
+from mor_jax.training.state import begin_from
+
+VANILLA, VARIABLES = tiny.model(kind='vanilla', seed=5)
+SOURCE = HeldWeights(VANILLA.config, VARIABLES)
+
+
+@pytest.mark.parametrize(
+  ('sharing', 'method', 'expected'),
+  [
+    ('middle_cycle', 'stepwise', [(0,), (1,), (6,), (7,)]),
+    ('middle_cycle', 'lower', [(0,), (1,), (2,), (7,)]),
+    ('middle_cycle', 'upper', [(0,), (5,), (6,), (7,)]),
+    ('middle_cycle', 'average', [(0,), (1, 3, 5), (2, 4, 6), (7,)]),
+    ('middle_sequence', 'average', [(0,), (1, 2, 3), (4, 5, 6), (7,)]),
+    ('middle_sequence', 'stepwise', [(0,), (1,), (6,), (7,)]),
+  ],
+)
+def test_the_layers_of_each_slot(sharing, method, expected):
+  config = tiny.config(kind='recursive', num_layers=8, num_recursions=3, sharing=sharing)
+  assert source_layers(config, 8, method) == expected
+
+
+def test_layers_of_schemes_without_ends_and_random_choice():
+  config = tiny.config(kind='recursive', num_layers=6, num_recursions=2, sharing='cycle')
+  assert source_layers(config, 6, 'stepwise') == [(0,), (2,), (5,)]  # 2.5 is rounded to even, as Python does
+  assert source_layers(config, 6, 'average') == [(0, 3), (1, 4), (2, 5)]
+  config = dataclasses.replace(config, sharing='sequence')
+  assert source_layers(config, 6, 'average') == [(0, 1), (2, 3), (4, 5)]
+  assert source_layers(config, 6, 'upper') == [(3,), (4,), (5,)]
+  drawn = {tuple(source_layers(config, 6, 'random', seed)) for seed in range(20)}
+  assert len(drawn) > 5
+  assert all(list(layers) == sorted(set(layers)) for layers in drawn)
+
+
+def test_other_depths_than_the_originals():
+  """SmolLM has 30 layers, of which 28 are not divisible by 3: 29 leaves one out, 32 takes two twice."""
+  config = tiny.config(kind='recursive', num_layers=29, num_recursions=3)
+  shallow = depths(config, 30)
+  assert (shallow[0], shallow[1], shallow[-2], shallow[-1]) == (0, 1, 28, 29)
+  assert len(shallow) == len(set(shallow)) == 29
+  deep = depths(tiny.config(kind='recursive', num_layers=32, num_recursions=3), 30)
+  assert len(deep) == 32
+  assert sorted(set(deep)) == list(range(30))
+  assert deep == sorted(deep)
+  assert depths(tiny.config(kind='recursive', num_layers=30), 30) == list(range(30))
+  with pytest.raises(ConfigError, match=r'has a block of 28 layers, but the 10 layers .* leave only 8'):
+    source_layers(tiny.config(kind='recursive', num_layers=58), 10, 'stepwise')
+
+
+RELAXED = [
+  {'lora_rank': 48, 'share_norms': True},
+  {'lora_rank': 32, 'share_norms': False, 'lora_alpha': 3.0},
+  {'lora_rank': 32, 'recursion_encoding': True},
+]
+
+
+@pytest.mark.parametrize('relaxed', RELAXED)
+@pytest.mark.parametrize(
+  ('sharing', 'method', 'recursions'),
+  [
+    ('middle_cycle', 'stepwise', 2),
+    ('middle_sequence', 'average', 2),
+    ('cycle', 'upper', 3),
+    ('sequence', 'random', 3),
+  ],
+)
+def test_at_full_rank_the_model_is_the_original(sharing, method, recursions, relaxed):
+  if sharing.endswith('sequence'):
+    relaxed = {name: value for name, value in relaxed.items() if name != 'recursion_encoding'}
+  change = {'sharing': sharing, 'num_recursions': recursions} | relaxed
+  model = Transformer(tiny.config(kind='recursive', **change))
+  variables = weights.tree(SharedWeights(model.config, SOURCE, method))
+  tokens_BT = tiny.tokens(2, 12)
+  expected = tiny.apply(VANILLA)(VARIABLES, tokens_BT).logits
+  np.testing.assert_allclose(tiny.apply(model)(variables, tokens_BT).logits, expected, atol=2e-4)
+  low = dataclasses.replace(model.config, lora_rank=4, lora_alpha=model.config.lora_alpha)
+  variables = weights.tree(SharedWeights(low, SOURCE, method))
+  assert np.abs(tiny.apply(Transformer(low))(variables, tokens_BT).logits - expected).max() > 0.05
+
+
+def test_a_mor_model_that_takes_every_step_is_the_original():
+  """Gates of exactly 1 and capacities of 1: what remains of routing changes nothing."""
+  model = Transformer(
+    tiny.config(
+      num_recursions=2,
+      capacities=(1.0, 1.0),
+      gating='residual',
+      router_activation='sigmoid',
+      router_alpha=2.0,
+      lora_rank=48,
+    )
+  )
+  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))['params']
+  routers = jax.tree.map(
+    lambda leaf: np.zeros(leaf.shape, leaf.dtype), {'router': shapes['router']}
+  )  # 2 sigmoid(0)
+  variables = weights.tree(SharedWeights(model.config, SOURCE, 'average'))
+  variables = {'params': variables['params'] | routers}
+  tokens_BT = tiny.tokens(2, 12)
+  expected = tiny.apply(VANILLA)(VARIABLES, tokens_BT).logits
+  np.testing.assert_allclose(tiny.apply(model)(variables, tokens_BT).logits, expected, atol=2e-4)
+
+
+def test_layers_are_taken_bit_for_bit_and_averaged():
+  config = tiny.config(kind='recursive', num_recursions=2)
+  up, ours = VARIABLES['params']['layers']['mlp']['up']['kernel'], {}
+  for method in ('upper', 'average'):
+    made = weights.tree(SharedWeights(config, SOURCE, method))['params']
+    ours[method] = made['layers']['mlp']['up']['kernel']
+    np.testing.assert_array_equal(made['embed']['embedding'], VARIABLES['params']['embed']['embedding'])
+    np.testing.assert_array_equal(made['final_norm']['scale'], VARIABLES['params']['final_norm']['scale'])
+  np.testing.assert_array_equal(ours['upper'], up[np.array([0, 3, 4, 5])])
+  np.testing.assert_allclose(ours['average'][1:3], (up[1:3] + up[3:5]) / 2, rtol=1e-6)
+  np.testing.assert_array_equal(ours['average'][[0, 3]], up[np.array([0, 5])])
+
+
+def test_a_vanilla_model_stays_what_it_is():
+  made = weights.tree(SharedWeights(VANILLA.config, SOURCE, 'stepwise'))
+  jax.tree.map(np.testing.assert_array_equal, made, VARIABLES)
+
+
+def test_models_that_do_not_fit_are_refused():
+  with pytest.raises(
+    ConfigError, match=r'model\.mlp_dim=64, model\.rope_theta=5\.0 cannot .*--config\.model\.mlp_dim=48'
+  ):
+    SharedWeights(tiny.config(mlp_dim=64, rope_theta=5.0), SOURCE, 'stepwise')
+  with pytest.raises(ConfigError, match=r'kind=recursive.*only vanilla models'):
+    SharedWeights(VANILLA.config, HeldWeights(tiny.config(kind='recursive'), {}), 'stepwise')
+  with pytest.raises(ConfigError, match=r'init\.method=best is not one of'):
+    source_layers(VANILLA.config, 6, 'best')
+  assert tiny_run.CONFIG.init.method in uptraining.METHODS
+
+
+def test_the_state_begins_with_the_weights_and_fresh_routers():
+  run = tiny_run.run()
+  config = run.config.model
+  vanilla = Transformer(dataclasses.replace(config, kind='vanilla'))
+  original = vanilla.init(jax.random.key(7), jnp.zeros((1, 4), jnp.int32))
+  shared = SharedWeights(config, HeldWeights(vanilla.config, original), 'lower')
+  fresh, state = run.initial(), begin_from(run.initial(), shared)
+  jax.tree.map(np.testing.assert_array_equal, state.params['router'], fresh.params['router'])
+  jax.tree.map(np.testing.assert_array_equal, state.opt_state, fresh.opt_state)
+  np.testing.assert_array_equal(
+    state.params['layers']['mlp']['up']['kernel'][1], original['params']['layers']['mlp']['up']['kernel'][1]
+  )
+  shardings = [leaf.sharding for leaf in jax.tree.leaves(run.abstract.params)]
+  assert [leaf.sharding for leaf in jax.tree.leaves(state.params)] == shardings
+  run.step(state, next(tiny_run.batches()))  # the compiled step takes it
