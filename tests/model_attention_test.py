@@ -1,46 +1,101 @@
 """Attention backends against the reference, and rotation against its defining property."""
 
+import dataclasses
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor_jax.model import attention
+from mor_jax.model import attention, attention_xla
+from mor_jax.model.context import TokenContext
 from mor_jax.model.layers import rotate, rotation
 from tests import tiny
 
 
-@pytest.mark.parametrize('backend', ['xla', 'auto'])
-@pytest.mark.parametrize('subset', [False, True], ids=['self', 'gathered_queries'])
-def test_backends_equal_the_reference(backend, subset):
-  """Values and gradients, with gathered positions, several segments and padding."""
-  rng = np.random.default_rng(0)
-  q, k, v, target = (rng.normal(size=(2, 12, heads, 8)).astype(np.float32) for heads in (6, 2, 2, 6))
-  positions_BS = np.sort(rng.choice(40, (2, 12), replace=False), axis=1)
-  segments_BS = np.array([[1] * 5 + [2] * 4 + [0] * 3, [3] * 12])
-  chosen = np.array([1, 2, 4, 7, 9, 10]) if subset else np.arange(12)
-  visible = attention.visible(positions_BS[:, chosen], positions_BS, segments_BS[:, chosen], segments_BS)
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """Rows of packed documents with padding, of which some tokens attend, to one another or to the whole row."""
 
-  def loss(q, k, v, backend):
-    return (attention.attend(q[:, chosen], k, v, visible, backend) * target[:, chosen]).sum()
+  length: int
+  chosen: int | None = None  # queries in a row, at random; None: all
+  to_row: bool = False  # keys are those of the whole row
+  left_out: bool = False  # some of the queries take no part
 
-  got = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v, backend)
-  expected = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v, 'reference')
-  for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-    np.testing.assert_allclose(left, right, atol=2e-5)
+  def make(self):
+    """q, k, v, the cotangent, contexts of queries and keys (None: the same), and which outputs count."""
+    rng = np.random.default_rng(self.length)
+    rows, length = 2, self.length
+    segments_BS = np.sort(rng.integers(1, 5, (rows, length)), axis=1)
+    segments_BS[0] = 1
+    segments_BS[1, -(length // 6) :] = 0
+    starts_BS = np.diff(segments_BS, axis=1, prepend=-1) != 0
+    index_S = np.arange(length)
+    positions_BS = index_S - np.maximum.accumulate(np.where(starts_BS, index_S, 0), axis=1)
+    row = TokenContext(jnp.asarray(positions_BS), jnp.asarray(segments_BS))
+    count = self.chosen or length
+    indices_BC = jnp.asarray(np.stack([np.sort(rng.permutation(length)[:count]) for _ in range(rows)]))
+    queries = row.take(indices_BC)
+    if self.left_out:
+      queries = queries.only(jnp.asarray(rng.random((rows, count)) < 0.7))
+    keys = row if self.to_row else None
+    size = length if self.to_row else count
+    q, target = (rng.normal(size=(rows, count, 6, 8)).astype(np.float32) for _ in 'qt')
+    k, v = (rng.normal(size=(rows, size, 2, 8)).astype(np.float32) for _ in 'kv')
+    counts_BC11 = np.asarray(queries.segments_BC > 0)[..., None, None]
+    return q, k, v, np.where(counts_BC11, target, 0), queries, keys, counts_BC11
+
+
+CASES = {
+  'all': Case(40),
+  'gathered': Case(40, chosen=23),
+  'gathered, some left out': Case(40, chosen=23, left_out=True),
+  'to the row': Case(40, chosen=23, to_row=True),
+  'to the row, some left out': Case(40, chosen=23, to_row=True, left_out=True),
+  'all to the row': Case(40, to_row=True, left_out=True),
+}
+
+
+def assert_equals_reference(attend, case: Case, tolerance: float = 2e-5) -> None:
+  """Values and gradients of the tokens that count, float32."""
+  q, k, v, target, queries, keys, counts_BC11 = case.make()
+
+  def run(attend):
+    def loss(q, k, v):
+      out_BCHE = attend(q, k, v, queries, keys)
+      return (out_BCHE * target).sum(), jnp.where(counts_BC11, out_BCHE, 0)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+  def reference(*arguments):
+    return attention.attend(*arguments, backend='reference')
+
+  for left, right in zip(jax.tree.leaves(run(attend)), jax.tree.leaves(run(reference)), strict=True):
+    np.testing.assert_allclose(left, right, atol=tolerance, rtol=1e-5)
+
+
+@pytest.mark.parametrize('case', CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize('blocks', ['one block', 'blocks', 'blocks computed again'])
+def test_blocks_equal_the_reference(case, blocks, monkeypatch):
+  """Also where the length is no multiple of the block."""
+  if blocks != 'one block':
+    monkeypatch.setattr(attention_xla, 'BLOCK', 9)
+  if blocks == 'blocks computed again':
+    monkeypatch.setattr(attention_xla, 'KEEP_UP_TO', 0)
+  assert_equals_reference(partial(attention.attend, backend='xla'), case)
 
 
 def test_only_the_past_of_the_same_segment_is_visible():
-  positions, segments = jnp.array([[0, 3, 5, 0, 2]]), jnp.array([[1, 1, 1, 2, 2]])
-  visible = attention.visible(positions, positions, segments, segments)[0]
+  tokens = TokenContext(jnp.array([[0, 3, 5, 0, 2]]), jnp.array([[1, 1, 1, 2, 2]]))
   expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
-  np.testing.assert_array_equal(visible, np.array(expected, bool))
+  np.testing.assert_array_equal(attention_xla.visible(tokens, tokens)[0], np.array(expected, bool))
 
 
 def test_unknown_backend_is_refused():
-  x = jnp.zeros((1, 2, 1, 4))
+  x, tokens = jnp.zeros((1, 2, 1, 4)), TokenContext(jnp.zeros((1, 2), int), jnp.ones((1, 2), int))
   with pytest.raises(ValueError, match="unknown attention backend 'flash'"):
-    attention.attend(x, x, x, jnp.ones((1, 2, 2), bool), 'flash')
+    attention.attend(x, x, x, tokens, backend='flash')
 
 
 def test_rotation_depends_on_distance_only():

@@ -17,7 +17,7 @@ import optax
 
 from mor_jax.config import ModelConfig
 from mor_jax.model import recursion, router
-from mor_jax.model.layers import TokenContext
+from mor_jax.model.context import TokenContext
 
 
 def top_k(logits_BT: jax.Array, active_BT: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:

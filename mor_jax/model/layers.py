@@ -7,29 +7,7 @@ from flax import struct
 
 from mor_jax.config import ModelConfig
 from mor_jax.model import attention
-
-NO_SEGMENT = -1  # tokens that take no part in a step; unlike padding (0) they are real tokens
-
-
-@struct.dataclass
-class TokenContext:
-  """Where the C tokens that a layer works on come from.
-
-  Attributes:
-    positions_BC: position of each token in its segment, which sets its rotation and causal order.
-    segments_BC: segment id; only tokens of one segment see each other. 0 is padding.
-  """
-
-  positions_BC: jax.Array
-  segments_BC: jax.Array
-
-  def take(self, indices_BC: jax.Array) -> 'TokenContext':
-    """The context of gathered tokens."""
-    return jax.tree.map(lambda leaf_BT: jnp.take_along_axis(leaf_BT, indices_BC, axis=1), self)
-
-  def only(self, chosen_BC: jax.Array) -> 'TokenContext':
-    """The same tokens, those not chosen cut off from the others."""
-    return self.replace(segments_BC=jnp.where(chosen_BC, self.segments_BC, NO_SEGMENT))
+from mor_jax.model.context import TokenContext
 
 
 @struct.dataclass
@@ -67,11 +45,18 @@ class Memory:
 
 @struct.dataclass
 class LayerInputs:
-  """What every layer of a stack needs beside its own input, computed once for all of them."""
+  """What every layer of a stack needs beside its own input, computed once for all of them.
+
+  Attributes:
+    cos_BC1E, sin_BC1E: rotation of the tokens.
+    queries: where they come from.
+    keys: where those that they attend to come from; None: they attend to one another.
+  """
 
   cos_BC1E: jax.Array
   sin_BC1E: jax.Array
-  visible_BCS: jax.Array
+  queries: TokenContext
+  keys: TokenContext | None
 
 
 class Linear(nn.Module):
@@ -133,7 +118,7 @@ class Attention(nn.Module):
       k_BCKE = rotate(heads('key', cfg.num_kv_heads), inputs.cos_BC1E, inputs.sin_BC1E)
       v_BCKE = heads('value', cfg.num_kv_heads)
       keys_and_values = (k_BCKE, v_BCKE) if memory is None else memory.overwritten(k_BCKE, v_BCKE)
-    out_BCHE = attention.attend(q_BCHE, *keys_and_values, inputs.visible_BCS, cfg.attention)
+    out_BCHE = attention.attend(q_BCHE, *keys_and_values, inputs.queries, inputs.keys, cfg.attention)
     return Linear(cfg.d_model, cfg, name='output')(out_BCHE.reshape(batch, length, -1)), keys_and_values
 
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from mor_jax.config import ModelConfig
 from mor_jax.model import relaxation
-from mor_jax.model.layers import Memory, TokenContext
+from mor_jax.model.context import TokenContext
+from mor_jax.model.layers import Memory
 from mor_jax.model.stack import apply_stack
 
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.config import ModelConfig
-from mor_jax.model import attention
-from mor_jax.model.layers import DecoderLayer, LayerInputs, Memory, TokenContext, rotation
+from mor_jax.model.context import TokenContext
+from mor_jax.model.layers import DecoderLayer, LayerInputs, Memory, rotation
 
 
 def init_stack(config: ModelConfig, key: jax.Array) -> dict:
@@ -19,11 +19,8 @@ def init_stack(config: ModelConfig, key: jax.Array) -> dict:
 
 def layer_inputs(config: ModelConfig, context: TokenContext, memory: Memory | None = None) -> LayerInputs:
   """Rotations of the tokens and what each may attend to: one another, or the memory."""
-  remembered = context if memory is None else memory.context
-  visible_BCS = attention.visible(
-    context.positions_BC, remembered.positions_BC, context.segments_BC, remembered.segments_BC
-  )
-  return LayerInputs(*rotation(config, context.positions_BC), visible_BCS)
+  keys = None if memory is None else memory.context
+  return LayerInputs(*rotation(config, context.positions_BC), context, keys)
 
 
 def apply_stack(

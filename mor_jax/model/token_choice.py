@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mor_jax.config import ModelConfig
 from mor_jax.model import recursion, router
-from mor_jax.model.layers import TokenContext
+from mor_jax.model.context import TokenContext
 
 
 def route(

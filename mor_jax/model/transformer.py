@@ -7,7 +7,8 @@ from flax import struct
 
 from mor_jax.config import ModelConfig
 from mor_jax.model import expert_choice, recursion, relaxation, sharing, token_choice
-from mor_jax.model.layers import TokenContext, norm
+from mor_jax.model.context import TokenContext
+from mor_jax.model.layers import norm
 from mor_jax.model.router import RoutingOutput, init_router, init_state
 from mor_jax.model.stack import apply_stack, init_stack
 
