@@ -7,3 +7,8 @@ def quantity(number: float) -> str:
     if number >= size:
       return f'{number / size:.3g}{unit}'
   return f'{number:.3g}'
+
+
+def megabytes(num_bytes: float) -> str:
+  """A size in MB, from 1 GB on in GB."""
+  return f'{num_bytes / 1e6:,.1f} MB' if num_bytes < 1e9 else f'{num_bytes / 1e9:,.2f} GB'

@@ -1,68 +1,82 @@
-"""Communication of a compiled program, read from its HLO text."""
+"""Communication of a compiled program, read from its HLO."""
 
 import collections
-import math
+import dataclasses
 import re
+
+import numpy as np
+
+from mor_jax.parallel import hlo
 
 KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
 
-_HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*\{\s*$')
-_INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?[\w.\-]+ = (.*)$')
-_COLLECTIVE = re.compile(rf'^(.*?) ({"|".join(KINDS)})(-start)?\(')
-_ARRAY = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
-_CALLED = re.compile(r'\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)')
-_BRANCHES = re.compile(r'\bbranch_computations=\{([^}]*)\}')
-_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_BITS = re.compile(r'(\d+)')
+_LISTED = re.compile(r'replica_groups=\{(\{[\d,{}]*\})\}')
+_IOTA = re.compile(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?')
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One collective of a program.
+
+  Attributes:
+    kind: one of KINDS.
+    bytes: size of its result on each device.
+    times: how often it runs.
+    groups: partitions (groups, members) that take part together; None: all of them, or pairs.
+  """
+
+  kind: str
+  bytes: int
+  times: int
+  groups: np.ndarray | None
+
+
+def collectives(program: hlo.Program) -> list[Collective]:
+  """All collectives that one run of the program executes; of a conditional, those of all branches."""
+  found = []
+  for _, instruction, times in program.executions(into_fusions=True):
+    kind = instruction.opcode.removesuffix('-start')
+    if kind in KINDS:
+      found.append(Collective(kind, _result_bytes(instruction), times, _groups(instruction.attributes)))
+  return found
 
 
 def collective_bytes(hlo_text: str) -> dict[str, int]:
   """Bytes that one run of a program gets from collectives on each device, by kind.
 
   Counted are the results of every collective, those in the bodies of loops times the loop's trip
-  count; a loop whose count the compiler does not know counts once, and of a conditional all branches.
+  count; a loop whose count the text does not tell counts once, and of a conditional all branches.
 
   Args:
     hlo_text: the compiled (partitioned, optimised) program, `compiled.as_text()`.
   """
-  computations, entry = _computations(hlo_text)
+  return total_bytes(collectives(hlo.parse(hlo_text)))
+
+
+def total_bytes(found: list[Collective]) -> dict[str, int]:
+  """Bytes of results by kind."""
   totals = collections.Counter()
-
-  def visit(name: str, times: int) -> None:
-    for line in computations.get(name, ()):
-      found = _COLLECTIVE.match(line)
-      if found:
-        result, kind, is_async = found.groups()
-        totals[kind] += times * _result_bytes(result, bool(is_async))
-      count = _TRIP_COUNT.search(line) if ' while(' in line else None
-      inner = times * (int(count.group(1)) if count else 1)
-      branches = _BRANCHES.search(line)
-      called = _CALLED.findall(line) + (re.findall(r'[\w.\-]+', branches.group(1)) if branches else [])
-      for callee in called:
-        visit(callee, inner)
-
-  visit(entry, 1)
+  for one in found:
+    totals[one.kind] += one.times * one.bytes
   return dict(totals)
 
 
-def _computations(hlo_text: str) -> tuple[dict[str, list[str]], str]:
-  """Right-hand sides of every computation's instructions, and the name of the entry."""
-  computations, entry, current = {}, '', None
-  for line in hlo_text.splitlines():
-    header, instruction = _HEADER.match(line), _INSTRUCTION.match(line)
-    if header and '->' in line:
-      current = computations.setdefault(header.group(2), [])
-      entry = header.group(2) if header.group(1) else entry
-    elif instruction and current is not None:
-      current.append(instruction.group(1))
-  return computations, entry
+def _result_bytes(instruction: hlo.Instruction) -> int:
+  """Bytes of the result; two kinds of asynchronous starts give their operand too, before the result."""
+  sizes = [array.bytes for array in instruction.arrays]
+  if instruction.opcode == 'collective-permute-start':
+    return sizes[1]
+  if instruction.opcode == 'all-gather-start':
+    return sum(sizes[len(sizes) // 2 :])
+  return sum(sizes)
 
 
-def _result_bytes(shape: str, is_async: bool) -> int:
-  """Bytes of a shape; an asynchronous start gives its operands too, of which results are the later half."""
-  sizes = []
-  for dtype, dimensions in _ARRAY.findall(shape):
-    bits = _BITS.search(dtype)
-    itemsize = int(bits.group(1)) / 8 if bits else 1
-    sizes.append(int(itemsize * math.prod(int(size) for size in dimensions.split(',') if size)))
-  return sum(sizes[len(sizes) // 2 :] if is_async and len(sizes) > 1 else sizes)
+def _groups(attributes: str) -> np.ndarray | None:
+  iota, listed = _IOTA.search(attributes), _LISTED.search(attributes)
+  if iota:
+    shape, source, order = ([int(n) for n in part.split(',')] if part else None for part in iota.groups())
+    return np.arange(np.prod(source)).reshape(source).transpose(order).reshape(shape)
+  if listed:
+    groups = [[int(n) for n in group.split(',')] for group in re.findall(r'\{([\d,]+)\}', listed.group(1))]
+    return np.array(groups)
+  return None

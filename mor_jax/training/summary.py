@@ -11,7 +11,7 @@ from mor_jax.config import Config, ModelConfig
 from mor_jax.data import schedule
 from mor_jax.data.loader import Dataset
 from mor_jax.model import flops
-from mor_jax.units import quantity
+from mor_jax.units import megabytes, quantity
 
 Row = tuple[str, str]
 
@@ -95,7 +95,7 @@ def _data(source: str, dataset: Dataset) -> str:
       f'{source}, tokenised and packed live; held out for validation {validation.rows:,} rows of its head'
     )
   return (
-    f'{source}: {train.documents:,} documents, {_megabytes(train.bytes)}, {quantity(train.tokens)} '
+    f'{source}: {train.documents:,} documents, {megabytes(train.bytes)}, {quantity(train.tokens)} '
     f'tokens; held out for validation {validation.documents:,} documents, {quantity(validation.tokens)} tokens'
   )
 
@@ -132,8 +132,8 @@ def describe_compiled(compiled: Any, seconds: float) -> Row:
   # Donated outputs live in the arguments' memory.
   outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
   return 'compiled', (
-    f'in {seconds:.1f} s; memory per device {_megabytes(arguments + temporaries + outputs)}: '
-    f'state and batch {_megabytes(arguments)}, temporaries {_megabytes(temporaries)}'
+    f'in {seconds:.1f} s; memory per device {megabytes(arguments + temporaries + outputs)}: '
+    f'state and batch {megabytes(arguments)}, temporaries {megabytes(temporaries)}'
   )
 
 
@@ -180,7 +180,3 @@ def describe_time(seconds: dict[str, float], restarts: int) -> Row:
   shares = ', '.join(f'{kind.replace("_", " ")} {value / total:.1%}' for kind, value in seconds.items())
   times = f' in {restarts + 1} processes' if restarts else ''
   return 'time', f'{total:,.0f} s{times}: {shares}'
-
-
-def _megabytes(num_bytes: float) -> str:
-  return f'{num_bytes / 1e6:,.1f} MB' if num_bytes < 1e9 else f'{num_bytes / 1e9:,.2f} GB'

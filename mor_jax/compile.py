@@ -1,0 +1,129 @@
+"""Compiles the train step for a machine that need not be there, and tells what it costs on each device:
+
+  python -m mor_jax.compile --config=configs/1p7b.py --topology=v5p:8x8x8 [--slices=2] [--json]
+  python -m mor_jax.compile --config=configs/360m.py --topology=v5e:4x4 --suggest
+
+Exits with 1 if the step does not fit into memory, after trying what would help. For TPUs it needs
+libtpu (pip install -r requirements-aot.txt), but no TPU.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+
+from absl import flags
+from rich.console import Console
+
+from mor_jax import cli
+from mor_jax.config import Config, ConfigError
+from mor_jax.parallel import mesh as mesh_lib
+from mor_jax.parallel import topology
+from mor_jax.training import ahead_of_time, budget, fitting, program_report, summary
+from mor_jax.training.ahead_of_time import Program
+from mor_jax.validation import SPECIAL_AND_BYTE_TOKENS
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string(
+  'topology', None, 'v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4, cpu:8 ...; default: this machine'
+)
+flags.DEFINE_integer('slices', 1, 'slices of that topology, joined by the network between them')
+flags.DEFINE_boolean(
+  'suggest', False, 'find the rows at once and the remat that fit, by compiling a dozen programs'
+)
+flags.DEFINE_boolean('json', False, 'print one JSON object, with figures of one device')
+
+DOES_NOT_FIT = 1
+
+
+def main(config: Config, workdir: str | None) -> int:
+  """Compiles and reports; returns 0 if the step fits.
+
+  Raises:
+    ConfigError: no such machine, or sizes that cannot be laid out on it.
+  """
+  del workdir  # nothing is written
+  console = Console(stderr=FLAGS.json)
+  compile_config = _compiler()
+  config = budget.with_budgeted_steps(_with_vocabulary(config))
+  program = compile_config(config, may_lower='train.accumulation' not in cli.overrides())
+  name = f'{config.name} on {FLAGS.topology or "this machine"}'
+  summary.print_table(console, name, program_report.describe(program, config))
+  report = program_report.as_json(program) | {'topology': FLAGS.topology}
+  if FLAGS.suggest:
+    attempts = _try(console, fitting.suggestions(program, compile_config))
+    choice = fitting.best(attempts)
+    if choice:
+      summary.print_rows(console, [('suggested', choice.flags), ('', program_report.speed(choice.program))])
+    report |= {'tried': [_as_json(attempt) for attempt in attempts]}
+    report |= {'suggested': _as_json(choice) if choice else None}
+    fits = choice is not None
+  elif not program.fits:
+    attempts = _try(console, fitting.remedies(program, compile_config))
+    report |= {'tried': [_as_json(attempt) for attempt in attempts]}
+    fits = False
+  else:
+    fits = True
+  if FLAGS.json:
+    print(json.dumps(report))
+  return 0 if fits else DOES_NOT_FIT
+
+
+def _compiler() -> Callable[..., Program]:
+  """Config -> Program for the devices that the flags name."""
+  if FLAGS.topology is None:
+    if FLAGS.slices != 1:
+      raise ConfigError(f'--slices={FLAGS.slices} needs --topology: name what one slice is')
+    devices = None
+  else:
+    topology.prepare()
+    devices = topology.devices(FLAGS.topology, FLAGS.slices)
+
+  def compile_config(config: Config, may_lower: bool = False) -> Program:
+    mesh = mesh_lib.make_mesh(config.parallel, devices)
+    if may_lower:
+      config = _with_enough_rows(config, mesh_lib.row_shards(mesh))
+    mesh_lib.check_batch(mesh, config.train)
+    mesh_lib.check_model(mesh, config.model)
+    return ahead_of_time.compile_step(config, mesh)
+
+  return compile_config
+
+
+def _with_vocabulary(config: Config) -> Config:
+  """The config with the vocabulary that its tokenizer will have, where that is known without data."""
+  if config.model.vocab_size:
+    return config
+  known = {'bytes': SPECIAL_AND_BYTE_TOKENS, 'bpe': config.data.vocab_size}
+  if config.data.tokenizer not in known:
+    raise ConfigError(
+      f'model.vocab_size is unset, and only data.tokenizer={config.data.tokenizer} itself knows its size; '
+      f'set --config.model.vocab_size'
+    )
+  return config.replace(model={'vocab_size': known[config.data.tokenizer]})
+
+
+def _with_enough_rows(config: Config, shards: int) -> Config:
+  """Fewer micro-batches, as many as can be, if those of the config file have too few rows for the machine."""
+  train = config.train
+  possible = [
+    count
+    for count in range(train.accumulation, 0, -1)
+    if train.global_batch % count == 0 and train.global_batch // count % shards == 0
+  ]
+  return config.replace(train={'accumulation': possible[0]}) if possible else config
+
+
+def _try(console: Console, attempts: Iterable[fitting.Attempt]) -> list[fitting.Attempt]:
+  """All attempts, each shown as it is done."""
+  done = []
+  for attempt in attempts:
+    done.append(attempt)
+    summary.print_rows(console, [('tried', f'{attempt.flags}: {program_report.memory(attempt.program)}')])
+  return done
+
+
+def _as_json(attempt: fitting.Attempt) -> dict:
+  return {'flags': attempt.flags, **program_report.as_json(attempt.program)}
+
+
+if __name__ == '__main__':
+  cli.run(main, __doc__)

@@ -1,0 +1,160 @@
+"""The real train step, compiled for devices that need not be there, and what the program costs on each of them."""
+
+import dataclasses
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mor_jax.config import Config
+from mor_jax.model import flops
+from mor_jax.model.transformer import Transformer
+from mor_jax.parallel import chips, collectives, hlo, roofline, traffic
+from mor_jax.parallel import mesh as mesh_lib
+from mor_jax.parallel.executed import executed_flops
+from mor_jax.training import phases
+from mor_jax.training.optimizer import make_optimizer
+from mor_jax.training.state import TrainState, abstract_state, initializer
+from mor_jax.training.step import abstract_batch, make_train_step
+
+_USED = re.compile(r'[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm')
+_UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A compiled train step; every figure is that of one device.
+
+  Attributes:
+    config: what it was compiled from, a phase of the training where there are several.
+    mesh: the devices.
+    parameter_bytes: parameters that the device holds.
+    optimizer_bytes: optimiser state that it holds.
+    argument_bytes: all that lives from step to step: the two, counters and the batch.
+    temp_bytes: gradients, activations and other intermediate results, code included; None if it does not fit.
+    peak_bytes: the most that is in use at once.
+    memory: bytes that the device has; None: unknown.
+    flops: of the matrix products executed in a step, recomputation included.
+    traffic: bytes between memory and cores in a step; None as above.
+    collectives: what is exchanged in a step; None as above.
+    compile_seconds: of lowering and compiling.
+    problem: what the compiler said if the program does not fit, else ''.
+  """
+
+  config: Config
+  mesh: Mesh
+  parameter_bytes: int
+  optimizer_bytes: int
+  argument_bytes: int
+  temp_bytes: int | None
+  peak_bytes: int
+  memory: float | None
+  flops: float
+  traffic: int | None
+  collectives: list[collectives.Collective] | None
+  compile_seconds: float
+  problem: str = ''
+
+  @property
+  def fits(self) -> bool:
+    """Whether the peak is within the memory, as far as that is known."""
+    return not self.problem and (self.memory is None or self.peak_bytes <= self.memory)
+
+  @property
+  def rows(self) -> int:
+    """Rows of a micro-batch on a device that holds rows of its own."""
+    return self.config.train.global_batch // self.config.train.accumulation // mesh_lib.row_shards(self.mesh)
+
+  @property
+  def tokens(self) -> float:
+    """Tokens of a step, by device."""
+    return self.config.train.global_batch * self.config.data.seq_len / self.mesh.size
+
+  @property
+  def model_flops(self) -> float:
+    """FLOPs that the model asks for in a step: without what remat computes again."""
+    return self.tokens * flops.train_flops_per_token(self.config.model, self.config.data.seq_len)
+
+  @property
+  def roofline(self) -> roofline.Roofline | None:
+    """The least time of a step; None for devices of unknown speed and programs that do not fit."""
+    chip = chips.of_kind(self.mesh.devices.flat[0].device_kind)
+    if chip is None or self.problem:
+      return None
+    slice_of = np.array([getattr(device, 'slice_index', 0) or 0 for device in self.mesh.devices.flat])
+    return roofline.estimate(chip, self.flops, self.traffic, self.collectives, slice_of)
+
+
+def compile_step(config: Config, mesh: Mesh) -> Program:
+  """Compiles the train step of a config for a mesh.
+
+  Of a training in phases (`phases.plan`) this is the last, whose sizes the run has in the end.
+  """
+  config = phases.plan(config)[-1][1]
+  model, optimizer = Transformer(config.model), make_optimizer(config.train, config.model.has_aux_router)
+  state = abstract_state(initializer(model, optimizer, mesh, config.data.seq_len), mesh)
+  batch = abstract_batch(config, mesh)
+  begin = time.perf_counter()
+  traced = make_train_step(model, config, optimizer, mesh).trace(state, batch)
+  chip = chips.of_kind(mesh.devices.flat[0].device_kind)
+  known = {
+    'config': config,
+    'mesh': mesh,
+    'parameter_bytes': _bytes_on_a_device(state.params),
+    'optimizer_bytes': _bytes_on_a_device(state.opt_state),
+    'memory': chip.hbm if chip else None,
+    'flops': executed_flops(traced.jaxpr) / mesh.size,
+  }
+  try:
+    compiled, text = _compile(traced.lower(), mesh)
+  except jax.errors.JaxRuntimeError as error:
+    used = _USED.search(str(error))
+    if used is None:
+      raise
+    return Program(
+      **known,
+      argument_bytes=_bytes_on_a_device((state, batch)),
+      temp_bytes=None,
+      peak_bytes=int(float(used[1]) * _UNITS[used[2]]),
+      traffic=None,
+      collectives=None,
+      compile_seconds=time.perf_counter() - begin,
+      problem=used[0],
+    )
+  seconds = time.perf_counter() - begin
+  program, memory = hlo.parse(text), compiled.memory_analysis()
+  temporaries = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+  # Donated outputs live in the arguments' memory.
+  outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return Program(
+    **known,
+    argument_bytes=memory.argument_size_in_bytes,
+    temp_bytes=temporaries,
+    peak_bytes=memory.argument_size_in_bytes + temporaries + outputs,
+    traffic=traffic.memory_traffic(program),
+    collectives=collectives.collectives(program),
+    compile_seconds=seconds,
+  )
+
+
+def _compile(lowered: jax.stages.Lowered, mesh: Mesh) -> tuple[jax.stages.Compiled, str]:
+  """The executable and its HLO. Executables for absent TPUs cannot always show it, so it is dumped on the way."""
+  if mesh.devices.flat[0].platform != 'tpu':
+    compiled = lowered.compile()
+    return compiled, compiled.as_text()
+  with tempfile.TemporaryDirectory() as folder:
+    compiled = lowered.compile({'xla_dump_to': folder, 'xla_dump_hlo_as_text': True})
+    (path,) = Path(folder).glob('*jit_train_step*.after_optimizations.txt')
+    return compiled, path.read_text()
+
+
+def _bytes_on_a_device(tree: TrainState | Any) -> int:
+  return sum(
+    leaf.dtype.itemsize * int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
+    for leaf in jax.tree.leaves(tree)
+  )
