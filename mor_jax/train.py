@@ -145,13 +145,14 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
         state = begin_from(state, source)
 
     # ---- training ----
+    host, num_hosts = mesh_lib.data_hosts(mesh)
     batches = loader.train_batches(
       dataset,
       config.data,
       schedule.of(config.train),
       start_step=done,
-      host=jax.process_index(),
-      num_hosts=jax.process_count(),
+      host=host,
+      num_hosts=num_hosts,
       position=position,
     )
     with (
@@ -306,8 +307,7 @@ def _validator(
   split = dataset.manifest.splits['validation']
 
   def validate(variables: Any) -> dict[str, float]:
-    hosts = {'host': jax.process_index(), 'num_hosts': jax.process_count()}
-    batches = loader.validation_batches(dataset, rows, config.train.eval_rows, **hosts)
+    batches = loader.validation_batches(dataset, rows, config.train.eval_rows, *mesh_lib.data_hosts(mesh))
     metrics = nll.evaluate(nll_step, variables, guards.over(batches), mesh)
     metrics['bits_per_byte'] = nll.bits_per_byte(metrics['nll'], split.tokens, split.bytes)
     return {f'validation/{name}': value for name, value in metrics.items()}

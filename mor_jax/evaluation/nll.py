@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from mor_jax.config import Config
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
+from mor_jax.parallel import rules
 from mor_jax.training import loss as loss_lib
 from mor_jax.training.meter import add_up, router_metrics
 
@@ -37,8 +38,7 @@ def make_nll_step(
     }
     return sums if routed is None else sums | {'counts': routed.counts}
 
-  shard = mesh_lib.replicated(mesh)
-  return jax.jit(nll_step, in_shardings=(shard, mesh_lib.batch_sharding(mesh)), out_shardings=shard)
+  return jax.jit(rules.on_mesh(mesh, nll_step), out_shardings=mesh_lib.replicated(mesh))
 
 
 def run(nll_step: Callable, variables: Any, batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mor_jax.model import tokens
+
 NO_SEGMENT = -1  # tokens that take no part in a step; unlike padding (0) they are real tokens
 
 
@@ -21,7 +23,7 @@ class TokenContext:
 
   def take(self, indices_BC: jax.Array) -> 'TokenContext':
     """The context of gathered tokens."""
-    return jax.tree.map(lambda leaf_BT: jnp.take_along_axis(leaf_BT, indices_BC, axis=1), self)
+    return jax.tree.map(lambda leaf_BT: tokens.take(leaf_BT, indices_BC), self)
 
   def only(self, chosen_BC: jax.Array) -> 'TokenContext':
     """The same tokens, those not chosen cut off from the others."""

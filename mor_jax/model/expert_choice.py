@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from mor_jax.config import ModelConfig
-from mor_jax.model import recursion, router
+from mor_jax.model import recursion, router, tokens
 from mor_jax.model.context import TokenContext
 
 
@@ -25,18 +25,13 @@ def top_k(logits_BT: jax.Array, active_BT: jax.Array, count: int) -> tuple[jax.A
 
   Rows with fewer active tokens fill up with tokens that are not chosen.
   """
-  scores_BT = jnp.where(active_BT, logits_BT, -jnp.inf)
-  _, best_BC = jax.lax.top_k(jax.lax.stop_gradient(scores_BT), count)
-  indices_BC = jnp.sort(best_BC, axis=-1)
-  return indices_BC, jnp.take_along_axis(active_BT, indices_BC, axis=1)
+  indices_BC = tokens.best(jnp.where(active_BT, logits_BT, -jnp.inf), count)
+  return indices_BC, tokens.take(active_BT, indices_BC)
 
 
 def top_k_mask(logits_BT: jax.Array, active_BT: jax.Array, count: int | jax.Array) -> jax.Array:
   """The same choice as a mask (B, T), found by sorting; `count` may be traced."""
-  scores_BT = jnp.where(active_BT, jax.lax.stop_gradient(logits_BT), -jnp.inf)
-  order_BT = jnp.argsort(-scores_BT, axis=-1, stable=True)
-  rank_BT = jnp.argsort(order_BT, axis=-1)
-  return active_BT & (rank_BT < count)
+  return active_BT & (tokens.rank(jnp.where(active_BT, logits_BT, -jnp.inf)) < count)
 
 
 def admit(
@@ -91,15 +86,14 @@ def route_gathered(
       x_BTD, memory = _step_on_all(config, block, params['own'], x_BTD, context, logits_BT, active_BT, memory)
     else:
       indices_BC, chosen_BC = top_k(logits_BT, active_BT, count)
-      x_BCD = recursion.take(x_BTD, indices_BC)
+      x_BCD = tokens.take(x_BTD, indices_BC)
       y_BCD, memory = recursion.run_step(
         config, block, params['own'], x_BCD, context.take(indices_BC), indices_BC, chosen_BC, memory
       )
-      change_BCD = _change(config, x_BCD, y_BCD, recursion.take(logits_BT, indices_BC))
+      change_BCD = _change(config, x_BCD, y_BCD, tokens.take(logits_BT, indices_BC))
       change_BCD = jnp.where(chosen_BC[..., None], change_BCD, 0)
-      x_BTD = recursion.at(x_BTD, indices_BC).add(change_BCD, **recursion.ORDERED)
-      nobody_BT = jnp.zeros_like(active_BT)
-      active_BT = recursion.at(nobody_BT, indices_BC).set(chosen_BC, **recursion.ORDERED)
+      x_BTD = tokens.add(x_BTD, indices_BC, change_BCD)
+      active_BT = tokens.mask(indices_BC, chosen_BC, length)
     indices.append(indices_BC)
     decisions.append((logits_BT, causal_BT, entered_BT, active_BT, jnp.zeros_like(active_BT)))
   stacked = jax.tree.map(lambda *steps: jnp.stack(steps), *decisions)

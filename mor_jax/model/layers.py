@@ -6,7 +6,7 @@ from flax import linen as nn
 from flax import struct
 
 from mor_jax.config import ModelConfig
-from mor_jax.model import attention
+from mor_jax.model import attention, axes, tokens
 from mor_jax.model.context import TokenContext
 
 
@@ -32,13 +32,11 @@ class Memory:
 
   def overwritten(self, k_BCKE: jax.Array, v_BCKE: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values of one layer with those of its own tokens put in their places."""
-    rows_B1 = jnp.arange(k_BCKE.shape[0])[:, None]
     writes_BC11 = self.chosen_BC[..., None, None]
 
     def put(old_BSKE, new_BCKE):
-      places = old_BSKE.at[rows_B1, self.indices_BC]
-      kept_BCKE = jnp.where(writes_BC11, new_BCKE, old_BSKE[rows_B1, self.indices_BC])
-      return places.set(kept_BCKE, indices_are_sorted=True, unique_indices=True)
+      kept_BCKE = jnp.where(writes_BC11, new_BCKE, tokens.take(old_BSKE, self.indices_BC))
+      return tokens.put(old_BSKE, self.indices_BC, kept_BCKE)
 
     return put(self.keys, k_BCKE), put(self.values, v_BCKE)
 
@@ -60,18 +58,24 @@ class LayerInputs:
 
 
 class Linear(nn.Module):
-  """Matrix product without bias; leading axes are flattened, since XLA is fastest on plain matrices."""
+  """Matrix product without bias; leading axes are flattened, since XLA is fastest on plain matrices.
+
+  `axes` are the logical names of the kernel's two axes.
+  """
 
   features: int
   config: ModelConfig
+  axes: tuple[str, str]
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     init = nn.initializers.normal(self.config.init_std)
     kernel_IO = self.param('kernel', init, (x.shape[-1], self.features), jnp.float32)
     dtype = jnp.dtype(self.config.dtype)
-    y = x.reshape(-1, x.shape[-1]).astype(dtype) @ kernel_IO.astype(dtype)
-    return y.reshape(*x.shape[:-1], self.features)
+    kernel_IO = axes.gather_parameter(kernel_IO.astype(dtype), self.axes)
+    y = x.reshape(-1, x.shape[-1]).astype(dtype) @ kernel_IO
+    y = y.reshape(*x.shape[:-1], self.features)
+    return axes.constrain(y, 'batch', 'length', 'width' if self.axes[1] == 'embed' else self.axes[1])
 
 
 def rotation(config: ModelConfig, positions_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -109,7 +113,8 @@ class Attention(nn.Module):
     batch, length, _ = x_BCD.shape
 
     def heads(name, count):
-      return Linear(count * cfg.head_width, cfg, name=name)(x_BCD).reshape(batch, length, count, -1)
+      linear = Linear(count * cfg.head_width, cfg, axes.KERNELS[f'attention/{name}'], name=name)
+      return linear(x_BCD).reshape(batch, length, count, -1)
 
     q_BCHE = rotate(heads('query', cfg.num_heads), inputs.cos_BC1E, inputs.sin_BC1E)
     if memory is not None and memory.indices_BC is None:
@@ -119,7 +124,8 @@ class Attention(nn.Module):
       v_BCKE = heads('value', cfg.num_kv_heads)
       keys_and_values = (k_BCKE, v_BCKE) if memory is None else memory.overwritten(k_BCKE, v_BCKE)
     out_BCHE = attention.attend(q_BCHE, *keys_and_values, inputs.queries, inputs.keys, cfg.attention)
-    return Linear(cfg.d_model, cfg, name='output')(out_BCHE.reshape(batch, length, -1)), keys_and_values
+    output = Linear(cfg.d_model, cfg, axes.KERNELS['attention/output'], name='output')
+    return output(out_BCHE.reshape(batch, length, -1)), keys_and_values
 
 
 class MLP(nn.Module):
@@ -130,9 +136,9 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x_BCD: jax.Array) -> jax.Array:
     cfg = self.config
-    gate_BCF = Linear(cfg.mlp_dim, cfg, name='gate')(x_BCD)
-    up_BCF = Linear(cfg.mlp_dim, cfg, name='up')(x_BCD)
-    return Linear(cfg.d_model, cfg, name='down')(nn.silu(gate_BCF) * up_BCF)
+    gate_BCF = Linear(cfg.mlp_dim, cfg, axes.KERNELS['mlp/gate'], name='gate')(x_BCD)
+    up_BCF = Linear(cfg.mlp_dim, cfg, axes.KERNELS['mlp/up'], name='up')(x_BCD)
+    return Linear(cfg.d_model, cfg, axes.KERNELS['mlp/down'], name='down')(nn.silu(gate_BCF) * up_BCF)
 
 
 class DecoderLayer(nn.Module):

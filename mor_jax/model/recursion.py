@@ -1,8 +1,7 @@
 """The shared block, applied up to R times: to all tokens, or to those that a router selects.
 
 What all kinds of routing are made of: `repeat` lets every token take every step (recursive
-models); `run_step` takes one step with the tokens that it is given, and `take` and `at`
-move selected tokens out of their rows and back.
+models); `run_step` takes one step with the tokens that it is given.
 """
 
 import math
@@ -131,20 +130,6 @@ def scan_steps(config: ModelConfig, step: Callable, carry: tuple, per_step: Any)
   others = jax.tree.map(lambda leaf: leaf[1:], per_step)
   carry, rest = jax.lax.scan(step, carry, others, config.passes - 1, unroll=config.unroll_layers)
   return carry, jax.tree.map(lambda one, more: jnp.concatenate([one[None], more]), first, rest)
-
-
-def take(a_BT: jax.Array, indices_BC: jax.Array) -> jax.Array:
-  """Gathers tokens of every row: (B, T, ...) -> (B, C, ...)."""
-  indices = indices_BC.reshape(*indices_BC.shape, *(1,) * (a_BT.ndim - 2))
-  return jnp.take_along_axis(a_BT, indices, axis=1, mode='promise_in_bounds')
-
-
-def at(a_BT: jax.Array, indices_BC: jax.Array):
-  """`a_BT.at[...]` of the gathered tokens, for `add` or `set` with `ORDERED`."""
-  return a_BT.at[jnp.arange(a_BT.shape[0])[:, None], indices_BC]
-
-
-ORDERED = {'indices_are_sorted': True, 'unique_indices': True, 'mode': 'promise_in_bounds'}
 
 
 def step_places(config: ModelConfig, max_len: int, slack: float) -> tuple[int, ...]:

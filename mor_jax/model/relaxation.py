@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from mor_jax.config import ModelConfig
+from mor_jax.model import axes
 
 LORA_TARGETS = {
   'query_value': ('attention/query', 'attention/value'),
@@ -66,7 +67,8 @@ def relax(config: ModelConfig, block: dict, step: dict) -> dict:
   for name in LORA_TARGETS[config.lora_targets] if 'lora' in step else ():
     factors = step['lora'][name.replace('/', '_')]
     change = jnp.einsum('NIr,NrO->NIO', factors['down'], factors['up'])
-    flat[f'{name}/kernel'] = flat[f'{name}/kernel'] + config.lora_alpha / config.lora_rank * change
+    change = axes.constrain(config.lora_alpha / config.lora_rank * change, 'layers', *axes.KERNELS[name])
+    flat[f'{name}/kernel'] = flat[f'{name}/kernel'] + change
   for name in NORMS if 'norms' in step else ():
     flat[name] = flat[name] + step['norms'][name.split('/')[0]]['scale']
   return traverse_util.unflatten_dict(flat, sep='/')

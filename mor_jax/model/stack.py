@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from mor_jax.config import ModelConfig
 from mor_jax.model.context import TokenContext
@@ -14,7 +15,8 @@ def init_stack(config: ModelConfig, key: jax.Array) -> dict:
   inputs = layer_inputs(config, TokenContext(*(jnp.zeros((1, 1), jnp.int32),) * 2))
   layer = DecoderLayer(config, parent=None)
   keys_U = jax.random.split(key, config.num_unique_layers)
-  return jax.vmap(lambda layer_key: layer.init(layer_key, x_BCD, inputs)['params'])(keys_U)
+  with nn.logical_axis_rules(()):  # the one token above is not a batch to be split
+    return jax.vmap(lambda layer_key: layer.init(layer_key, x_BCD, inputs)['params'])(keys_U)
 
 
 def layer_inputs(config: ModelConfig, context: TokenContext, memory: Memory | None = None) -> LayerInputs:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.config import ModelConfig
-from mor_jax.model import recursion, router
+from mor_jax.model import recursion, router, tokens
 from mor_jax.model.context import TokenContext
 
 
@@ -103,16 +103,15 @@ def _run_gathered(config, block, own_R, x_BTD, context, choice_BT, gate_BT1, rou
       indices_BC = jnp.broadcast_to(jnp.arange(length), active_BT.shape)
       h_BTD, memory = _step_on_all(config, block, own, h_BTD, context, active_BT, gate_BT1, memory)
     else:
-      first_BC = jax.lax.top_k(active_BT.astype(jnp.int32), count)[1]
-      indices_BC = jnp.sort(first_BC, axis=-1)
-      chosen_BC = jnp.take_along_axis(active_BT, indices_BC, axis=1)
-      h_BCD = recursion.take(h_BTD, indices_BC)
+      indices_BC = tokens.best(active_BT.astype(jnp.int32), count)
+      chosen_BC = tokens.take(active_BT, indices_BC)
+      h_BCD = tokens.take(h_BTD, indices_BC)
       y_BCD, memory = recursion.run_step(
         config, block, own, h_BCD, context.take(indices_BC), indices_BC, chosen_BC, memory
       )
-      y_BCD = _gated(config, y_BCD, recursion.take(gate_BT1, indices_BC))
+      y_BCD = _gated(config, y_BCD, tokens.take(gate_BT1, indices_BC))
       kept_BCD = jnp.where(chosen_BC[..., None], y_BCD, h_BCD)
-      h_BTD = recursion.at(h_BTD, indices_BC).set(kept_BCD, **recursion.ORDERED)
+      h_BTD = tokens.put(h_BTD, indices_BC, kept_BCD)
     indices.append(indices_BC)
   return h_BTD, jax.tree.map(lambda *steps: jnp.stack(steps), *decisions), tuple(indices)
 

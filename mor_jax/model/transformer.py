@@ -6,7 +6,7 @@ from flax import linen as nn
 from flax import struct
 
 from mor_jax.config import ModelConfig
-from mor_jax.model import expert_choice, recursion, relaxation, sharing, token_choice
+from mor_jax.model import axes, expert_choice, recursion, relaxation, sharing, token_choice
 from mor_jax.model.context import TokenContext
 from mor_jax.model.layers import norm
 from mor_jax.model.router import RoutingOutput, init_router, init_state
@@ -99,7 +99,7 @@ class Transformer(nn.Module):
       raise ValueError(f'max_len={max_len} is shorter than the row of {length} tokens')
     slack = cfg.threshold_slack if slack is None else slack
     context = token_context(tokens_BT, segment_ids, positions)
-    x_BTD = self.embed(tokens_BT)
+    x_BTD = self.embedded(tokens_BT)
     routed = None
     if cfg.kind == 'vanilla' and cfg.passes == 1:
       x_BTD, _ = apply_stack(cfg, self.layers, x_BTD, context)
@@ -114,6 +114,17 @@ class Transformer(nn.Module):
         x_BTD, routed = self._route(block, x_BTD, context, routing, max_len, slack)
       x_BTD, _ = apply_stack(cfg, last, x_BTD, context)
     return self.final_norm(x_BTD), routed
+
+  def embedded(self, tokens_BT: jax.Array) -> jax.Array:
+    """The residual stream (B, T, D) at its beginning."""
+    embedding_VD = self.embed.embedding.astype(jnp.dtype(self.config.dtype))
+    embedding_VD = axes.gather_parameter(embedding_VD, ('vocab', 'embed'))
+
+    def look_up(embedding_VD, tokens_BT):
+      return jnp.take(embedding_VD, tokens_BT, axis=0)
+
+    x_BTD = axes.per_shard(look_up, [(), ('batch',)], ('batch',))(embedding_VD, tokens_BT)
+    return axes.constrain(x_BTD, 'batch', 'length', 'width')
 
   def _route(self, block, x_BTD, context, routing, max_len, slack):
     cfg = self.config
@@ -136,8 +147,9 @@ class Transformer(nn.Module):
     return expert_choice.route_masked(cfg, block, steps_R, x_BTD, context, routing, max_len, slack)
 
   def head_kernel(self) -> jax.Array:
-    """Kernel (D, V) of the output head, float32."""
-    return self.embed.embedding.T if self.config.tie_embeddings else self.head['kernel']
+    """Kernel (D, V) of the output head, float32, or what has come of it on the way from other devices."""
+    kernel_DV = self.embed.embedding.T if self.config.tie_embeddings else self.head['kernel']
+    return axes.gather_parameter(kernel_DV, ('embed', 'vocab'), jnp.dtype(self.config.dtype))
 
   def hidden_and_head(self, *args, **kwargs) -> tuple[jax.Array, jax.Array, RoutingOutput | None]:
     """`hidden` and `head_kernel`, for a loss that makes the logits itself: (x_BTD, kernel_DV, routing)."""
@@ -149,7 +161,7 @@ class Transformer(nn.Module):
     dtype = jnp.dtype(self.config.dtype)
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1]).astype(dtype)
     logits_NV = jnp.dot(x_ND, self.head_kernel().astype(dtype), preferred_element_type=jnp.float32)
-    return logits_NV.reshape(*x_BTD.shape[:-1], -1)
+    return axes.constrain(logits_NV.reshape(*x_BTD.shape[:-1], -1), 'batch', 'length', 'vocab')
 
 
 def token_context(

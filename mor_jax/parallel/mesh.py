@@ -5,6 +5,7 @@ matrices. Rows of a batch are split over replica and fsdp; a row never leaves it
 Of each axis the part over slices (`dcn_*`) is the outer one.
 """
 
+import collections
 from collections.abc import Mapping
 
 import jax
@@ -64,6 +65,27 @@ def micro_batch_sharding(mesh: Mesh) -> NamedSharding:
 def row_shards(mesh: Mesh) -> int:
   """Parts that the rows of a batch are split into."""
   return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
+def data_hosts(mesh: Mesh) -> tuple[int, int]:
+  """(index, number) of this process among those that read different rows of a batch.
+
+  Processes that only hold other parts of the same matrices (tensor) read the same rows.
+
+  Raises:
+    ConfigError: some rows would be read by one process and in part by another.
+  """
+  slices = batch_sharding(mesh).devices_indices_map((row_shards(mesh),))
+  rows_of = collections.defaultdict(set)
+  for device, (rows,) in slices.items():
+    rows_of[device.process_index].add(rows.start or 0)
+  hosts = sorted({tuple(sorted(rows)) for rows in rows_of.values()})
+  if len({len(rows) for rows in hosts}) > 1 or sum(map(len, hosts)) != row_shards(mesh):
+    raise ConfigError(
+      f'parallel.tensor={mesh.shape["tensor"]} does not fit the devices of one process: the processes would '
+      f'share some of their rows; use a divisor or a multiple of the devices that each has'
+    )
+  return hosts.index(tuple(sorted(rows_of[jax.process_index()]))), len(hosts)
 
 
 def check_batch(mesh: Mesh, train: TrainConfig) -> None:

@@ -14,7 +14,9 @@ from flax import linen as nn
 from flax import struct, traverse_util
 from jax.sharding import Mesh
 
-from mor_jax.parallel import mesh as mesh_lib
+from mor_jax.parallel import rules
+
+SEED = jax.ShapeDtypeStruct((), jnp.uint32)
 
 
 @struct.dataclass
@@ -46,21 +48,26 @@ class TrainState:
 def initializer(
   model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh, seq_len: int
 ) -> Callable[[jax.Array], TrainState]:
-  """The jitted function from a seed (uint32) to the state at step 0, made on the devices themselves."""
+  """The jitted function from a seed (uint32) to the state at step 0: every device makes its part of it."""
 
   def initialize(seed: jax.Array) -> TrainState:
     variables = model.init(jax.random.key(seed), jnp.zeros((1, seq_len), jnp.int32))
     opt_state = optimizer.init(variables['params'])
     return TrainState(jnp.zeros((), jnp.int32), variables['params'], opt_state, variables.get('routing', {}))
 
-  return jax.jit(initialize, out_shardings=mesh_lib.replicated(mesh))
+  shapes = jax.eval_shape(initialize, SEED)
+  rules.check_split(mesh, shapes.params)
+  return jax.jit(initialize, out_shardings=rules.shardings(mesh, shapes))
 
 
 def abstract_state(initialize: Callable[[jax.Array], TrainState], mesh: Mesh) -> TrainState:
   """Shapes, dtypes and sharding of the state: what a step is compiled for and a checkpoint restored to."""
-  shapes = jax.eval_shape(initialize, jax.ShapeDtypeStruct((), jnp.uint32))
-  sharding = mesh_lib.replicated(mesh)
-  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+  shapes = jax.eval_shape(initialize, SEED)
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    shapes,
+    rules.shardings(mesh, shapes),
+  )
 
 
 def begin_from(state: TrainState, weights: Any) -> TrainState:

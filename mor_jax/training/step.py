@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from mor_jax.config import Config
 from mor_jax.model import router
 from mor_jax.parallel import mesh as mesh_lib
+from mor_jax.parallel import rules
 from mor_jax.training import loss as loss_lib
 from mor_jax.training.optimizer import learning_rate_schedule
 from mor_jax.training.state import TrainState
@@ -51,15 +52,9 @@ def make_train_step(
     is_finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['grad_norm'])
     new_state = _only_finite(state, new_state, is_finite, may_skip)
     metrics |= {'skipped': new_state.skipped, 'halted': new_state.halted}
-    return new_state, metrics
+    return rules.laid_out(mesh, new_state), rules.laid_out(mesh, metrics)
 
-  shard = mesh_lib.replicated(mesh)
-  return jax.jit(
-    train_step,
-    donate_argnums=0,
-    in_shardings=(shard, mesh_lib.micro_batch_sharding(mesh)),
-    out_shardings=shard,
-  )
+  return jax.jit(rules.on_mesh(mesh, train_step), donate_argnums=0)
 
 
 def _only_finite(old: TrainState, new: TrainState, is_finite: jax.Array, may_skip: int) -> TrainState:

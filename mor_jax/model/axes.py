@@ -1,0 +1,172 @@
+"""Logical names of the axes of every parameter and activation, and what the model does with them.
+
+Model code says what an axis means; which mesh axes it is split over is decided by the rules that
+`parallel/rules.py` sets around a traced function. Without rules, on one device, all of this does nothing.
+
+Activations: 'batch' rows, 'length' tokens of a row, 'width' the residual stream; 'heads', 'kv_heads', 'mlp'
+and 'vocab' as in the parameters. Parameters: those four, 'embed' the side of a matrix that meets the residual
+stream, 'layers' and 'recursions' the axes they are stacked on, 'rank' of LoRA; others are small.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import AxisType, PartitionSpec
+
+Names = Sequence[str | None]
+
+# Last axes of a parameter, by the end of its path; axes before them are those it is stacked on.
+KERNELS = {
+  'attention/query': ('embed', 'heads'),
+  'attention/key': ('embed', 'kv_heads'),
+  'attention/value': ('embed', 'kv_heads'),
+  'attention/output': ('heads', 'embed'),
+  'mlp/gate': ('embed', 'mlp'),
+  'mlp/up': ('embed', 'mlp'),
+  'mlp/down': ('mlp', 'embed'),
+}
+
+
+def _rank(other: str) -> str | None:
+  """Name of the short axis of a LoRA factor: split over devices where its other axis is not by 'embed'."""
+  return None if other == 'embed' else 'rank'
+
+
+_PARAMETERS = {
+  'embed/embedding': ('vocab', 'embed'),
+  'head/kernel': ('embed', 'vocab'),
+  **{f'{name}/kernel': names for name, names in KERNELS.items()},
+  'scale': ('norm',),
+  'router/hidden/kernel': ('embed', 'router_hidden'),
+  'router/output/kernel': ('router_input', 'scores'),
+  **{f'{name.replace("/", "_")}/down': (names[0], _rank(names[0])) for name, names in KERNELS.items()},
+  **{f'{name.replace("/", "_")}/up': (_rank(names[1]), names[1]) for name, names in KERNELS.items()},
+  'encoding/embedding': ('norm',),
+}
+_STACKED_ON = {
+  'embed': (),
+  'layers': ('layers',),
+  'steps': ('recursions', 'layers'),
+  'router': ('recursions',),
+  'aux_router': ('recursions',),
+  'final_norm': (),
+  'head': (),
+}
+
+
+def is_parameter(path: Sequence[str]) -> bool:
+  """Whether a path leads into the parameters of a model."""
+  return bool(path) and path[0] in _STACKED_ON
+
+
+def parameter_axes(path: Sequence[str], ndim: int) -> tuple[str | None, ...]:
+  """Names of a parameter's axes, from its path in the model's tree: ('layers', 'mlp', 'up', 'kernel').
+
+  Raises:
+    KeyError: there is no such parameter.
+  """
+  for start in range(len(path)):
+    names = _PARAMETERS.get('/'.join(path[start:]).replace('aux_router', 'router'))
+    if names is not None:
+      break
+  else:
+    raise KeyError(f'the parameter {"/".join(path)} has no names for its axes in mor_jax/model/axes.py')
+  stacked = _STACKED_ON[path[0]][: ndim - len(names)]
+  if len(stacked) + len(names) != ndim:
+    raise KeyError(f'the parameter {"/".join(path)} has {ndim} axes, and names for {len(stacked + names)}')
+  return (*stacked, *names)
+
+
+def mesh_axes(names: Names) -> list[tuple[str, ...]]:
+  """Mesh axes that the current rules split each axis over; those of an enclosing shard_map are left out.
+
+  Raises:
+    ValueError: the rules would split two of the axes over the same mesh axis.
+  """
+  rules, manual = dict(nn.get_logical_axis_rules()), _manual_axes()
+  parts, used = [], set()
+  for name in names:
+    axes = tuple(axis for axis in rules.get(name, ()) if axis not in manual)
+    if used & set(axes):
+      raise ValueError(f'the axes {tuple(names)} use the mesh axis {(used & set(axes)).pop()!r} twice')
+    used |= set(axes)
+    parts.append(axes)
+  return parts
+
+
+def spec(names: Names) -> PartitionSpec:
+  """How the current rules split an array with these axes, see `mesh_axes`."""
+  return PartitionSpec(*(axes or None for axes in mesh_axes(names)))
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+  """Tells the compiler how an activation is split over devices."""
+  return jax.lax.with_sharding_constraint(x, spec(names)) if any(mesh_axes(names)) else x
+
+
+def gather_parameter(kernel: jax.Array, names: Names, dtype: jnp.dtype | None = None) -> jax.Array:
+  """A parameter whole along 'embed', as products with activations need it; its gradient is split again at once.
+
+  Args:
+    dtype: in which it travels between devices, if it has to; none: its own.
+  """
+  if mesh_axes(names) == mesh_axes(_whole(names)):
+    return kernel
+  return _gather(tuple(names), kernel.astype(dtype or kernel.dtype)).astype(kernel.dtype)
+
+
+def _whole(names: Names) -> tuple[str | None, ...]:
+  return tuple(None if name == 'embed' else name for name in names)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gather(names: tuple[str | None, ...], kernel: jax.Array) -> jax.Array:
+  return constrain(kernel, *_whole(names))
+
+
+_gather.defvjp(
+  lambda names, kernel: (_gather(names, kernel), None),
+  lambda names, _, gradient: (constrain(gradient, *names),),
+)
+
+
+def rowwise(function: Callable[..., Any]) -> Callable[..., Any]:
+  """The function, run on each device for the rows that lie there.
+
+  For what treats every row of a batch by itself: sorting, gathering and scattering of tokens, which the
+  compiler would not recognise as local. Arguments and results are (trees of) arrays with the axis 'batch' first.
+  """
+  return per_shard(function, ('batch',), ('batch',))
+
+
+def per_shard(function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
+  """The function, run on each device for its part of the arrays.
+
+  Args:
+    inputs: names of the leading axes of the arguments: one tuple for all, or a list with one for each.
+    outputs: the same for the results.
+  """
+
+  @functools.wraps(function)
+  def wrapped(*arrays):
+    every = inputs if isinstance(inputs, list) else [inputs]
+    manual = {axis for names in every for over in mesh_axes(names) for axis in over}
+    if not manual:
+      return function(*arrays)
+    specs = [
+      tuple(map(spec, names)) if isinstance(names, list) else spec(names) for names in (inputs, outputs)
+    ]
+    run = jax.shard_map(function, in_specs=specs[0], out_specs=specs[1], axis_names=manual, check_vma=False)
+    return run(*arrays)
+
+  return wrapped
+
+
+def _manual_axes() -> set[str]:
+  mesh = jax.sharding.get_abstract_mesh()
+  kinds = zip(mesh.axis_names, mesh.axis_types, strict=True) if mesh.axis_names else ()
+  return {name for name, kind in kinds if kind == AxisType.Manual}

@@ -1,0 +1,110 @@
+"""One table: which mesh axes every logical axis (`model/axes.py`) is split over."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mor_jax.config import ConfigError
+from mor_jax.model import axes
+from mor_jax.parallel.mesh import BATCH_AXES
+
+RULES = {
+  'batch': BATCH_AXES,
+  'embed': ('fsdp',),
+  'rank': ('fsdp',),
+  'vocab': ('tensor',),
+  'heads': ('tensor',),
+  'kv_heads': ('tensor',),
+  'mlp': ('tensor',),
+}
+# Norm scales, routers and the like are left whole on purpose: together they are far below this.
+LARGEST_WHOLE_SHARE = 0.02
+
+
+def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+  """The function, traced under the rules for this mesh; to be given to jax.jit."""
+  rules = _rules_of(mesh)
+  if not rules:
+    return function
+
+  @functools.wraps(function)
+  def traced(*arguments):
+    with nn.logical_axis_rules(rules), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return function(*arguments)
+
+  return traced
+
+
+def shardings(mesh: Mesh, tree: Any) -> Any:
+  """NamedSharding of every leaf of parameters, or of a tree with copies of them such as an optimiser's state.
+
+  A leaf belongs to the parameter that the dictionary keys at the end of its path name. Scalars, the routers'
+  state and metrics are whole on every device, and so are parameters along axes that do not divide.
+
+  Args:
+    tree: arrays or their shapes.
+  """
+  with nn.logical_axis_rules(_rules_of(mesh)):
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _sharding(mesh, path, leaf), tree)
+
+
+def laid_out(mesh: Mesh, tree: Any) -> Any:
+  """Results of a traced function, made to lie where `shardings` says."""
+  return jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))
+
+
+def _rules_of(mesh: Mesh) -> list[tuple[str, tuple[str, ...]]]:
+  """The table for the axes of the mesh that have more than one device."""
+  split = {name: tuple(axis for axis in over if mesh.shape[axis] > 1) for name, over in RULES.items()}
+  return [(name, over) for name, over in split.items() if over]
+
+
+def _sharding(mesh: Mesh, path: tuple, leaf: Any) -> NamedSharding:
+  names = _parameter_path(path)
+  if not leaf.ndim or not axes.is_parameter(names):
+    return NamedSharding(mesh, PartitionSpec())
+  parts = axes.mesh_axes(axes.parameter_axes(names, leaf.ndim))
+  even = [
+    over if over and size % math.prod(mesh.shape[axis] for axis in over) == 0 else None
+    for size, over in zip(leaf.shape, parts, strict=True)
+  ]
+  return NamedSharding(mesh, PartitionSpec(*even))
+
+
+def _parameter_path(path: tuple) -> tuple[str, ...]:
+  """The dictionary keys at the end of a path, which name a parameter."""
+  names = [entry.key if isinstance(entry, jax.tree_util.DictKey) else None for entry in path]
+  last = len(names) - names[::-1].index(None) if None in names else 0
+  return tuple(name for name in names[last:] if name != 'params')
+
+
+def check_split(mesh: Mesh, params: Any) -> None:
+  """Raises ConfigError if fsdp leaves more than LARGEST_WHOLE_SHARE of the parameters' bytes whole on every device.
+
+  Args:
+    params: parameters or their shapes.
+  """
+  parts = mesh.shape['fsdp']
+  if parts == 1:
+    return
+  whole, total = {}, 0
+  for (path, leaf), sharding in zip(
+    jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings(mesh, params)), strict=True
+  ):
+    size = leaf.size * leaf.dtype.itemsize
+    total += size
+    if not any('fsdp' in (over or ()) for over in sharding.spec):
+      whole['/'.join(_parameter_path(path))] = size
+  share = sum(whole.values()) / total
+  if share > LARGEST_WHOLE_SHARE:
+    largest = max(whole, key=whole.get)
+    raise ConfigError(
+      f'parallel.fsdp={parts} would leave {share:.0%} of the parameters whole on every device, most of them '
+      f'{largest}, which it does not divide; choose a parallel.fsdp that divides its sizes (model.d_model, '
+      f'model.lora_rank)'
+    )

@@ -1,0 +1,133 @@
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+from flax import linen as nn
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from mor_jax.config import Config, ConfigError
+from mor_jax.model import axes
+from mor_jax.model.transformer import Transformer
+from mor_jax.parallel import mesh as mesh_lib
+from mor_jax.parallel import rules
+from mor_jax.training.optimizer import make_optimizer
+from mor_jax.training.state import TrainState
+
+MESHES = [[1, 1, 1], [8, 1, 1], [1, 8, 1], [2, 2, 2], [1, 4, 2]]
+SPLIT = [1, 8, 1]
+CHUNK = 5  # tokens whose logits exist at once
+MODELS = {
+  'vanilla': {'kind': 'vanilla'},
+  'expert_choice': {'num_recursions': 2},
+  'shared': {'num_recursions': 2, 'kv': 'shared'},
+  'token_choice': {'num_recursions': 2, 'router': 'token_choice', 'token_capacity_factor': 1.0},
+  'recursive': {'kind': 'recursive', 'num_recursions': 2, 'lora_rank': 8},
+}
+SMALL = 2000  # bytes of sums for loss, normalizers and metrics
+
+
+@functools.cache
+def on_all_meshes(name: str) -> list[dict]:
+  """Results for MESHES, and one for SPLIT in which routing is left to the compiler."""
+  cases = [{'model': MODELS[name], 'mesh': mesh, 'chunk': CHUNK} for mesh in MESHES]
+  return measure([*cases, cases[MESHES.index(SPLIT)] | {'local': False}])
+
+
+def measure(cases: list[dict]) -> list[dict]:
+  """What mesh_check.py prints for the cases."""
+  program = Path(__file__).with_name('mesh_check.py')
+  result = subprocess.run(
+    [sys.executable, program, json.dumps(cases)], capture_output=True, text=True, check=False
+  )
+  assert result.returncode == 0, result.stderr[-3000:]
+  return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def state_shapes(model, aux_router: bool = False) -> TrainState:
+  """Shapes of a training's whole state."""
+
+  def make():
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    opt_state = make_optimizer(Config().train, aux_router).init(variables['params'])
+    return TrainState(jnp.int32(0), variables['params'], opt_state, variables.get('routing', {}))
+
+  return jax.eval_shape(make)
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'kind': 'vanilla', 'tie_embeddings': False},
+    {'causality': 'aux_router', 'router_head': 'mlp', 'lora_rank': 8, 'share_norms': False},
+    {'router': 'token_choice', 'balancing': 'loss_free', 'recursion_encoding': True},
+    {'selection': 'ema_threshold'},
+  ],
+)
+def test_state_is_split_like_the_parameters_with_little_left_whole(change):
+  made = Transformer(tiny.config(**{'vocab_size': 64, 'd_model': 64, **change}))
+  mesh = AbstractMesh((2, 4, 2), mesh_lib.AXES)
+  shapes = state_shapes(made, aux_router='causality' in change)
+  laid_out = rules.shardings(mesh, shapes)
+  rules.check_split(mesh, shapes.params)
+  whole, total = 0, 0
+  for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(laid_out), strict=True):
+    total += leaf.size
+    whole += leaf.size if not any('fsdp' in str(part) for part in sharding.spec) else 0
+  assert whole / total < 0.06  # tiny matrices: norm scales and routers weigh more than they do else
+  kernel = laid_out.params['layers']['mlp']['up']['kernel'].spec
+  assert kernel == PartitionSpec(None, 'fsdp', 'tensor')
+  assert str(kernel) in str([sharding.spec for sharding in jax.tree.leaves(laid_out.opt_state)])
+
+
+def test_parameters_without_names_are_an_error():
+  with pytest.raises(KeyError, match='layers/attention/extra/kernel has no names'):
+    axes.parameter_axes(('layers', 'attention', 'extra', 'kernel'), 3)
+
+
+def test_a_mesh_axis_is_used_once_in_an_array():
+  with nn.logical_axis_rules([('embed', ('fsdp',)), ('batch', ('replica', 'fsdp'))]):
+    assert axes.spec(('batch', 'length', 'width')) == PartitionSpec(('replica', 'fsdp'), None, None)
+    with pytest.raises(ValueError, match=r"\('batch', 'embed'\) use the mesh axis 'fsdp' twice"):
+      axes.spec(('batch', 'embed'))
+
+
+def test_parameters_left_whole_are_noticed():
+  made = Transformer(tiny.config(vocab_size=64, lora_rank=6, num_recursions=2))
+  shapes = state_shapes(made).params
+  with pytest.raises(ConfigError, match=r'parallel.fsdp=4 would leave \d+% of the parameters whole'):
+    rules.check_split(AbstractMesh((1, 4, 1), mesh_lib.AXES), shapes)
+
+
+def also_slow(*names: str) -> list:
+  """The first of the models in the default suite, the others among the slow tests."""
+  return [names[0], *(pytest.param(name, marks=pytest.mark.slow) for name in names[1:])]
+
+
+@pytest.mark.parametrize('name', also_slow('expert_choice', *sorted(set(MODELS) - {'expert_choice'})))
+def test_every_mesh_computes_what_one_device_does(name):
+  one, *others = on_all_meshes(name)
+  for result in others:
+    assert result['loss'] == pytest.approx(one['loss'], abs=1e-5)
+    assert result['error'] < 1e-5
+    assert result['bytes']  # the devices did work together
+
+
+@pytest.mark.parametrize('name', also_slow('expert_choice', 'shared', 'token_choice'))
+def test_routing_needs_no_communication(name):
+  """Against a vanilla model, whose layers are as many to gather as the passes of the shared block."""
+  *routed, left_to_compiler = on_all_meshes(name)
+  vanilla = on_all_meshes('vanilla')
+  for mesh, result, reference in zip(MESHES, routed, vanilla, strict=False):
+    assert communicates_no_more(result, reference), mesh
+  assert not communicates_no_more(left_to_compiler, vanilla[MESHES.index(SPLIT)])
+
+
+def communicates_no_more(result: dict, reference: dict) -> bool:
+  """Whether there are no other kinds of collectives and of each no more bytes, but for a few sums."""
+  return all(size <= reference['bytes'].get(kind, 0) + SMALL for kind, size in result['bytes'].items())
