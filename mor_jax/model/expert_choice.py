@@ -79,7 +79,7 @@ def route_gathered(
   memory, decisions, indices = None, [], []
   for step, count in enumerate(config.selected_tokens(length)):
     params = jax.tree.map(lambda leaf, r=step: leaf[r], steps_R)
-    logits_BT, causal_BT = _scores(config, params, x_BTD)
+    logits_BT, causal_BT = scores(config, params, x_BTD)
     entered_BT = active_BT
     if count == length:  # nothing to leave out: no need to move tokens
       indices_BC = jnp.broadcast_to(jnp.arange(length), active_BT.shape)
@@ -90,7 +90,7 @@ def route_gathered(
       y_BCD, memory = recursion.run_step(
         config, block, params['own'], x_BCD, context.take(indices_BC), indices_BC, chosen_BC, memory
       )
-      change_BCD = _change(config, x_BCD, y_BCD, tokens.take(logits_BT, indices_BC))
+      change_BCD = change(config, x_BCD, y_BCD, tokens.take(logits_BT, indices_BC))
       change_BCD = jnp.where(chosen_BC[..., None], change_BCD, 0)
       x_BTD = tokens.add(x_BTD, indices_BC, change_BCD)
       active_BT = tokens.mask(indices_BC, chosen_BC, length)
@@ -128,7 +128,7 @@ def route_masked(
   def step(carry, params_and_limits):
     x_BTD, active_BT, memory = carry
     params, limit, always = params_and_limits
-    logits_BT, causal_BT = _scores(config, params, x_BTD)
+    logits_BT, causal_BT = scores(config, params, x_BTD)
     if routing == 'topk':
       selected_BT = top_k_mask(logits_BT, active_BT, limit)
       overflow_BT = jnp.zeros_like(selected_BT)
@@ -142,7 +142,7 @@ def route_masked(
   return x_BTD, _record(config, steps_R, decisions, None, routing)
 
 
-def _scores(config: ModelConfig, params: dict, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+def scores(config: ModelConfig, params: dict, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Logits (B, T) that rank and weigh the tokens of a step, and those that decide causally."""
   if config.random_router:
     uniform_BT = jax.random.uniform(params['key'], x_BTD.shape[:2], minval=1e-6, maxval=1 - 1e-6)
@@ -160,11 +160,11 @@ def _step_on_all(config, block, own, x_BTD, context, logits_BT, selected_BT, mem
   """One step computed on every token and kept where selected."""
   indices_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), selected_BT.shape)
   y_BTD, memory = recursion.run_step(config, block, own, x_BTD, context, indices_BT, selected_BT, memory)
-  change_BTD = _change(config, x_BTD, y_BTD, logits_BT)
+  change_BTD = change(config, x_BTD, y_BTD, logits_BT)
   return jnp.where(selected_BT[..., None], x_BTD + change_BTD, x_BTD), memory
 
 
-def _change(config: ModelConfig, x: jax.Array, y: jax.Array, logits: jax.Array) -> jax.Array:
+def change(config: ModelConfig, x: jax.Array, y: jax.Array, logits: jax.Array) -> jax.Array:
   """What a selected token gains: w * f(x) as in the authors' code, f(x), or w * (f(x) - x) (eq. 2.1)."""
   if config.gating == 'additive':
     return y

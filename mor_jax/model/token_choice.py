@@ -41,19 +41,13 @@ def route(
     max_len, slack: places under threshold routing (`recursion.step_places`).
   """
   real_BT = context.segments_BC > 0
-  scaled_BTD = x_BTD.astype(jnp.float32) / config.router_temperature
-  logits_BTR = router.score(config, params, scaled_BTD, config.recursions)
-  gates_BTR = router.activate(config, logits_BTR)
-  choice_BT = (gates_BTR + bias_R).argmax(axis=-1)  # depth - 1
-  gate_BT1 = jnp.take_along_axis(gates_BTR, choice_BT[..., None], axis=-1)
+  logits_BTR, gates_BTR, choice_BT, gate_BT1 = choose(config, params, bias_R, x_BTD)
   gather = config.dispatch == 'gather' and routing == 'topk'
   run = _run_gathered if gather else _run_masked
   h_BTD, (entered_RBT, selected_RBT, overflow_RBT), indices = run(
     config, block, own_R, x_BTD, context, choice_BT, gate_BT1, routing, max_len, slack
   )
-  if config.gating == 'weighted' and config.token_gating == 'once':
-    h_BTD = (gate_BT1 * h_BTD.astype(jnp.float32)).astype(h_BTD.dtype)
-  x_BTD = jnp.where(real_BT[..., None], x_BTD + h_BTD, x_BTD)
+  x_BTD = jnp.where(real_BT[..., None], finish(config, x_BTD, h_BTD, gate_BT1), x_BTD)
   steps_R11 = jnp.arange(config.recursions)[:, None, None]
   return x_BTD, router.RoutingOutput(
     logits_RBT=jnp.moveaxis(logits_BTR, -1, 0),
@@ -65,6 +59,25 @@ def route(
     losses=_losses(config, logits_BTR, gates_BTR, choice_BT, real_BT),
     extra_counts={'chosen_R': ((choice_BT == steps_R11) & real_BT).sum((1, 2))},
   )
+
+
+def choose(
+  config: ModelConfig, params: dict, bias_R: jax.Array, x_BTD: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Logits and gates (B, T, R), the depth chosen minus 1 (B, T), and its gate (B, T, 1)."""
+  scaled_BTD = x_BTD.astype(jnp.float32) / config.router_temperature
+  logits_BTR = router.score(config, params, scaled_BTD, config.recursions)
+  gates_BTR = router.activate(config, logits_BTR)
+  choice_BT = (gates_BTR + bias_R).argmax(axis=-1)
+  gate_BT1 = jnp.take_along_axis(gates_BTR, choice_BT[..., None], axis=-1)
+  return logits_BTR, gates_BTR, choice_BT, gate_BT1
+
+
+def finish(config: ModelConfig, x: jax.Array, h: jax.Array, gate: jax.Array) -> jax.Array:
+  """The stream after the recursions, from that before them and what the steps made of it: x + g * h."""
+  if config.gating == 'weighted' and config.token_gating == 'once':
+    h = (gate * h.astype(jnp.float32)).astype(h.dtype)
+  return x + h
 
 
 def _run_masked(config, block, own_R, x_BTD, context, choice_BT, gate_BT1, routing, max_len, slack):
@@ -109,7 +122,7 @@ def _run_gathered(config, block, own_R, x_BTD, context, choice_BT, gate_BT1, rou
       y_BCD, memory = recursion.run_step(
         config, block, own, h_BCD, context.take(indices_BC), indices_BC, chosen_BC, memory
       )
-      y_BCD = _gated(config, y_BCD, tokens.take(gate_BT1, indices_BC))
+      y_BCD = gated(config, y_BCD, tokens.take(gate_BT1, indices_BC))
       kept_BCD = jnp.where(chosen_BC[..., None], y_BCD, h_BCD)
       h_BTD = tokens.put(h_BTD, indices_BC, kept_BCD)
     indices.append(indices_BC)
@@ -119,10 +132,10 @@ def _run_gathered(config, block, own_R, x_BTD, context, choice_BT, gate_BT1, rou
 def _step_on_all(config, block, own, h_BTD, context, selected_BT, gate_BT1, memory):
   indices_BT = jnp.broadcast_to(jnp.arange(h_BTD.shape[1]), selected_BT.shape)
   y_BTD, memory = recursion.run_step(config, block, own, h_BTD, context, indices_BT, selected_BT, memory)
-  return jnp.where(selected_BT[..., None], _gated(config, y_BTD, gate_BT1), h_BTD), memory
+  return jnp.where(selected_BT[..., None], gated(config, y_BTD, gate_BT1), h_BTD), memory
 
 
-def _gated(config: ModelConfig, y: jax.Array, gate: jax.Array) -> jax.Array:
+def gated(config: ModelConfig, y: jax.Array, gate: jax.Array) -> jax.Array:
   """What a step leaves: f(h) in the authors' code, g * f(h) in the paper (eq. 2.2)."""
   if config.token_gating == 'once':
     return y

@@ -1,0 +1,180 @@
+"""KV caches of static size: where keys and values of a sequence lie, and how they get there and back.
+
+A cache holds some sequences, each in a slot. For the layers of the shared block, a slot has one
+region per recursion step, as large as that step may take tokens (`recursion.step_places`), so that
+memory shrinks with the capacities; under recursive KV sharing one region serves all steps. The
+unique layers before and after have one region of full length. Within a region entries stand in
+order of position. Pools are written and read, never copied.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from mor_jax.config import ModelConfig
+from mor_jax.model import recursion
+
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'int8': jnp.int8}
+LARGEST_INT8 = 127
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Sizes of one slot of the shared block's pool, the same for each of its layers.
+
+  Attributes:
+    max_len: longest sequence.
+    places: tokens of a sequence that each step may take, one entry for each of the P steps.
+    always: steps of capacity 1, which never refuse a token.
+    offsets: where each step's region begins.
+    entries: entries of a slot, all regions together.
+    kv: 'recursion_wise', 'shared' (all steps read the first region, which the first step writes), or
+      'hybrid' (each step writes its own region; a step reads, of every token, the latest that was
+      written up to this step).
+  """
+
+  max_len: int
+  places: tuple[int, ...]
+  always: tuple[bool, ...]
+  offsets: tuple[int, ...]
+  entries: int
+  kv: str
+
+
+def make_layout(config: ModelConfig, max_len: int, slack: float, steps: int | None = None) -> Layout:
+  """The layout for sequences of up to `max_len` tokens.
+
+  Args:
+    slack: places of a step per token that it takes on average (`recursion.step_places`).
+    steps: recursions there shall be room for; default all.
+  """
+  count = num_steps(config) if steps is None else min(steps, num_steps(config))
+  capacities = config.step_capacities[:count]
+  always = tuple(capacity == 1.0 for capacity in capacities)
+  limited = recursion.step_places(config, max_len, slack)[:count]
+  places = tuple(max_len if free else size for free, size in zip(always, limited, strict=True))
+  regions = places if config.kv != 'shared' else (max_len, *(0,) * (count - 1))
+  offsets = (0, *np.cumsum(regions[:-1]).tolist())
+  if config.kv == 'shared':
+    offsets = (0,) * count
+  return Layout(max_len, places, always, offsets, sum(regions), config.kv)
+
+
+def num_steps(config: ModelConfig) -> int:
+  """Times P that a token may pass through the shared block: R, or 1 where its layers follow one another."""
+  return config.recursions if config.sharing.endswith('cycle') else 1
+
+
+@struct.dataclass
+class Pool:
+  """Keys and values of some layers.
+
+  Attributes:
+    keys, values: (layers, slots, K, entries, E) in the cache's dtype.
+    key_scales, value_scales: (layers, slots, K, entries) of an int8 cache, one for each head of
+      each entry; else None.
+  """
+
+  keys: jax.Array
+  values: jax.Array
+  key_scales: jax.Array | None
+  value_scales: jax.Array | None
+
+
+@struct.dataclass
+class Cache:
+  """The cache of a number of slots.
+
+  Attributes:
+    first, block, last: pools of the layers before the recursions, of the shared block, and after.
+    versions: under kv='hybrid', (slots, P, max_len): the entry that a step reads for each position.
+  """
+
+  first: Pool
+  block: Pool
+  last: Pool
+  versions: jax.Array | None
+
+
+def init_cache(config: ModelConfig, layout: Layout, slots: int, dtype: str) -> Cache:
+  """An empty cache. Raises ValueError for an unknown dtype."""
+  if dtype not in DTYPES:
+    raise ValueError(f'cache dtype {dtype!r} is not one of {", ".join(DTYPES)}')
+
+  def pool(layers: int, entries: int) -> Pool:
+    shape = layers, slots, config.num_kv_heads, entries, config.head_width
+    scales = [jnp.zeros(shape[:-1]) if dtype == 'int8' else None for _ in range(2)]
+    return Pool(*(jnp.zeros(shape, DTYPES[dtype]) for _ in range(2)), *scales)
+
+  ends, versions = config.unique_ends, None
+  if layout.kv == 'hybrid':
+    versions = jnp.zeros((slots, len(layout.places), layout.max_len), jnp.int32)
+  return Cache(
+    pool(ends, layout.max_len), pool(block_caches(config), layout.entries), pool(ends, layout.max_len), versions
+  )
+
+
+def block_caches(config: ModelConfig) -> int:
+  """Layers of the block's pool: each layer of a pass has one, unless it reads that of another."""
+  depth = (config.num_layers - 2 * config.unique_ends) // num_steps(config)
+  if config.kv != 'shared':
+    return depth
+  return (config.num_layers - 2 * config.unique_ends) // config.passes
+
+
+def allocated_bytes(cache: Cache) -> int:
+  """Bytes of keys, values and their scales."""
+  return sum(leaf.nbytes for leaf in jax.tree.leaves((cache.first, cache.block, cache.last)))
+
+
+def write(
+  pool: Pool,
+  layer: int | jax.Array,
+  slots_B: jax.Array,
+  entries_BC: jax.Array,
+  k_BCKE: jax.Array,
+  v_BCKE: jax.Array,
+) -> Pool:
+  """Puts keys and values into their entries; what lies outside the pool (an entry too large) is dropped."""
+
+  def put(leaf: jax.Array, new_BCK: jax.Array) -> jax.Array:
+    places = leaf.at[layer, slots_B[:, None], :, entries_BC]
+    return places.set(new_BCK.astype(leaf.dtype), mode='drop')
+
+  if pool.key_scales is None:
+    return pool.replace(keys=put(pool.keys, k_BCKE), values=put(pool.values, v_BCKE))
+  k_BCKE, key_scales_BCK = quantize(k_BCKE)
+  v_BCKE, value_scales_BCK = quantize(v_BCKE)
+  return Pool(
+    put(pool.keys, k_BCKE),
+    put(pool.values, v_BCKE),
+    put(pool.key_scales, key_scales_BCK),
+    put(pool.value_scales, value_scales_BCK),
+  )
+
+
+def quantize(x_BCKE: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Integers from -127 to 127 and the factor of each head, (B, C, K), that gives the values back."""
+  x_BCKE = x_BCKE.astype(jnp.float32)
+  scale_BCK = jnp.maximum(jnp.abs(x_BCKE).max(axis=-1), 1e-12) / LARGEST_INT8
+  return jnp.round(x_BCKE / scale_BCK[..., None]), scale_BCK
+
+
+def copy_slot(cache: Cache, slot: int | jax.Array, source: Cache, lane: int | jax.Array) -> Cache:
+  """The cache with what `lane` of another cache of the same layout holds in `slot`."""
+
+  def put(axis: int):
+    def one(leaf: jax.Array, other: jax.Array) -> jax.Array:
+      moved = jax.lax.dynamic_slice_in_dim(other, lane, 1, axis)
+      return jax.lax.dynamic_update_slice_in_dim(leaf, moved, slot, axis)
+
+    return one
+
+  pools = [
+    jax.tree.map(put(1), getattr(cache, name), getattr(source, name)) for name in ('first', 'block', 'last')
+  ]
+  versions = None if cache.versions is None else put(0)(cache.versions, source.versions)
+  return Cache(*pools, versions)

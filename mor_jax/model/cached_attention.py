@@ -1,0 +1,134 @@
+"""Attention from a few tokens of each lane to the part of the cache that belongs to them.
+
+Lanes of one batch may stand at different recursion steps, hence read regions of different places and
+sizes. Two ways, which give the same:
+
+* 'lanes': one lane after the other, each reading a slice just long enough for what it may see. The
+  fastest on CPU;
+* 'gather': all lanes at once, as many entries as the longest region has. For accelerators, where
+  lanes must not wait for each other; also used wherever entries are scattered (kv='hybrid').
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mor_jax.model.attention import MASKED_SCORE
+from mor_jax.model.cache import Layout, Pool
+
+SMALLEST_EXTENT = 64
+
+
+@struct.dataclass
+class View:
+  """What the C tokens of each lane may read.
+
+  Attributes:
+    slots_B: slot of the lane.
+    base_B: first entry of the region.
+    limit_BC: entries of the region that the token sees, counted from `base_B`.
+    entries_BS: under kv='hybrid', in place of base_B: where the entry of each position lies.
+  """
+
+  slots_B: jax.Array
+  base_B: jax.Array
+  limit_BC: jax.Array
+  entries_BS: jax.Array | None = None
+
+
+def attend(
+  q_BCHE: jax.Array, pool: Pool, layer: int | jax.Array, view: View, region: int, read: str
+) -> jax.Array:
+  """Scaled dot-product attention (B, C, H, E) of queries to the cache of one layer.
+
+  Args:
+    q_BCHE: rotated queries; head h reads key/value head h // (H / K).
+    region: entries of the largest region.
+    read: 'lanes' or 'gather'.
+  """
+  batch, length, heads, width = q_BCHE.shape
+  kv_heads = pool.keys.shape[2]
+  q_BKGCE = (q_BCHE * width**-0.5).reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
+  if view.entries_BS is not None or read == 'gather':
+    out_BKGCE = _gathered(q_BKGCE, pool, layer, view, region)
+  else:
+    out_BKGCE = _lane_by_lane(q_BKGCE, pool, layer, view, region)
+  return out_BKGCE.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+
+
+def extents(region: int) -> tuple[int, ...]:
+  """Lengths that a slice may have: powers of 2 and the values halfway, up to the region's size."""
+  sizes = itertools.chain.from_iterable((power, power * 3 // 2) for power in (2**n for n in range(32)))
+  between = [size for size in itertools.takewhile(lambda size: size < region, sizes) if size >= SMALLEST_EXTENT]
+  return (*between, region)
+
+
+def _lane_by_lane(q_BKGCE, pool, layer, view, region):
+  total = pool.keys.shape[3]
+  sizes = extents(min(region, total))
+  index_B = jnp.searchsorted(jnp.array(sizes), view.limit_BC.max(axis=1))
+
+  def branch(size: int):
+    def run(lane):
+      q_KGCE, slot, base, limit_C = lane
+      start = jnp.minimum(base, total - size)  # a slice that would reach beyond the pool starts earlier
+
+      def read(leaf):
+        rest = (0,) * (leaf.ndim - 4)
+        found = jax.lax.dynamic_slice(
+          leaf, (layer, slot, 0, start, *rest), (1, 1, leaf.shape[2], size, *leaf.shape[4:])
+        )
+        return found[0]
+
+      before = base - start
+      index_S = jnp.arange(size)
+      visible_CS = (index_S >= before) & (index_S < (before + limit_C)[:, None])
+      return _softmax_attention(q_KGCE[None], jax.tree.map(read, pool), visible_CS[None])[0]
+
+    return run
+
+  branches = [branch(size) for size in sizes]
+
+  def one(args):
+    index, *lane = args
+    return branches[0](lane) if len(branches) == 1 else jax.lax.switch(index, branches, lane)
+
+  return jax.lax.map(one, (index_B, q_BKGCE, view.slots_B, view.base_B, view.limit_BC))
+
+
+def _gathered(q_BKGCE, pool, layer, view, region):
+  entries_BS = view.entries_BS
+  if entries_BS is None:
+    entries_BS = view.base_B[:, None] + jnp.arange(min(region, pool.keys.shape[3]))
+  visible_BCS = jnp.arange(entries_BS.shape[1]) < view.limit_BC[..., None]
+
+  def read(leaf):  # (B, S, K, ...), since the indexed axes come first
+    found = leaf.at[layer, view.slots_B[:, None], :, entries_BS].get(mode='clip')
+    return jnp.swapaxes(found, 1, 2)
+
+  return _softmax_attention(q_BKGCE, jax.tree.map(read, pool), visible_BCS)
+
+
+def _softmax_attention(q_BKGCE, cached: Pool, visible_BCS):
+  """Attention to keys and values (B, K, S, E) as they are stored; scales of int8 go to scores and weights."""
+  batch, kv_heads, groups, length, width = q_BKGCE.shape
+  dtype = q_BKGCE.dtype
+  q_BKME = q_BKGCE.reshape(batch, kv_heads, groups * length, width)
+  k_BKES = cached.keys.astype(dtype).swapaxes(2, 3)
+  scores_BKMS = jnp.matmul(q_BKME, k_BKES, preferred_element_type=jnp.float32)
+  if cached.key_scales is not None:
+    scores_BKMS = scores_BKMS * cached.key_scales[:, :, None, :]
+  scores_BKGCS = scores_BKMS.reshape(batch, kv_heads, groups, length, -1)
+  scores_BKGCS = jnp.where(visible_BCS[:, None, None], scores_BKGCS, MASKED_SCORE)
+  weights_BKMS = jax.nn.softmax(scores_BKGCS).reshape(scores_BKMS.shape)
+  if cached.value_scales is not None:
+    weights_BKMS = weights_BKMS * cached.value_scales[:, :, None, :]
+  out_BKME = jnp.matmul(weights_BKMS.astype(dtype), cached.values.astype(dtype))
+  return out_BKME.reshape(q_BKGCE.shape)
+
+
+def largest_region(layout: Layout) -> int:
+  """Entries of the longest region that a token may read."""
+  return layout.max_len if layout.kv == 'shared' else max(layout.places)
