@@ -9,7 +9,7 @@ from flax import struct
 from mor_jax.model import cache as cache_lib
 from mor_jax.model import decode, lane_routing
 from mor_jax.model.cache import Cache
-from mor_jax.model.decode import DecodeParams, CachedModel
+from mor_jax.model.decode import CachedModel, DecodeParams
 from mor_jax.model.lane_routing import Offer, Walk
 
 
@@ -83,7 +83,12 @@ def extend(
     counts_BP = counts_BP.at[:, index].add(offered.selected_BC.sum(axis=1))
     return (cache, walk, counts_BP, offered.selected_BC), (offered.selected_BC, offered.overflow_BC.sum())
 
-  carry = prefix.cache.replace(first=first), lane_routing.begin(cached, params, x_BCD), prefix.counts_BP, real_BC
+  carry = (
+    prefix.cache.replace(first=first),
+    lane_routing.begin(cached, params, x_BCD),
+    prefix.counts_BP,
+    real_BC,
+  )
   (cache, walk, counts_BP, _), (selected_PBC, overflow_P) = jax.lax.scan(step, carry, jnp.arange(steps))
   x_BCD = lane_routing.finish(cached, walk)
   x_BCD, last = decode.apply_layers(cached, params, last_uses, cache.last, x_BCD, ends)
@@ -92,7 +97,11 @@ def extend(
     selected_PBC.sum(axis=0, dtype=jnp.int8), mode='drop'
   )
   longer = Prefix(
-    cache.replace(last=last), prefix.lengths_B + lengths_B, counts_BP, depths_BT, prefix.overflow_P + overflow_P
+    cache.replace(last=last),
+    prefix.lengths_B + lengths_B,
+    counts_BP,
+    depths_BT,
+    prefix.overflow_P + overflow_P,
   )
   if not with_logits:
     return longer, None

@@ -1,58 +1,105 @@
-"""Text from a model by full forward passes: simple, causal (threshold routing), without caches."""
+"""The next token from logits: greedy, temperature, top-k, top-p, repetition penalty; each lane by its own rules.
 
-from functools import partial
+The order is that of Hugging Face: penalty, temperature, top-k, top-p. The random key is made of
+the request's seed and the token's position alone, so a request gets the same text in any company.
+"""
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from mor_jax.data.tokenizer import Tokenizer
-from mor_jax.model.transformer import Transformer
+NO_LIMIT = 0
 
 
-def sample_text(
-  model: Transformer,
-  variables: dict,
-  tokenizer: Tokenizer,
-  prompt: str,
-  num_tokens: int,
-  temperature: float,
-  seed: int = 0,
-) -> str:
-  """A continuation of `prompt`, at most `num_tokens` tokens, ended early by end of text.
+@struct.dataclass
+class SamplingRules:
+  """How each lane (or slot) samples.
+
+  Attributes:
+    temperature_B: divides the logits; 0 takes the most likely token.
+    top_k_B: only so many of the most likely tokens; NO_LIMIT: all.
+    top_p_B: only the most likely tokens that together have this probability.
+    penalty_B: logits of tokens that occurred, if positive, are divided by it, else multiplied (Keskar
+      et al. 2019).
+    seed_B: of the request.
+  """
+
+  temperature_B: jax.Array
+  top_k_B: jax.Array
+  top_p_B: jax.Array
+  penalty_B: jax.Array
+  seed_B: jax.Array
+
+
+def default_rules(count: int) -> SamplingRules:
+  """Greedy rules of so many lanes."""
+  return SamplingRules(
+    temperature_B=jnp.zeros((count,)),
+    top_k_B=jnp.zeros((count,), jnp.int32),
+    top_p_B=jnp.ones((count,)),
+    penalty_B=jnp.ones((count,)),
+    seed_B=jnp.zeros((count,), jnp.uint32),
+  )
+
+
+def sample(
+  logits_BV: jax.Array,
+  rules: SamplingRules,
+  positions_B: jax.Array,
+  tokens_BT: jax.Array,
+  known_B: jax.Array,
+) -> jax.Array:
+  """Next tokens (B,). What no lane asks for is not computed.
 
   Args:
-    temperature: divides the logits; 0 takes the most likely token.
-
-  Raises:
-    ValueError: the prompt has no tokens, or temperature is negative.
+    positions_B: position of the token to sample.
+    tokens_BT: each sequence so far, of which `known_B` tokens count.
   """
-  if temperature < 0:
-    raise ValueError(f'temperature={temperature} must be >= 0')
-  prompt_ids = tokenizer.encode(prompt)
-  if not prompt_ids:
-    raise ValueError('the prompt is empty; give at least one character')
-  padding = [tokenizer.end_of_text] * num_tokens
-  tokens_1T = jnp.array([prompt_ids + padding], jnp.int32)
-  key = jax.random.key(seed)
-  tokens_1T = _continue(model, variables, tokens_1T, jnp.int32(len(prompt_ids)), temperature, key)
-  continuation = tokens_1T[0, len(prompt_ids) :].tolist()
-  if tokenizer.end_of_text in continuation:
-    continuation = continuation[: continuation.index(tokenizer.end_of_text)]
-  return tokenizer.decode(continuation)
+  penalized = (rules.penalty_B != 1).any()
+  logits_BV = jax.lax.cond(
+    penalized, lambda z: _penalize(z, rules.penalty_B, tokens_BT, known_B), lambda z: z, logits_BV
+  )
+  random = rules.temperature_B > 0
+  return jax.lax.cond(
+    random.any(),
+    lambda z: jnp.where(random, _draw(z, rules, positions_B), z.argmax(axis=-1)),
+    lambda z: z.argmax(axis=-1),
+    logits_BV,
+  ).astype(jnp.int32)
 
 
-@partial(jax.jit, static_argnums=(0, 4))
-def _continue(model, variables, tokens_1T, prompt_len, temperature, key):
-  """Fills tokens_1T from prompt_len on, one forward pass over the row a token."""
+def _penalize(logits_BV, penalty_B, tokens_BT, known_B):
+  vocabulary = logits_BV.shape[1]
+  written_BT = jnp.where(jnp.arange(tokens_BT.shape[1]) < known_B[:, None], tokens_BT, vocabulary)
+  rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
+  occurred_BV = jnp.zeros(logits_BV.shape, bool).at[rows_B1, written_BT].set(True, mode='drop')
+  penalty_B1 = penalty_B[:, None]
+  punished_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
+  return jnp.where(occurred_BV, punished_BV, logits_BV)
 
-  def step(position, tokens_1T):
-    written_1T = (jnp.arange(tokens_1T.shape[1]) < position)[None].astype(jnp.int32)
-    logits_1TV = model.apply(variables, tokens_1T, routing='threshold', segment_ids=written_1T).logits
-    logits_V = logits_1TV[0, position - 1]
-    if temperature == 0:
-      token = logits_V.argmax()
-    else:
-      token = jax.random.categorical(jax.random.fold_in(key, position), logits_V / temperature)
-    return tokens_1T.at[0, position].set(token.astype(jnp.int32))
 
-  return jax.lax.fori_loop(prompt_len, tokens_1T.shape[1], step, tokens_1T)
+def _draw(logits_BV, rules, positions_B):
+  logits_BV = logits_BV / jnp.where(rules.temperature_B > 0, rules.temperature_B, 1)[:, None]
+  truncated = ((rules.top_k_B != NO_LIMIT) | (rules.top_p_B < 1)).any()
+  logits_BV = jax.lax.cond(truncated, lambda z: _truncate(z, rules), lambda z: z, logits_BV)
+  keys_B = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(
+    rules.seed_B, positions_B
+  )
+  return jax.vmap(jax.random.categorical)(keys_B, logits_BV)
+
+
+def _truncate(logits_BV, rules):
+  """Minus infinity wherever a token is not among the k first or not needed to reach the probability p."""
+  vocabulary = logits_BV.shape[1]
+  order_BV = jnp.argsort(-logits_BV, axis=-1, stable=True)
+  sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=1)
+  count_B1 = jnp.where(rules.top_k_B == NO_LIMIT, vocabulary, rules.top_k_B)[:, None]
+  sorted_BV = jnp.where(jnp.arange(vocabulary) < count_B1, sorted_BV, -jnp.inf)
+  probability_BV = jax.nn.softmax(sorted_BV)
+  before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
+  # The likeliest token always stays, even where p is 0 or rounding makes the sum reach it.
+  kept_BV = (before_BV < rules.top_p_B[:, None]).at[:, 0].set(True)
+  kept_BV |= (rules.top_p_B >= 1)[:, None]
+  sorted_BV = jnp.where(kept_BV, sorted_BV, -jnp.inf)
+  rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
+  return jnp.zeros_like(logits_BV).at[rows_B1, order_BV].set(sorted_BV, unique_indices=True)

@@ -113,7 +113,10 @@ def init_cache(config: ModelConfig, layout: Layout, slots: int, dtype: str) -> C
   if layout.kv == 'hybrid':
     versions = jnp.zeros((slots, len(layout.places), layout.max_len), jnp.int32)
   return Cache(
-    pool(ends, layout.max_len), pool(block_caches(config), layout.entries), pool(ends, layout.max_len), versions
+    pool(ends, layout.max_len),
+    pool(block_caches(config), layout.entries),
+    pool(ends, layout.max_len),
+    versions,
   )
 
 

@@ -61,7 +61,9 @@ def attend(
 def extents(region: int) -> tuple[int, ...]:
   """Lengths that a slice may have: powers of 2 and the values halfway, up to the region's size."""
   sizes = itertools.chain.from_iterable((power, power * 3 // 2) for power in (2**n for n in range(32)))
-  between = [size for size in itertools.takewhile(lambda size: size < region, sizes) if size >= SMALLEST_EXTENT]
+  between = [
+    size for size in itertools.takewhile(lambda size: size < region, sizes) if size >= SMALLEST_EXTENT
+  ]
   return (*between, region)
 
 

@@ -12,7 +12,7 @@ from flax import struct
 from mor_jax.model import decode, expert_choice, token_choice
 from mor_jax.model.cache import Cache
 from mor_jax.model.cached_attention import View
-from mor_jax.model.decode import DecodeParams, CachedModel, Lanes
+from mor_jax.model.decode import CachedModel, DecodeParams, Lanes
 
 
 @struct.dataclass

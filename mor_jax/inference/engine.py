@@ -1,0 +1,222 @@
+"""The inference engine: prefill prompts, insert them into slots, generate for all slots at once.
+
+The vanilla model, recursive models (as many passes as they have recursions) and MoR run in the same
+engine: they differ in how often a token comes back to the shared block.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mor_jax.config import ConfigError
+from mor_jax.inference import prefill as prefill_lib
+from mor_jax.inference import state as state_lib
+from mor_jax.inference import ticks
+from mor_jax.inference.prefill import Prefix
+from mor_jax.inference.requests import Request, RequestError
+from mor_jax.inference.sampling import SamplingRules
+from mor_jax.inference.state import NO_TOKEN, STOP_TOKENS, DecodeState, Rules
+from mor_jax.model import cache as cache_lib
+from mor_jax.model import decode
+from mor_jax.model.transformer import Transformer
+
+DEFAULT_CHUNKS = (16, 64, 256)
+
+
+class Engine:
+  """A model ready to generate.
+
+  Attributes:
+    slots: sequences that can be resident together.
+    max_len: longest sequence, prompt included.
+    steps: most recursions of a token.
+    batches: sizes of the batches of a tick.
+    prefill_lanes: prompts that are computed together.
+  """
+
+  def __init__(
+    self,
+    model: Transformer,
+    variables: dict[str, Any],
+    slots: int = 8,
+    max_len: int = 512,
+    lanes: int | None = None,
+    boundary_lanes: int | None = None,
+    slack: float | None = None,
+    cache_dtype: str | None = None,
+    max_recursions: int | None = None,
+    prefill_lanes: int | None = None,
+    chunks: Sequence[int] = DEFAULT_CHUNKS,
+    unroll: bool | None = None,
+    read: str | None = None,
+    keep_logits: bool = False,
+  ):
+    """Lays out the caches and brings the variables into the form that decoding reads.
+
+    Args:
+      lanes: sequences that one pass of the shared block takes; default: all slots.
+      boundary_lanes: sequences that pass the last and first layer together; default: a quarter of the lanes
+        on CPU, else as many.
+      slack: places of a recursion step per token it takes on average; default: model.threshold_slack.
+      cache_dtype: 'float32', 'bfloat16' or 'int8'; default: the model's dtype.
+      max_recursions: fewer recursions than the model was trained with; saves their caches too.
+      prefill_lanes: prompts computed together; default: 4, or fewer if there are fewer slots.
+      chunks: numbers of tokens in which prompts are computed, each compiled once.
+      unroll: compile layers separately; default: on CPU.
+      read: how the cache is read (`cached_attention`); default: 'lanes' on CPU, else 'gather'.
+      keep_logits: keep the logits of every token in the state, for analysis.
+
+    Raises:
+      ConfigError: a size that cannot work.
+    """
+    config, on_cpu = model.config, jax.default_backend() == 'cpu'
+    lanes = slots if lanes is None else lanes
+    if boundary_lanes is None:
+      boundary_lanes = -(-lanes // 4) if on_cpu else lanes
+    prefill_lanes = min(4, slots) if prefill_lanes is None else prefill_lanes
+    sizes = {'slots': slots, 'lanes': lanes, 'boundary_lanes': boundary_lanes, 'prefill_lanes': prefill_lanes}
+    for name, value in {**sizes, 'chunks': min(chunks)}.items():
+      if value < 1:
+        raise ConfigError(f'{name}={value} is not allowed: must be >= 1')
+    if max_len < 2:
+      raise ConfigError(f'max_len={max_len} is not allowed: must be >= 2, a token and its successor')
+    if max(lanes, boundary_lanes) > slots:
+      raise ConfigError(f'lanes={lanes} and boundary_lanes={boundary_lanes} must be at most slots={slots}')
+    cache_dtype = cache_dtype or config.dtype
+    if cache_dtype not in cache_lib.DTYPES:
+      raise ConfigError(f'cache_dtype={cache_dtype} is not one of {", ".join(cache_lib.DTYPES)}')
+    read = read or ('lanes' if on_cpu else 'gather')
+    if read not in ('lanes', 'gather'):
+      raise ConfigError(f'read={read} is not one of lanes, gather')
+    slack = config.threshold_slack if slack is None else slack
+    steps = self._steps(config, max_recursions)
+    layout = cache_lib.make_layout(config, max_len, slack, steps)
+    self.cached = decode.CachedModel(config, layout, on_cpu if unroll is None else unroll, read)
+    self.params = decode.prepare(self.cached, variables)
+    self.slots, self.max_len, self.steps = slots, max_len, steps
+    self.batches = ticks.Batches(lanes, boundary_lanes)
+    self.prefill_lanes = prefill_lanes
+    self._chunks = tuple(sorted({min(chunk, max_len) for chunk in chunks}))
+    self._dtype, self._keep_logits = cache_dtype, keep_logits
+
+  @staticmethod
+  def _steps(config, max_recursions: int | None) -> int:
+    most = cache_lib.num_steps(config)
+    if max_recursions is None:
+      return most
+    if not 1 <= max_recursions <= config.recursions:
+      raise ConfigError(
+        f'max_recursions={max_recursions} is not allowed: must be from 1 to the {config.recursions} that the '
+        f'model was trained with'
+      )
+    if most != config.recursions:
+      raise ConfigError(
+        f'max_recursions={max_recursions} cannot be used with model.sharing={config.sharing}, in which every '
+        f'layer repeats by itself; leave it out'
+      )
+    return max_recursions
+
+  # ---- what runs on the device ----
+
+  def init_state(self) -> DecodeState:
+    """A state with all slots idle."""
+    return state_lib.init_state(self.cached, self.slots, self._dtype, self._keep_logits)
+
+  def prefill(self, requests: Sequence[Request]) -> Prefix:
+    """Computes the prompts of up to `prefill_lanes` requests together, each but for its last token."""
+    lanes = self.prefill_lanes
+    if len(requests) > lanes:
+      raise ValueError(f'{len(requests)} prompts are more than the {lanes} lanes of prefill')
+    rules = [self.rules(request) for request in requests]
+    rules += [rules[0]] * (lanes - len(rules))
+    budget = (
+      np.array([rule.recursions_N for rule in rules], np.int32),
+      np.array([rule.shift_N for rule in rules], np.float32),
+    )
+    left = [list(request.prompt[:-1]) for request in requests] + [[]] * (lanes - len(requests))
+    prefix = prefill_lib.empty(self.cached, lanes, self._dtype)
+    while longest := max(map(len, left)):
+      size = next((chunk for chunk in self._chunks if chunk >= longest), self._chunks[-1])
+      tokens_BC = np.zeros((lanes, size), np.int32)
+      lengths_B = np.array([min(size, len(tokens)) for tokens in left], np.int32)
+      for row, tokens in enumerate(left):
+        tokens_BC[row, : lengths_B[row]] = tokens[: lengths_B[row]]
+      left = [tokens[size:] for tokens in left]
+      prefix, _ = prefill_lib.extend(self.cached, self.params, prefix, tokens_BC, lengths_B, budget)
+    return prefix
+
+  def insert(
+    self, state: DecodeState, prefix: Prefix | None, lane: int, slot: int, request: Request
+  ) -> DecodeState:
+    """The state with a request in a slot; `prefix` holds its prompt in `lane`, None: nothing of it."""
+    tokens_T = np.zeros((self.max_len,), np.int32)
+    tokens_T[: len(request.prompt)] = request.prompt
+    return _insert(state, prefix, lane, slot, tokens_T, len(request.prompt), self.rules(request))
+
+  def generate(
+    self, state: DecodeState, max_ticks: int, max_finished: int | None = None
+  ) -> tuple[DecodeState, ticks.Tally]:
+    """Ticks until `max_ticks` are done or `max_finished` sequences (default: all) have ended."""
+    finished = self.slots if max_finished is None else max_finished
+    return ticks.run(self.cached, self.batches, self.params, state, jnp.int32(max_ticks), jnp.int32(finished))
+
+  def release(self, state: DecodeState, slot: int) -> DecodeState:
+    """The state with a slot free again, whatever it did."""
+    return _release(state, slot)
+
+  # ---- requests ----
+
+  def check(self, request: Request) -> None:
+    """Raises RequestError for a request that cannot be answered."""
+    request.check()
+    size, vocabulary = len(request.prompt), self.cached.config.vocab_size
+    if size >= self.max_len:
+      raise RequestError(
+        f'the prompt has {size} tokens, which leaves no room in a cache of max_len={self.max_len}; shorten it '
+        f'or raise max_len above {size}'
+      )
+    bad = [token for token in (*request.prompt, *request.stop_tokens) if not 0 <= token < vocabulary]
+    if bad:
+      raise RequestError(f'token {bad[0]} is outside the vocabulary, whose ids go from 0 to {vocabulary - 1}')
+    config = self.cached.config
+    if request.threshold_shift and (config.kind != 'mor' or config.router != 'expert_choice'):
+      raise RequestError(
+        f'threshold_shift={request.threshold_shift} needs an expert-choice model, whose recursions have '
+        f'thresholds; use max_recursions'
+      )
+    most = request.max_recursions
+    if most is not None and not 1 <= most <= self.steps:
+      raise RequestError(f'max_recursions={most} is not allowed: must be from 1 to {self.steps}')
+
+  def rules(self, request: Request) -> Rules:
+    """What a request asks for, as the state holds it."""
+    stops = np.full((STOP_TOKENS,), NO_TOKEN, np.int32)
+    stops[: len(request.stop_tokens)] = request.stop_tokens
+    limit = min(self.max_len, len(request.prompt) + request.max_new_tokens)
+    sampling = SamplingRules(
+      np.float32(request.temperature),
+      np.int32(request.top_k),
+      np.float32(request.top_p),
+      np.float32(request.repetition_penalty),
+      np.uint32(request.seed),
+    )
+    most = self.steps if request.max_recursions is None else request.max_recursions
+    return Rules(sampling, stops, np.int32(limit), np.int32(most), np.float32(request.threshold_shift))
+
+  def cache_bytes(self) -> int:
+    """Bytes of keys, values and scales of all slots."""
+    layout, config = self.cached.layout, self.cached.config
+    shapes = jax.eval_shape(lambda: cache_lib.init_cache(config, layout, self.slots, self._dtype))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes.replace(versions=None)))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _insert(state, prefix, lane, slot, tokens_T, known, rules):
+  return state_lib.insert(state, prefix, lane, slot, tokens_T, known, rules)
+
+
+_release = jax.jit(state_lib.release, donate_argnums=0)

@@ -1,0 +1,252 @@
+"""Requests in, texts out: a queue before the engine's slots, admission, cancellation, stop strings, statistics."""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator
+
+import jax
+import numpy as np
+
+from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.inference.engine import Engine
+from mor_jax.inference.requests import Request, RequestError, Result
+from mor_jax.inference.state import IDLE
+
+
+@dataclasses.dataclass
+class Statistics:
+  """Sums over the calls of an engine; the properties are what a user wants to know.
+
+  Attributes:
+    seconds: spent in `Scheduler.step`, of which `prefill_seconds` in computing prompts.
+    slots, lanes: sizes of the engine.
+    ticks, boundaries, block_lanes, boundary_lanes, resident, tokens, passes, sampled, overflow: as in
+      `ticks.Tally`; overflow has an entry for each step, prompts included.
+    first_token_seconds: of each request, from submission to its first token.
+    token_seconds: of each finished request with two tokens or more, mean time between tokens.
+  """
+
+  slots: int
+  lanes: int
+  boundary_lanes_each: int
+  seconds: float = 0.0
+  prefill_seconds: float = 0.0
+  ticks: int = 0
+  boundaries: int = 0
+  block_lanes: int = 0
+  boundary_lanes: int = 0
+  resident: int = 0
+  tokens: int = 0
+  passes: int = 0
+  sampled: int = 0
+  overflow: np.ndarray | int = 0
+  first_token_seconds: list[float] = dataclasses.field(default_factory=list)
+  token_seconds: list[float] = dataclasses.field(default_factory=list)
+
+  @property
+  def tokens_per_second(self) -> float:
+    """Sampled tokens per second, prompts' time included."""
+    return self.sampled / max(self.seconds, 1e-9)
+
+  @property
+  def slot_occupancy(self) -> float:
+    """Mean share of the slots in use."""
+    return self.resident / max(self.ticks * self.slots, 1)
+
+  @property
+  def lane_occupancy(self) -> float:
+    """Mean share of the block's lanes that had work."""
+    return self.block_lanes / max(self.ticks * self.lanes, 1)
+
+  @property
+  def boundary_occupancy(self) -> float:
+    """Mean share of the boundary's lanes that had work."""
+    return self.boundary_lanes / max(self.boundaries * self.boundary_lanes_each, 1)
+
+  @property
+  def mean_depth(self) -> float:
+    """Passes through the shared block per generated token (prompts are not counted)."""
+    return self.passes / max(self.tokens, 1)
+
+  def summary(self) -> dict[str, float]:
+    """All of it as numbers for a table or JSON."""
+    return {
+      'tokens_per_second': self.tokens_per_second,
+      'tokens': int(self.sampled),
+      'seconds': self.seconds,
+      'prefill_seconds': self.prefill_seconds,
+      'slot_occupancy': self.slot_occupancy,
+      'lane_occupancy': self.lane_occupancy,
+      'boundary_occupancy': self.boundary_occupancy,
+      'mean_depth': self.mean_depth,
+      'time_to_first_token': float(np.mean(self.first_token_seconds or [0.0])),
+      'time_per_token': float(np.mean(self.token_seconds or [0.0])),
+      'overflow': int(np.sum(self.overflow)),
+    }
+
+
+class Scheduler:
+  """Answers requests with an engine; first come, first served."""
+
+  def __init__(self, engine: Engine, tokenizer: Tokenizer | None = None, ticks_per_call: int = 64):
+    """Begins with all slots free.
+
+    Args:
+      tokenizer: gives results their text; stop strings need it.
+      ticks_per_call: most ticks between two looks of the host: fewer show text earlier, more cost less.
+    """
+    self.engine = engine
+    batches = engine.batches
+    self.statistics = Statistics(engine.slots, batches.block, batches.boundary)
+    self._tokenizer = tokenizer
+    self._ticks = ticks_per_call
+    self._state = engine.init_state()
+    self._queue: collections.deque[Result] = collections.deque()
+    self._resident: dict[int, Result] = {}
+
+  # ---- requests ----
+
+  def submit(self, request: Request) -> Result:
+    """Queues a request and returns its (growing) result. Raises RequestError if it cannot be answered."""
+    self.engine.check(request)
+    if request.stop_strings and self._tokenizer is None:
+      raise RequestError('stop_strings need a tokenizer; without one use stop_tokens')
+    result = Result(request, submitted=time.perf_counter())
+    self._queue.append(result)
+    return result
+
+  def cancel(self, result: Result) -> None:
+    """Ends a request wherever it is; what it has so far stays in its result."""
+    if result.finish:
+      return
+    if result in self._queue:
+      self._queue.remove(result)
+    for slot, other in list(self._resident.items()):
+      if other is result:
+        self._free(slot)
+    self._finish(result, 'cancelled')
+
+  @property
+  def busy(self) -> bool:
+    """Whether anything is left to do."""
+    return bool(self._queue or self._resident)
+
+  def run(self, requests: Iterable[Request]) -> list[Result]:
+    """Answers to some requests, in their order, when all of them have ended."""
+    results = [self.submit(request) for request in requests]
+    while self.busy:
+      self.step()
+    return results
+
+  def stream(self, request: Request) -> Iterator[Result]:
+    """The result of a request again and again while it grows."""
+    result = self.submit(request)
+    while not result.finish:
+      self.step()
+      yield result
+
+  def step(self) -> list[Result]:
+    """Admits what fits, runs some ticks and returns the results that have ended."""
+    begin = time.perf_counter()
+    self._admit()
+    ended = []
+    if self._resident:
+      # With somebody waiting for a slot, the first that is free counts.
+      max_finished = 1 if self._queue else None
+      self._state, tally = self.engine.generate(self._state, self._ticks, max_finished)
+      ended = self._collect()
+      self._count(jax.device_get(tally))
+    self.statistics.seconds += time.perf_counter() - begin
+    return ended
+
+  # ---- between the ticks ----
+
+  def _admit(self) -> None:
+    free = [slot for slot in range(self.engine.slots) if slot not in self._resident]
+    begin = time.perf_counter()
+    while free and self._queue:
+      chosen = [self._queue.popleft() for _ in range(min(len(free), len(self._queue)))]
+      for group in _groups(chosen, self.engine.prefill_lanes):
+        prefix = None
+        if len(group[0].request.prompt) > 1:
+          prefix = self.engine.prefill([result.request for result in group])
+          self.statistics.overflow = self.statistics.overflow + np.asarray(prefix.overflow_P)
+        for lane, result in enumerate(group):
+          slot = free.pop(0)
+          self._state = self.engine.insert(self._state, prefix, lane, slot, result.request)
+          self._resident[slot] = result
+    self.statistics.prefill_seconds += time.perf_counter() - begin
+
+  def _collect(self) -> list[Result]:
+    """Fetches new tokens and ends what has ended."""
+    state = self._state
+    phase_N, known_N, tokens_NT, depths_NT = jax.device_get(
+      (state.phase_N, state.known_N, state.tokens_NT, state.depths_NT)
+    )
+    now, ended = time.perf_counter(), []
+    for slot, result in list(self._resident.items()):
+      start, known = len(result.request.prompt), int(known_N[slot])
+      tokens = tokens_NT[slot, start:known].tolist()
+      if tokens and not result.first_token:
+        result.first_token = now
+        self.statistics.first_token_seconds.append(now - result.submitted)
+      stopped = bool(tokens) and tokens[-1] in result.request.stop_tokens
+      result.tokens = tokens[:-1] if stopped else tokens
+      result.depths = depths_NT[slot, : max(known - 1, 0)].tolist()
+      reason = ''
+      if phase_N[slot] == IDLE:
+        reason = 'stop_token' if stopped else 'length'
+      if self._tokenizer is not None and self._update_text(result):
+        reason = 'stop_string'
+      if reason:
+        self._free(slot)
+        self._finish(result, reason)
+        ended.append(result)
+    return ended
+
+  def _update_text(self, result: Result) -> bool:
+    """Decodes the tokens; True if a stop string is among the text, which then ends before it."""
+    text = self._tokenizer.decode(result.tokens)
+    places = [text.find(stop) for stop in result.request.stop_strings]
+    found = min((place for place in places if place >= 0), default=None)
+    result.text = text if found is None else text[:found]
+    if found is None:
+      return False
+    while result.tokens and len(self._tokenizer.decode(result.tokens[:-1])) >= found:
+      result.tokens.pop()  # tokens after those that the text needs
+    del result.depths[len(result.request.prompt) + len(result.tokens) :]
+    return True
+
+  def _free(self, slot: int) -> None:
+    self._state = self.engine.release(self._state, slot)
+    del self._resident[slot]
+
+  def _finish(self, result: Result, reason: str) -> None:
+    result.finish, result.finished = reason, time.perf_counter()
+    if len(result.tokens) > 1:
+      seconds = (result.finished - result.first_token) / (len(result.tokens) - 1)
+      self.statistics.token_seconds.append(seconds)
+
+  def _count(self, tally) -> None:
+    for name in (
+      'ticks',
+      'boundaries',
+      'block_lanes',
+      'boundary_lanes',
+      'resident',
+      'tokens',
+      'passes',
+      'sampled',
+    ):
+      setattr(self.statistics, name, getattr(self.statistics, name) + int(getattr(tally, name)))
+    self.statistics.overflow = self.statistics.overflow + np.asarray(tally.overflow_P)
+
+
+def _groups(results: list[Result], size: int) -> Iterator[list[Result]]:
+  """Requests that are computed together: those of one-token prompts need no prefill and come first."""
+  short = [result for result in results if len(result.request.prompt) == 1]
+  long = [result for result in results if len(result.request.prompt) > 1]
+  for part in (short, long):
+    for start in range(0, len(part), size):
+      yield part[start : start + size]

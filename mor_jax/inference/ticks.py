@@ -1,0 +1,221 @@
+"""Depth-wise continuous batching: ticks that each apply the shared block once to a full batch of lanes.
+
+More sequences are resident (slots) than the block has lanes. A tick gives the lanes to sequences
+that wait for the block, each at the recursion step its token has come to. Tokens that leave wait
+at the boundary: last layer, head, sampling, embedding and first layer, which runs for a batch of
+its own as soon as one is full, or when the block would lack work. Everything stays on the device
+for many ticks.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mor_jax.inference.sampling import sample
+from mor_jax.inference.state import BLOCK, ENTRY, EXIT, IDLE, DecodeState
+from mor_jax.model import decode, lane_routing
+from mor_jax.model.decode import CachedModel, DecodeParams
+from mor_jax.model.lane_routing import Offer
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+  """Sizes of the two batches: lanes of the block, and sequences that pass the boundary together."""
+
+  block: int
+  boundary: int
+
+
+@struct.dataclass
+class Tally:
+  """What some ticks did, in numbers that can be added.
+
+  Attributes:
+    ticks: applications of the shared block.
+    boundaries: passes of the boundary.
+    block_lanes, boundary_lanes: lanes of them that had work.
+    resident: sum over ticks of the slots in use.
+    tokens: tokens that left the recursions, and passes through the block that they took.
+    sampled: tokens that were sampled.
+    overflow_P: tokens that wanted a step and found no place in its region.
+  """
+
+  ticks: jax.Array
+  boundaries: jax.Array
+  block_lanes: jax.Array
+  boundary_lanes: jax.Array
+  resident: jax.Array
+  tokens: jax.Array
+  passes: jax.Array
+  sampled: jax.Array
+  overflow_P: jax.Array
+
+  def add(self, **more: jax.Array) -> 'Tally':
+    """The sum with some of the numbers."""
+    return self.replace(**{name: getattr(self, name) + value for name, value in more.items()})
+
+
+def empty_tally(steps: int) -> Tally:
+  """Nothing done."""
+  zero = jnp.int32(0)
+  return Tally(*(zero,) * 8, jnp.zeros((steps,), jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def run(
+  cached: CachedModel,
+  batches: Batches,
+  params: DecodeParams,
+  state: DecodeState,
+  max_ticks: jax.Array,
+  max_finished: jax.Array,
+) -> tuple[DecodeState, Tally]:
+  """Ticks until `max_ticks` are done, `max_finished` sequences have ended, or all have."""
+  active = (state.phase_N != IDLE).sum()
+
+  def goes_on(carry):
+    state, tally = carry
+    left = (state.phase_N != IDLE).sum()
+    return (left > 0) & (active - left < max_finished) & (tally.ticks < max_ticks)
+
+  def tick(carry):
+    carry = jax.lax.while_loop(
+      functools.partial(_boundary_is_due, batches),
+      functools.partial(_pass_boundary, cached, batches, params),
+      carry,
+    )
+    return _apply_block(cached, batches, params, carry)
+
+  return jax.lax.while_loop(goes_on, tick, (state, empty_tally(len(cached.layout.places))))
+
+
+def _waiting(state: DecodeState) -> jax.Array:
+  return (state.phase_N == ENTRY) | (state.phase_N == EXIT)
+
+
+def _boundary_is_due(batches: Batches, carry) -> jax.Array:
+  """A batch is full, or lanes of the block would stay empty though somebody could fill them."""
+  waiting, ready = _waiting(carry[0]).sum(), (carry[0].phase_N == BLOCK).sum()
+  return (waiting >= batches.boundary) | ((waiting > 0) & (ready < batches.block))
+
+
+def _choose(wants_N: jax.Array, since_N: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+  """Slots that get the lanes of a batch, those first that have waited longest; and which lanes have work."""
+  if count == wants_N.shape[0]:
+    return jnp.arange(count), wants_N
+  latest = jnp.iinfo(jnp.int32).max
+  slots_B = jax.lax.top_k(-jnp.where(wants_N, since_N, latest), count)[1]
+  return slots_B, wants_N[slots_B]
+
+
+def _offer(cached, params, state, slots_B, walk, steps_B, positions_B, active_B):
+  """Offers the tokens their next step, and writes down where they go from here."""
+  walk, offered = lane_routing.offer(
+    cached,
+    params,
+    walk,
+    steps_B,
+    positions_B[:, None],
+    active_B[:, None],
+    state.counts_NP[slots_B],
+    state.rules.recursions_N[slots_B],
+    state.rules.shift_N[slots_B],
+  )
+  selected_B = offered.selected_BC[:, 0]
+  nobody = state.phase_N.shape[0]
+  writes_B = jnp.where(active_B, slots_B, nobody)  # idle lanes leave their slots alone
+
+  def put(leaf, value_B):
+    return leaf.at[writes_B].set(value_B, mode='drop')
+
+  steps_P = jnp.arange(len(cached.layout.places))
+  one_BP = (selected_B[:, None] & (steps_P == steps_B[:, None])).astype(jnp.int32)
+  state = state.with_walk(writes_B, walk).replace(
+    phase_N=put(state.phase_N, jnp.where(selected_B, BLOCK, EXIT)),
+    since_N=put(state.since_N, state.clock),
+    step_N=put(state.step_N, steps_B),
+    place_N=put(state.place_N, offered.places_BC[:, 0]),
+    position_N=put(state.position_N, positions_B),
+    counts_NP=state.counts_NP.at[writes_B].add(one_BP, mode='drop'),
+    depths_NT=state.depths_NT.at[writes_B, positions_B].set(steps_B.astype(jnp.int8), mode='drop'),
+  )
+  overflow_P = (offered.overflow_BC & (steps_P == steps_B[:, None])).sum(axis=0)
+  return state, overflow_P
+
+
+def _apply_block(cached, batches, params, carry):
+  """One pass of the shared block."""
+  state, tally = carry
+  slots_B, active_B = _choose(state.phase_N == BLOCK, state.since_N, batches.block)
+  positions_B, steps_B = state.position_N[slots_B], state.step_N[slots_B]
+  admitted = Offer(active_B[:, None], state.place_N[slots_B][:, None], jnp.zeros_like(active_B)[:, None])
+  walk, cache = lane_routing.take_step(
+    cached, params, state.cache, state.walk(slots_B), slots_B, steps_B, positions_B[:, None], admitted
+  )
+  tally = tally.add(ticks=1, block_lanes=active_B.sum(), resident=(state.phase_N != IDLE).sum())
+  state = state.replace(cache=cache, clock=state.clock + 1)
+  state, overflow_P = _offer(cached, params, state, slots_B, walk, steps_B + 1, positions_B, active_B)
+  return state, tally.add(passes=active_B.sum(), overflow_P=overflow_P)
+
+
+def _pass_boundary(cached, batches, params, carry):
+  """Last layer, head, sampling; then the next token's embedding, first layer and first decision."""
+  state, tally = carry
+  slots_B, active_B = _choose(_waiting(state), state.since_N, batches.boundary)
+  leaving_B = active_B & (state.phase_N[slots_B] == EXIT)
+  next_B, known_B = state.position_N[slots_B] + 1, state.known_N[slots_B]
+  state, logits_BV = _leave(cached, params, state, slots_B, leaving_B)
+
+  rules = jax.tree.map(lambda leaf: leaf[slots_B], state.rules)
+  tokens_BT = state.tokens_NT[slots_B]
+  forced_B = next_B < known_B
+  column_B = jnp.minimum(next_B, tokens_BT.shape[1] - 1)
+  given_B = jnp.take_along_axis(tokens_BT, column_B[:, None], axis=1)[:, 0]
+  token_B = jnp.where(forced_B, given_B, sample(logits_BV, rules.sampling, next_B, tokens_BT, known_B))
+  sampled_B = leaving_B & ~forced_B
+  ends_B = sampled_B & (token_B[:, None] == rules.stops_NM).any(axis=1)
+  ends_B |= leaving_B & (next_B + 1 >= rules.limit_N)
+  going_B = active_B & ~ends_B
+
+  nobody = state.phase_N.shape[0]
+  state = state.replace(
+    tokens_NT=state.tokens_NT.at[jnp.where(sampled_B, slots_B, nobody), next_B].set(token_B, mode='drop'),
+    known_N=state.known_N.at[jnp.where(sampled_B, slots_B, nobody)].set(next_B + 1, mode='drop'),
+    phase_N=state.phase_N.at[jnp.where(ends_B, slots_B, nobody)].set(IDLE, mode='drop'),
+  )
+  tally = tally.add(
+    boundaries=1, boundary_lanes=active_B.sum(), tokens=leaving_B.sum(), sampled=sampled_B.sum()
+  )
+  state, overflow_P = _enter(cached, params, state, slots_B, token_B, next_B, going_B)
+  return state, tally.add(overflow_P=overflow_P)
+
+
+def _leave(cached, params, state, slots_B, leaving_B):
+  """Last layer and head for tokens that have left the recursions: logits (B, V)."""
+  x_BCD = lane_routing.finish(cached, state.walk(slots_B))
+  positions_B1 = jnp.maximum(state.position_N[slots_B], 0)[:, None]
+  lanes = lane_routing.at_ends(positions_B1, slots_B, leaving_B[:, None])
+  uses = decode.last_uses(cached.config)
+  x_BCD, last = decode.apply_layers(cached, params, uses, state.cache.last, x_BCD, lanes)
+  logits_BV = decode.logits(cached, params, x_BCD[:, 0])
+  state = state.replace(cache=state.cache.replace(last=last))
+  if state.logits_NTV is not None:
+    row_B = jnp.where(leaving_B, slots_B, state.phase_N.shape[0])
+    kept = state.logits_NTV.at[row_B, positions_B1[:, 0]].set(logits_BV, mode='drop')
+    state = state.replace(logits_NTV=kept)
+  return state, logits_BV
+
+
+def _enter(cached, params, state, slots_B, token_B, positions_B, going_B):
+  """Embedding, first layer and the decision on the first recursion of new tokens."""
+  positions_B = jnp.minimum(positions_B, cached.layout.max_len - 1)
+  lanes = lane_routing.at_ends(positions_B[:, None], slots_B, going_B[:, None])
+  x_BCD = decode.embed(params, token_B)[:, None]
+  uses = decode.first_uses(cached.config)
+  x_BCD, first = decode.apply_layers(cached, params, uses, state.cache.first, x_BCD, lanes)
+  state = state.replace(cache=state.cache.replace(first=first))
+  walk = lane_routing.begin(cached, params, x_BCD)
+  return _offer(cached, params, state, slots_B, walk, jnp.zeros_like(slots_B), positions_B, going_B)
