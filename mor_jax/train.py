@@ -31,7 +31,7 @@ from mor_jax.data import dataset as dataset_lib
 from mor_jax.data import live, loader, schedule
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.evaluation import ngram, nll
-from mor_jax.inference import sampling
+from mor_jax.inference.text import complete
 from mor_jax.interop import sources
 from mor_jax.interop.uptraining import SharedWeights
 from mor_jax.model import flops
@@ -349,7 +349,7 @@ def _entropies(config: Config, dataset: loader.Dataset) -> tuple[float, float]:
 def _sample(model: Transformer, config: Config, dataset: loader.Dataset, variables: Any) -> str:
   """The prompt and its continuation under threshold routing."""
   train = config.train
-  text = sampling.sample_text(
+  text = complete(
     model,
     variables,
     dataset.tokenizer,

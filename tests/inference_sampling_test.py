@@ -1,52 +1,116 @@
-"""Sampled text: greedy decoding against forward passes done by hand, seeds, end of text, bad input."""
+"""Rules of sampling against their definitions written out in NumPy, and against Hugging Face's."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_run
 
-from mor_jax.data import tokenizer as tokenizers
 from mor_jax.inference import sampling
+from mor_jax.inference.sampling import SamplingRules
+
+VOCABULARY = 12
+DRAWS = 4000
+sample = jax.jit(sampling.sample)
 
 
-@pytest.fixture(scope='module')
-def tokenizer():
-  return tokenizers.build(tiny_run.CONFIG.data)
+def rules(count, temperature=1.0, top_k=0, top_p=1.0, penalty=1.0, seed=None):
+  seeds = np.arange(count) if seed is None else np.full((count,), seed)
+  values = temperature, top_k, top_p, penalty
+  kinds = jnp.float32, jnp.int32, jnp.float32, jnp.float32
+  columns = [jnp.broadcast_to(jnp.asarray(v, k), (count,)) for v, k in zip(values, kinds, strict=True)]
+  return SamplingRules(*columns, jnp.asarray(seeds, jnp.uint32))
 
 
-def sample(tokenizer, prompt='Go', num_tokens=6, **options):
-  run = tiny_run.run()
-  options = {'temperature': 1.0, 'seed': 3, **options}
-  return sampling.sample_text(run.model, run.initial().variables, tokenizer, prompt, num_tokens, **options)
+def frequencies(logits_V, tokens=(), **options):
+  """How often each token comes out of many draws that differ in their seed alone."""
+  logits_BV = jnp.broadcast_to(jnp.asarray(logits_V, jnp.float32), (DRAWS, VOCABULARY))
+  tokens_BT = jnp.zeros((DRAWS, 8), jnp.int32).at[:, : len(tokens)].set(jnp.array(tokens, jnp.int32))
+  known_B = jnp.full((DRAWS,), len(tokens))
+  drawn = sample(logits_BV, rules(DRAWS, **options), jnp.full((DRAWS,), 5), tokens_BT, known_B)
+  return np.bincount(drawn, minlength=VOCABULARY) / DRAWS
 
 
-def test_greedy_text_is_what_full_forward_passes_predict(tokenizer):
-  run = tiny_run.run()
-  tokens = tokenizer.encode('Go')
-  for _ in range(6):
-    row = np.full((1, 8), tokenizer.end_of_text)
-    row[0, : len(tokens)] = tokens
-    written = jnp.asarray(np.arange(8) < len(tokens), jnp.int32)[None]
-    output = run.model.apply(run.initial().variables, row, routing='threshold', segment_ids=written)
-    tokens.append(int(output.logits[0, len(tokens) - 1].argmax()))
-  assert sample(tokenizer, temperature=0.0) == tokenizer.decode(tokens[2:])
+def softmax(logits_V):
+  weights = np.exp(logits_V - np.max(logits_V))
+  return weights / weights.sum()
 
 
-def test_seeds_decide_the_text(tokenizer):
-  first = sample(tokenizer)
-  assert first == sample(tokenizer)
-  assert first != sample(tokenizer, seed=4)
+LOGITS = np.random.default_rng(0).normal(size=VOCABULARY) * 1.5
 
 
-def test_text_stops_at_end_of_text(tokenizer, monkeypatch):
-  ended = jnp.array([[71, 111, 33, tokenizer.end_of_text, 34, 35]])
-  monkeypatch.setattr(sampling, '_continue', lambda *_: ended)
-  assert sample(tokenizer) == '!'
+@pytest.mark.parametrize('temperature', [0.5, 1.0, 3.0])
+def test_temperature(temperature):
+  np.testing.assert_allclose(
+    frequencies(LOGITS, temperature=temperature), softmax(LOGITS / temperature), atol=0.03
+  )
 
 
-@pytest.mark.parametrize(
-  ('options', 'message'), [({'prompt': ''}, 'prompt is empty'), ({'temperature': -0.1}, 'must be >= 0')]
-)
-def test_bad_input_is_refused(tokenizer, options, message):
-  with pytest.raises(ValueError, match=message):
-    sample(tokenizer, **options)
+def test_greedy_takes_the_likeliest_token_beside_lanes_that_draw():
+  assert frequencies(LOGITS, temperature=0.0)[LOGITS.argmax()] == 1
+  mixed = np.where(np.arange(DRAWS) % 2, 0.0, 1.0)
+  drawn = frequencies(LOGITS, temperature=mixed)
+  expected = (softmax(LOGITS) + np.eye(VOCABULARY)[LOGITS.argmax()]) / 2
+  np.testing.assert_allclose(drawn, expected, atol=0.03)
+
+
+def test_top_k_and_top_p_are_huggingface_s():
+  """The tokens that remain: the k likeliest; of them the fewest that reach probability p."""
+  order = np.argsort(-LOGITS)
+  for top_k, top_p, temperature in (
+    (3, 1.0, 1.0),
+    (0, 0.6, 1.0),
+    (0, 0.6, 2.0),
+    (5, 0.5, 1.0),
+    (0, 1e-6, 1.0),
+  ):
+    kept = order[:top_k] if top_k else order
+    probability = softmax(LOGITS[kept] / temperature)
+    needed = 1 + np.searchsorted(np.cumsum(probability), top_p) if top_p < 1 else len(kept)
+    kept = kept[:needed]
+    expected = np.zeros(VOCABULARY)
+    expected[kept] = softmax(LOGITS[kept] / temperature)
+    drawn = frequencies(LOGITS, top_k=top_k, top_p=top_p, temperature=temperature)
+    np.testing.assert_allclose(drawn, expected, atol=0.03)
+    assert set(np.flatnonzero(drawn)) <= set(kept.tolist())
+
+
+def test_repetition_penalty():
+  """Positive logits of tokens that occurred are divided, negative ones multiplied; others stay."""
+  tokens = (int(LOGITS.argmax()), int(LOGITS.argmin()))
+  punished = LOGITS.copy()
+  for token in tokens:
+    punished[token] = punished[token] / 1.8 if punished[token] > 0 else punished[token] * 1.8
+  np.testing.assert_allclose(frequencies(LOGITS, tokens, penalty=1.8), softmax(punished), atol=0.03)
+
+
+def test_a_draw_depends_on_seed_and_position_alone():
+  logits_BV = jnp.broadcast_to(jnp.asarray(LOGITS, jnp.float32), (64, VOCABULARY))
+  nothing = jnp.zeros((64, 4), jnp.int32), jnp.zeros((64,), jnp.int32)
+  positions_B = jnp.arange(64)
+  first = sample(logits_BV, rules(64, seed=3), positions_B, *nothing)
+  other_way_round = sample(logits_BV, rules(64, seed=3), positions_B[::-1], *nothing)
+  np.testing.assert_array_equal(first, other_way_round[::-1])
+  assert (first != sample(logits_BV, rules(64, seed=4), positions_B, *nothing)).any()
+  assert len(set(first.tolist())) > 3
+
+
+@pytest.mark.torch
+def test_the_same_tokens_remain_as_in_transformers():
+  import torch
+  from transformers.generation import logits_process as theirs
+
+  logits_BV = np.random.default_rng(1).normal(size=(50, VOCABULARY)).astype(np.float32) * 2
+  tokens_BT = np.random.default_rng(2).integers(0, VOCABULARY, (50, 4))
+  processors = [
+    theirs.RepetitionPenaltyLogitsProcessor(1.3),
+    theirs.TemperatureLogitsWarper(0.8),
+    theirs.TopKLogitsWarper(7),
+    theirs.TopPLogitsWarper(0.85),
+  ]
+  expected = torch.tensor(logits_BV)
+  for processor in processors:
+    expected = processor(torch.tensor(tokens_BT), expected)
+  ours = rules(50, temperature=0.8, top_k=7, top_p=0.85, penalty=1.3)
+  got = sampling._penalize(jnp.asarray(logits_BV), ours.penalty_B, jnp.asarray(tokens_BT), jnp.full((50,), 4))
+  got = sampling._truncate(got / 0.8, ours)
+  np.testing.assert_allclose(got, expected.numpy(), atol=1e-5)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mor_jax.model.attention import MASKED_SCORE
+from mor_jax.model.attention_xla import MASKED_SCORE
 from mor_jax.model.cache import Layout, Pool
 
 SMALLEST_EXTENT = 64

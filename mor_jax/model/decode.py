@@ -99,7 +99,9 @@ class LayerUse:
 
 def prepare(cached: CachedModel, variables: dict) -> DecodeParams:
   """Variables of a model as decoding reads them; products are in the model's dtype, as in training."""
-  config, params = cached.config, variables['params']
+  config = cached.config
+  variables = jax.tree.map(jnp.asarray, variables)
+  params = variables['params']
   dtype = jnp.dtype(config.dtype)
 
   def cast(path, leaf):

@@ -6,6 +6,7 @@ A FLOP is one multiplication or one addition; a product of (m, k) and (k, n) cos
 import dataclasses
 
 from mor_jax.config import ModelConfig
+from mor_jax.model import recursion
 from mor_jax.model.relaxation import LORA_TARGETS
 from mor_jax.model.router import HIDDEN_FACTOR
 
@@ -134,18 +135,26 @@ def vanilla_of(config: ModelConfig) -> ModelConfig:
   return dataclasses.replace(config, kind='vanilla', capacities=None, kv='recursion_wise')
 
 
-def kv_cache_bytes(config: ModelConfig, max_len: int, bytes_per_element: int = 2) -> int:
-  """Bytes of keys and values cached for one sequence of `max_len` tokens at slack 1 (paper, Table 2).
+def kv_cache_bytes(
+  config: ModelConfig, max_len: int, bytes_per_element: int = 2, scale_bytes: int = 0, slack: float = 1.0
+) -> int:
+  """Bytes of keys and values cached for one sequence of `max_len` tokens (paper, Table 2).
 
-  Unique layers cache every token; a shared layer caches, per recursion, the tokens active there,
-  or under KV sharing every token once.
+  Unique layers cache every token; a shared layer caches, per recursion, as many as may take it, or
+  under KV sharing every token once. Hybrid sharing saves nothing: a token's earlier versions are
+  read by later tokens that leave earlier.
+
+  Args:
+    scale_bytes: beside each head's elements, for the scale of a quantised cache.
+    slack: places of a recursion per token that it takes on average (`recursion.step_places`).
   """
-  if config.kv == 'recursion_wise':
-    shared_entries = sum(config.selected_tokens(max_len))
-  else:
-    shared_entries = max_len
+  shared_entries = max_len
+  if config.kv != 'shared':
+    places = recursion.step_places(config, max_len, slack)
+    always = (capacity == 1.0 for capacity in config.step_capacities)
+    shared_entries = sum(max_len if full else size for full, size in zip(always, places, strict=True))
   entries = 2 * config.unique_ends * max_len + _pass_depth(config) * shared_entries
-  return 2 * entries * config.num_kv_heads * config.head_width * bytes_per_element
+  return 2 * entries * config.num_kv_heads * (config.head_width * bytes_per_element + scale_bytes)
 
 
 def _pass_depth(config: ModelConfig) -> int:

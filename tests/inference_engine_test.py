@@ -1,0 +1,257 @@
+"""Incremental decoding against the full threshold forward: every router, KV strategy and kind of sharing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mor_jax.config import ConfigError
+from mor_jax.inference.requests import Request, RequestError
+from mor_jax.model import flops
+from mor_jax.model.transformer import Transformer
+from tests import tiny, tiny_engine
+
+MAX_LEN = 216
+PROMPTS = (1, 14, 90, 5)  # none of it, less than a chunk, several chunks
+EXPERT = {'num_layers': 5, 'num_recursions': 3, 'router_alpha': 0.8}
+TOKEN = {'num_layers': 5, 'num_recursions': 3, 'router': 'token_choice'}
+RELAXED = {'lora_rank': 2, 'share_norms': False}
+
+# What to change in the model, its seed (for depths that are all in use), slack, and how the engine reads.
+CASES = {
+  'vanilla': ({'kind': 'vanilla'}, 0, 1.0, {'unroll': True, 'read': 'lanes'}),
+  'expert recursion-wise relaxed': (
+    {**EXPERT, **RELAXED, 'recursion_encoding': True},
+    7,
+    1.0,
+    {'read': 'lanes'},
+  ),
+  'expert shared': ({**EXPERT, 'kv': 'shared'}, 9, 0.8, {'read': 'gather', 'unroll': True}),
+  'expert hybrid auxiliary': (
+    {**EXPERT, 'kv': 'hybrid', 'causality': 'aux_router', 'router_head': 'mlp', 'gating': 'residual'},
+    0,
+    0.8,
+    {},
+  ),
+  'token recursion-wise': ({**TOKEN, 'token_capacity_factor': 1.0}, 1, 1.0, {'read': 'lanes'}),
+}
+MORE_CASES = {
+  'recursive sequence shared': (
+    {'kind': 'recursive', 'sharing': 'middle_sequence', 'kv': 'shared', **RELAXED},
+    0,
+    1.0,
+    {'read': 'gather'},
+  ),
+  'vanilla cycle': ({'kind': 'vanilla', 'sharing': 'cycle'}, 0, 1.0, {'read': 'gather'}),
+  'vanilla shared': ({'kind': 'vanilla', 'kv': 'shared'}, 0, 1.0, {'read': 'lanes'}),
+  'vanilla shared sequence': (
+    {'kind': 'vanilla', 'kv': 'shared', 'sharing': 'middle_sequence'},
+    0,
+    1.0,
+    {'unroll': True},
+  ),
+  'recursive': ({'kind': 'recursive'}, 0, 1.0, {'read': 'lanes'}),
+  'recursive relaxed': (
+    {'kind': 'recursive', **RELAXED, 'recursion_encoding': True},
+    0,
+    1.0,
+    {'unroll': True},
+  ),
+  'recursive shared': ({'kind': 'recursive', 'kv': 'shared'}, 0, 1.0, {'read': 'gather'}),
+  'recursive sequence': ({'kind': 'recursive', 'sharing': 'sequence', **RELAXED}, 0, 1.0, {'read': 'gather'}),
+  'expert': (EXPERT, 9, 0.8, {'unroll': True}),
+  'expert cycle additive': (
+    {'sharing': 'cycle', 'num_recursions': 3, 'gating': 'additive'},
+    0,
+    0.8,
+    {'read': 'gather'},
+  ),
+  'expert hybrid': ({**EXPERT, 'kv': 'hybrid'}, 9, 0.8, {'unroll': True}),
+  'expert moving threshold': (
+    {'num_layers': 8, 'num_recursions': 3, 'selection': 'ema_threshold', 'capacities': (0.8, 0.6, 0.5)},
+    4,
+    0.3,
+    {'read': 'lanes'},
+  ),
+  'expert random': ({**EXPERT, 'random_router': True, 'causality': 'none'}, 0, 0.7, {'read': 'gather'}),
+  'expert untied': (
+    {'num_layers': 8, 'num_recursions': 3, 'tie_embeddings': False, 'router_head': 'wide_mlp'},
+    4,
+    0.8,
+    {},
+  ),
+  'token without limit': (TOKEN, 10, 1.0, {'unroll': True}),
+  'token shared': ({**TOKEN, 'token_capacity_factor': 1.0, 'kv': 'shared'}, 1, 1.0, {'read': 'gather'}),
+  'token every step': (
+    {
+      **TOKEN,
+      'token_capacity_factor': 1.0,
+      'token_gating': 'every_step',
+      'balancing': 'loss_free',
+      **RELAXED,
+    },
+    1,
+    1.0,
+    {'read': 'lanes'},
+  ),
+}
+EVERY_CASE = [
+  *CASES,
+  *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_CASES),
+]
+
+
+@pytest.mark.parametrize('name', EVERY_CASE)
+def test_decoding_equals_the_full_forward(name):
+  """Logits to 1e-4 in float32, equal depths: 200 tokens, prompts of mixed length, slots used again, full regions."""
+  change, seed, slack, options = {**CASES, **MORE_CASES}[name]
+  made, variables = tiny.model(seed=seed, **change)
+  variables = with_threshold(variables)
+  engine = tiny_engine.engine(
+    made, variables, max_len=MAX_LEN, slack=slack, lanes=2, boundary_lanes=2, keep_logits=True, **options
+  )
+  scheduler = tiny_engine.KeepingScheduler(engine, ticks_per_call=50)
+  results = scheduler.run(tiny_engine.requests(PROMPTS, max_new_tokens=MAX_LEN, temperature=1.0))
+  assert [len(result.tokens) for result in results] == [MAX_LEN - length for length in PROMPTS]
+  routings, computed_B = tiny_engine.assert_as_full_forward(
+    made, variables, scheduler, results, MAX_LEN, slack
+  )
+  if made.config.kind == 'mor':
+    assert_every_depth_is_in_use(made.config, variables, routings, computed_B)
+    if min(made.config.step_capacities) < 1:
+      assert np.sum(scheduler.statistics.overflow) > 0, 'no region was full'
+
+
+def with_threshold(variables):
+  """Variables in which a moving threshold and a balancing bias are not 0."""
+  if not variables.get('routing'):
+    return variables
+  routing = {name: leaf + 0.02 * (1 + jnp.arange(len(leaf))) for name, leaf in variables['routing'].items()}
+  return {**variables, 'routing': routing}
+
+
+def assert_every_depth_is_in_use(config, variables, routings, computed_B):
+  depths = np.concatenate([r.depth_BT[0, :n] for r, n in zip(routings, computed_B, strict=True)])
+  shares = np.bincount(depths, minlength=config.recursions + 1) / len(depths)
+  possible = shares if config.step_capacities[0] < 1 else shares[1:]
+  assert possible.min() >= 0.1, f'shares of the depths: {shares}'
+  if config.router == 'expert_choice' and not config.random_router and not config.has_aux_router:
+    threshold_R = variables.get('routing', {}).get('threshold', np.zeros(config.recursions))
+    for routing, count in zip(routings, computed_B, strict=True):
+      distance_RT = np.abs(routing.logits_RBT[:, 0] - threshold_R[:, None])[:, :count]
+      limited = [capacity < 1 for capacity in config.step_capacities]
+      assert distance_RT[limited].min() > 1e-5, 'rounding could turn a choice'
+
+
+@pytest.mark.parametrize('dtype', [pytest.param('bfloat16', marks=pytest.mark.slow), 'int8'])
+def test_prompt_and_decoding_agree_through_a_rounded_cache(dtype):
+  """A prompt computed in chunks gives the logits of the same tokens decoded one by one."""
+  made, variables = tiny.model(seed=9, **EXPERT)
+  tokens = tiny_engine.prompt(40)
+  options = {'cache_dtype': dtype, 'keep_logits': True, 'slack': 1.0}
+  rows = []
+  for known in (1, 39):
+    engine = tiny_engine.engine(made, variables, **options)
+    state, request = engine.init_state(), Request(tokens[:known])
+    prefix = engine.prefill([request]) if known > 1 else None
+    # The tokens after the prompt are known too, so that both ways compute the same.
+    state = engine.insert(state, prefix, 0, 0, Request(tokens, max_new_tokens=2))
+    state, _ = engine.generate(state, 1000)
+    rows.append(np.asarray(state.logits_NTV[0, 38:41]))
+  exact = tiny.apply(made, 'threshold')(variables, jnp.asarray([tokens]), max_len=64, slack=1.0).logits[0, 38]
+  error, difference = np.abs(rows[0][0] - exact).max(), np.abs(rows[0] - rows[1]).max()
+  assert 1e-4 < error < 0.1, 'rounded, and no more than that'
+  # Float32 noise may turn the rounding of single values.
+  assert difference < error / 4
+
+
+@pytest.mark.parametrize('kind', [pytest.param('recursive', marks=pytest.mark.slow), 'mor'])
+def test_fewer_recursions_are_those_of_a_shallower_model(kind):
+  """`max_recursions` of the engine or of one request, against a model that has only so many."""
+  change = {'num_layers': 5, 'num_recursions': 3, 'kind': kind}
+  made, variables = tiny.model(seed=9, **change)
+  capacities = made.config.step_capacities[:2] if kind == 'mor' else None
+  shallow = Transformer(
+    dataclasses.replace(made.config, num_recursions=2, num_layers=4, capacities=capacities)
+  )
+  params = dict(variables['params'])
+  if kind == 'mor':
+    params['router'] = jax.tree.map(lambda leaf: leaf[:2], params['router'])
+  for of_engine, of_request in ((2, None), (None, 2)):
+    engine = tiny_engine.engine(made, variables, max_recursions=of_engine, keep_logits=True, slack=1.0)
+    scheduler = tiny_engine.KeepingScheduler(engine)
+    requests = tiny_engine.requests((3, 20), temperature=1.0, max_new_tokens=64, max_recursions=of_request)
+    results = scheduler.run(requests)
+    tiny_engine.assert_as_full_forward(shallow, {'params': params}, scheduler, results, 64, 1.0)
+  assert engine.cache_bytes() > tiny_engine.engine(made, variables, max_recursions=2, slack=1.0).cache_bytes()
+
+
+def test_a_shifted_threshold_spends_less_or_more():
+  made, variables = tiny.model(seed=9, **EXPERT)
+  engine = tiny_engine.engine(made, variables, slack=3.0)
+  scheduler = tiny_engine.Scheduler(engine)
+  requests = [
+    dataclasses.replace(tiny_engine.requests((30,))[0], threshold_shift=shift) for shift in (1e6, 0.0, -1e6)
+  ]
+  depths = [np.mean(result.depths) for result in scheduler.run(requests)]
+  assert depths[0] == 1.0
+  assert depths[2] == 3.0
+  assert 1 < depths[1] < 3
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'kind': 'vanilla'},
+    {'kind': 'vanilla', 'kv': 'shared', 'num_recursions': 2},
+    {'kind': 'recursive', 'sharing': 'sequence', 'kv': 'shared'},
+    EXPERT,
+    {**EXPERT, 'kv': 'shared'},
+    {**EXPERT, 'kv': 'hybrid'},
+    TOKEN,
+  ],
+)
+def test_allocated_bytes_are_those_of_the_formula(change):
+  made, variables = tiny.model(**change)
+  for dtype, element, scale in (('float32', 4, 0), ('bfloat16', 2, 0), ('int8', 1, 4)):
+    engine = tiny_engine.engine(made, variables, slots=5, max_len=96, slack=1.0, cache_dtype=dtype)
+    state = engine.init_state()
+    pools = state.cache.first, state.cache.block, state.cache.last
+    allocated = sum(leaf.nbytes for leaf in jax.tree.leaves(pools))
+    assert allocated == 5 * flops.kv_cache_bytes(made.config, 96, element, scale)
+    assert allocated == engine.cache_bytes()
+
+
+def test_shared_layers_need_less_memory_than_the_vanilla_models():
+  """(R + 1) / 2R and 1 / R of its shared layers (paper, Table 2)."""
+  sizes = {}
+  for name, change in (
+    ('vanilla', {'kind': 'vanilla'}),
+    ('recursion-wise', {}),
+    ('shared', {'kv': 'shared'}),
+  ):
+    made, variables = tiny.model(**{'num_layers': 6, 'num_recursions': 3, 'sharing': 'cycle', **change})
+    sizes[name] = tiny_engine.engine(made, variables, max_len=96, slack=1.0).cache_bytes()
+  assert sizes['recursion-wise'] / sizes['vanilla'] == pytest.approx(4 / 6)
+  assert sizes['shared'] / sizes['vanilla'] == pytest.approx(1 / 3)
+
+
+def test_what_no_engine_can_do_is_refused():
+  made, variables = tiny.model(**EXPERT)
+  for options, message in (
+    ({'slots': 0}, 'slots=0'),
+    ({'lanes': 9}, 'at most slots=3'),
+    ({'cache_dtype': 'int4'}, 'cache_dtype=int4'),
+    ({'max_recursions': 4}, 'from 1 to the 3'),
+    ({'max_len': 1}, 'max_len=1'),
+    ({'read': 'all'}, 'read=all'),
+  ):
+    with pytest.raises(ConfigError, match=message):
+      tiny_engine.engine(made, variables, **options)
+  sequence, variables = tiny.model(kind='recursive', sharing='sequence')
+  with pytest.raises(ConfigError, match='repeats by itself'):
+    tiny_engine.engine(sequence, variables, max_recursions=1)
+  with pytest.raises(RequestError, match='threshold_shift'):
+    tiny_engine.engine(sequence, variables).check(Request((1,), threshold_shift=0.5))
