@@ -46,7 +46,7 @@ def concat_and_split(documents: Iterable[Sequence[int]], seq_len: int, end_of_te
   for document in documents:
     remaining = np.append(np.asarray(document, np.int32), np.int32(end_of_text))
     while len(remaining):
-      piece, remaining = np.split(remaining, [seq_len - filled])
+      piece, remaining = remaining[: seq_len - filled], remaining[seq_len - filled :]
       row_T[filled : filled + len(piece)] = piece
       lengths.append(len(piece))
       filled += len(piece)
