@@ -1,5 +1,6 @@
 """TFDS and Hugging Face sources, on datasets built here, through the code that opens remote ones."""
 
+import importlib.util
 import json
 import socket
 import sys
@@ -95,6 +96,13 @@ def test_builder_that_needs_tensorflow_is_refused_with_what_it_needs(tfds_builde
   monkeypatch.setattr(hubs, 'require_network', lambda *arguments: None)
   with pytest.raises(ConfigError, match=r'local_texts needs apache_beam to be built; prepare it once where'):
     texts('tfds:local_texts/train/body')
+
+
+def test_builders_of_the_older_kind_are_known_and_those_that_need_beam_are_refused_before_any_download():
+  if importlib.util.find_spec('apache_beam'):
+    pytest.skip('apache_beam is installed')
+  with pytest.raises(ConfigError, match=r'c4 needs apache_beam to be built; prepare it'):
+    texts('tfds:c4/train/text')
 
 
 def test_tfds_source_becomes_rows(folder, tmp_path):

@@ -237,8 +237,8 @@ def _build(
     raise
   except OSError as error:
     raise ConfigError(
-      f'data.cache_dir={cache_dir(data)}: {error}; free some space or set data.cache_dir to another disk, then '
-      f'run the same command again: finished shards are kept'
+      f'data.cache_dir={cache_dir(data)}: writing {partial} failed ({error}); free some space or set '
+      f'data.cache_dir to another disk, then run the same command again: finished shards are kept'
     ) from error
   report(f'dataset ready in {folder}')
 

@@ -1,6 +1,7 @@
 """Documents from dataset libraries: TFDS without TensorFlow, and Hugging Face `datasets`, streaming."""
 
 import hashlib
+import importlib.util
 import os
 import threading
 import time
@@ -20,6 +21,7 @@ OFFLINE_REMEDY = (
 )
 
 _TFDS_SERVER = 'https://storage.googleapis.com'
+_TFDS_TEXT_GROUPS = ('text', 'question_answering', 'summarization', 'text_simplification', 'translate')
 _TFDS_REMEDY = (
   'prepare it once where TensorFlow is installed, with tfds.builder(NAME, file_format="array_record")'
   '.download_and_prepare(), and give that folder as data.source=tfds:FOLDER/SPLIT/KEY'
@@ -83,12 +85,17 @@ class TfdsSource:
       except Exception as error:  # TFDS raises its own kinds and those of its metadata readers
         raise self._refused(f'cannot be opened ({error})') from error
     try:
-      builder = tfds.builder(self._name, file_format=tfds.core.FileFormat.ARRAY_RECORD, try_gcs=False)
+      builder = _registered_builder(self._name)
     except tfds.core.DatasetNotFoundError as error:
-      raise self._refused('is neither a folder nor a dataset that TFDS knows') from error
+      raise self._refused(
+        'is neither a folder nor a dataset that TFDS knows; see https://www.tensorflow.org/datasets/catalog '
+        'for the names, or give the folder of a prepared dataset'
+      ) from error
     except ImportError as error:
       raise self._refused(f'needs {error.name} to be built; {_TFDS_REMEDY}') from error
     if not builder.is_prepared():
+      if isinstance(builder, tfds.core.BeamBasedBuilder) and not importlib.util.find_spec('apache_beam'):
+        raise self._refused(f'needs apache_beam to be built; {_TFDS_REMEDY}')  # before it downloads for hours
       require_network(_TFDS_SERVER, f'data.source=tfds:{self._spec}')
       try:
         builder.download_and_prepare()
@@ -102,6 +109,19 @@ class TfdsSource:
 
   def _refused(self, why: str) -> ConfigError:
     return ConfigError(f'data.source=tfds:{self._spec}: {self._name} {why}')
+
+
+def _registered_builder(name: str) -> Any:
+  """The TFDS builder of that name. Raises DatasetNotFoundError or ImportError."""
+  import tensorflow_datasets as tfds
+
+  options = {'file_format': tfds.core.FileFormat.ARRAY_RECORD, 'try_gcs': False}
+  try:
+    return tfds.builder(name, **options)
+  except tfds.core.DatasetNotFoundError:
+    for group in _TFDS_TEXT_GROUPS:  # older builders, c4 and wiki40b among them, are known once imported
+      importlib.import_module(f'tensorflow_datasets.{group}')
+    return tfds.builder(name, **options)
 
 
 class HuggingFaceSource:
