@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from absl import flags
 from rich.console import Console
 
-from mor_jax import cli
+from mor_jax import cli, pretrained
 from mor_jax.config import Config, ConfigError
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import topology
@@ -83,7 +83,8 @@ def _compiler() -> Callable[..., Program]:
       config = _with_enough_rows(config, mesh_lib.row_shards(mesh))
     mesh_lib.check_batch(mesh, config.train)
     mesh_lib.check_model(mesh, config.model)
-    return ahead_of_time.compile_step(config, mesh)
+    teacher = pretrained.make_teacher(config, pretrained.open_teacher(config))
+    return ahead_of_time.compile_step(config, mesh, teacher)
 
   return compile_config
 

@@ -357,6 +357,20 @@ class InitConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistillConfig:
+  """Learning from the predictions of another model while training."""
+
+  weight: float = setting(
+    0.0, 'weight of KL(teacher || model) * temperature^2 beside the loss on the text; 0: no teacher'
+  )
+  temperature: float = setting(1.0, 'divides the logits of both')
+  top_k: int | None = setting(None, 'keep only so many most probable tokens of the teacher; none: all')
+  teacher: str | None = setting(
+    None, 'folder of a run or Llama checkpoint with the same tokenizer; none: init.source'
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
   """When to save and what to keep."""
 
@@ -392,6 +406,7 @@ class Config:
   data: DataConfig = DataConfig()
   train: TrainConfig = TrainConfig()
   init: InitConfig = InitConfig()
+  distill: DistillConfig = DistillConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   parallel: ParallelConfig = ParallelConfig()
 

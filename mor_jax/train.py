@@ -25,21 +25,19 @@ from absl import flags
 from jax.sharding import Mesh
 from rich.console import Console
 
-from mor_jax import cli
-from mor_jax.config import Config, ConfigError, InitConfig, TrainConfig
+from mor_jax import cli, pretrained
+from mor_jax.config import Config, ConfigError, TrainConfig
 from mor_jax.data import dataset as dataset_lib
 from mor_jax.data import live, loader, schedule
-from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.evaluation import ngram, nll
 from mor_jax.inference.text import complete
-from mor_jax.interop import sources
-from mor_jax.interop.uptraining import SharedWeights
 from mor_jax.model import flops
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import runtime
-from mor_jax.training import budget, goodput, loop, phases, summary
+from mor_jax.training import budget, distillation, goodput, loop, phases, summary
 from mor_jax.training.checkpoint import Checkpoints
+from mor_jax.training.distillation import Teacher
 from mor_jax.training.goodput import Ledger
 from mor_jax.training.loss import visible_segments
 from mor_jax.training.metrics import MetricsLog
@@ -48,7 +46,7 @@ from mor_jax.training.optimizer import make_optimizer
 from mor_jax.training.progress import Progress
 from mor_jax.training.run_folder import RunFolder
 from mor_jax.training.state import TrainState, abstract_state, begin_from, initializer
-from mor_jax.training.step import abstract_batch, make_train_step
+from mor_jax.training.step import TrainStep, abstract_batch, make_train_step
 from mor_jax.training.stopping import Signals, Stop
 from mor_jax.training.watchdog import Watchdog
 
@@ -98,17 +96,22 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
     summary.print_table(console, 'Already finished', summary.describe_result(result, folder.path))
     return 0
 
-  # ---- the model to begin from, and data, which decide the vocabulary ----
-  source = None
-  if config.init.source and not folder.checkpoint_folder(config).is_dir():
-    source, vocabulary = sources.open_model(config.init.source, 'init.source')
-    config = config.replace(model={'vocab_size': config.model.vocab_size or source.config.vocab_size})
-    source = SharedWeights(config.model, source, config.init.method, config.train.seed)
-  dataset = loader.open_dataset(config.data, report=partial(_print, console))
+  # ---- pretrained models and data, which decide the vocabulary ----
+  has_checkpoint = folder.checkpoint_folder(config).is_dir()
+  source, teacher_source = (
+    None if has_checkpoint else pretrained.open_source(config),
+    pretrained.open_teacher(config),
+  )
   if source is not None:
-    _check_same_tokenizer(config, dataset, vocabulary)
+    config = config.replace(model={'vocab_size': config.model.vocab_size or source.weights.config.vocab_size})
+    pretrained.shared_weights(config, source)  # checks shapes
+  dataset = loader.open_dataset(config.data, report=partial(_print, console))
+  for opened in (source, teacher_source):
+    if opened is not None:
+      opened.check_tokenizer(config, dataset.tokenizer)
   config = _with_vocabulary(config, dataset.tokenizer.vocab_size)
   mesh_lib.check_model(mesh, config.model)
+  teacher = pretrained.make_teacher(config, teacher_source)
   if runtime.is_main():
     folder.create(config, dataset)
   runtime.barrier('run folder')
@@ -121,6 +124,7 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
   optimizer = make_optimizer(config.train, config.model.has_aux_router)
   initialize = initializer(model, optimizer, mesh, config.data.seq_len)
   abstract = abstract_state(initialize, mesh)
+  abstract_theirs = (pretrained.abstract_teacher(teacher, mesh),) if teacher else ()
 
   about = folder.describe_checkpoints(config, dataset)
   report = partial(_print, console)
@@ -133,7 +137,9 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
     position = checkpoints.position(done) if done else None
     ledger.resume(done)
     with ledger.measure(goodput.COMPILE):
-      train_step = _compile(console, config, optimizer, mesh, abstract, done)
+      programs = _compile(console, config, optimizer, mesh, (abstract, abstract_theirs), teacher, done)
+      theirs = tuple(distillation.load_parameters(spec, teacher_source.weights) for spec in abstract_theirs)
+      train_step = phases.PhasedStep(programs, done, theirs)
 
     # ---- state: the newest good checkpoint, else a model to begin from, else random weights ----
     if done:
@@ -141,8 +147,11 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
       _print(console, f'\nresuming after step {done} from {checkpoints.path(done)}')
     else:
       state = initialize(jnp.uint32(config.train.seed))
+      source = source or pretrained.open_source(
+        config
+      )  # unless a first checkpoint was begun and never finished
       if source is not None:
-        state = begin_from(state, source)
+        state = begin_from(state, pretrained.shared_weights(config, source))
 
     # ---- training ----
     host, num_hosts = mesh_lib.data_hosts(mesh)
@@ -225,36 +234,6 @@ def _remedy(train: TrainConfig) -> str:
   return 'set train.on_nonfinite=skip to leave it out, or lower train.learning_rate'
 
 
-def _check_same_tokenizer(config: Config, dataset: loader.Dataset, vocabulary: Tokenizer) -> None:
-  """Raises ConfigError unless token ids mean what they meant to the model that the run begins from."""
-  if dataset.tokenizer.digest != vocabulary.digest:
-    raise ConfigError(
-      f'data.tokenizer={config.data.tokenizer} is not the tokenizer of init.source={config.init.source}, so that '
-      f'the same ids mean other text; set --config.data.tokenizer={config.init.source}/tokenizer.json'
-    )
-
-
-def with_source(config: Config, init_from: str | None) -> Config:
-  """The config with what --init_from names as `init.source`, and with its tokenizer where it is to be used.
-
-  Raises:
-    ConfigError: --init_from and init.source differ, or a setting refers to a source without either.
-  """
-  if init_from is not None:
-    if config.init.source not in (None, init_from):
-      raise ConfigError(
-        f'--init_from={init_from} and --config.init.source={config.init.source} differ; give one of them'
-      )
-    config = config.replace(init={'source': init_from})
-  if config.init.source is None and config.init.method != InitConfig().method:
-    raise ConfigError(f'init.method={config.init.method} has no model to take layers from: give --init_from')
-  if config.data.tokenizer == 'source':
-    if config.init.source is None:
-      raise ConfigError('data.tokenizer=source is that of init.source, which is not set: give --init_from')
-    config = config.replace(data={'tokenizer': str(Path(config.init.source) / 'tokenizer.json')})
-  return config
-
-
 def _with_vocabulary(config: Config, tokenizer_size: int) -> Config:
   """The config with `model.vocab_size` filled in."""
   size = config.model.vocab_size or tokenizer_size
@@ -271,20 +250,26 @@ def _compile(
   config: Config,
   optimizer: optax.GradientTransformation,
   mesh: Mesh,
-  abstract: TrainState,
+  abstract: tuple[TrainState, tuple],
+  teacher: Teacher | None,
   done: int,
-) -> phases.PhasedStep:
-  """The step of every phase that is still to come after `done` updates, compiled."""
+) -> list[tuple[int, TrainStep]]:
+  """The step of every phase that is still to come after `done` updates, compiled.
+
+  Args:
+    abstract: state, and further arguments of the step.
+  """
   planned = phases.plan(config)
   programs = []
   for first, phase in phases.remaining(planned, done):
     begin = time.perf_counter()
-    step = make_train_step(Transformer(phase.model), phase, optimizer, mesh)
-    programs.append((first, step.lower(abstract, abstract_batch(phase, mesh)).compile()))
+    step = make_train_step(Transformer(phase.model), phase, optimizer, mesh, teacher)
+    state, theirs = abstract
+    programs.append((first, step.lower(state, abstract_batch(phase, mesh), *theirs).compile()))
     seconds = time.perf_counter() - begin
     rows = summary.describe_program(phase, *programs[-1], seconds, not_alone=len(planned) > 1)
     summary.print_rows(console, rows)
-  return phases.PhasedStep(programs, done)
+  return programs
 
 
 def _use_compilation_cache(config: Config) -> None:
@@ -363,7 +348,9 @@ def _sample(model: Transformer, config: Config, dataset: loader.Dataset, variabl
 
 if __name__ == '__main__':
   cli.run(
-    lambda config, workdir: main(with_source(config, FLAGS.init_from), workdir, FLAGS.allow_change),
+    lambda config, workdir: main(
+      pretrained.with_source(config, FLAGS.init_from), workdir, FLAGS.allow_change
+    ),
     __doc__,
     several_processes=True,
   )

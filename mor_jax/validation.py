@@ -9,6 +9,7 @@ from mor_jax.config import (
   Config,
   ConfigError,
   DataConfig,
+  DistillConfig,
   ModelConfig,
   ParallelConfig,
   TrainConfig,
@@ -24,6 +25,7 @@ def validate(config: Config) -> None:
   _validate_data(config.data)
   _validate_train(config.train)
   _validate_ramp(config)
+  _validate_distill(config.distill)
   _validate_checkpoint(config.checkpoint)
   _validate_parallel(config.parallel)
   _require(bool(config.name) and '/' not in config.name, 'name', config.name, 'a non-empty word without "/"')
@@ -36,6 +38,20 @@ def _validate_checkpoint(checkpoint: CheckpointConfig) -> None:
   _require(checkpoint.keep_best >= 0, 'checkpoint.keep_best', checkpoint.keep_best, '>= 0')
   minutes = checkpoint.every_minutes
   _require(minutes is None or minutes > 0, 'checkpoint.every_minutes', minutes, '> 0')
+
+
+def _validate_distill(distill: DistillConfig) -> None:
+  _require(distill.weight >= 0, 'distill.weight', distill.weight, '>= 0')
+  _require(distill.temperature > 0, 'distill.temperature', distill.temperature, '> 0')
+  if distill.top_k is not None:
+    _require(distill.top_k >= 1, 'distill.top_k', distill.top_k, '>= 1')
+  idle = [
+    f'distill.{field.name}={getattr(distill, field.name)}'
+    for field in dataclasses.fields(distill)
+    if getattr(distill, field.name) != field.default
+  ]
+  if idle and not distill.weight:
+    raise ConfigError(f'{", ".join(idle)} has no effect with distill.weight=0; set a weight, such as 1')
 
 
 def _validate_parallel(parallel: ParallelConfig) -> None:

@@ -11,7 +11,7 @@ import tiny
 import tiny_run
 from absl import flags
 
-from mor_jax import cli, train
+from mor_jax import cli, pretrained, train
 from mor_jax.config import Config, ConfigError, DataConfig
 from mor_jax.data import loader, schedule
 from mor_jax.data import tokenizer as tokenizer_lib
@@ -97,20 +97,20 @@ def test_what_does_not_fit_ends_before_anything_is_written(config, llama, tmp_pa
 
 def test_the_flag_is_the_setting(config, llama):
   none = config.replace(init={'source': None})
-  assert train.with_source(none, str(llama)).init.source == str(llama)
-  assert train.with_source(config, str(llama)) == config
-  assert train.with_source(none, None) == none
+  assert pretrained.with_source(none, str(llama)).init.source == str(llama)
+  assert pretrained.with_source(config, str(llama)) == config
+  assert pretrained.with_source(none, None) == none
   upper = none.replace(init={'method': 'upper'})  # the flag names the model after the settings were read
-  assert train.with_source(upper, str(llama)).init.method == 'upper'
+  assert pretrained.with_source(upper, str(llama)).init.method == 'upper'
   with pytest.raises(ConfigError, match=r'init\.method=upper has no model to take layers from'):
-    train.with_source(upper, None)
+    pretrained.with_source(upper, None)
   with pytest.raises(ConfigError, match='differ; give one of them'):
-    train.with_source(config, 'elsewhere')
+    pretrained.with_source(config, 'elsewhere')
   assert 'init_from' in flags.FLAGS
   same = none.replace(data={'tokenizer': 'source'})
-  assert train.with_source(same, str(llama)).data.tokenizer == str(llama / 'tokenizer.json')
+  assert pretrained.with_source(same, str(llama)).data.tokenizer == str(llama / 'tokenizer.json')
   with pytest.raises(ConfigError, match=r'data\.tokenizer=source .* not set: give --init_from'):
-    train.with_source(same, None)
+    pretrained.with_source(same, None)
 
 
 @pytest.mark.parametrize('variant', ['mor', 'recursive', 'vanilla'])
@@ -131,13 +131,16 @@ def test_the_tiny_recipe_trains(config, tmp_path, variant):
     'train.sample_tokens': 0,
     'train.log_every': 1,
   }
+  if variant == 'mor':
+    changes |= {'distill.weight': 1.0, 'distill.top_k': 20}
   recipe = cli.load_config(f'configs/uptrain_tiny.py:{variant}', changes)
   model, variables = tiny.model(kind='vanilla', vocab_size=257)
   huggingface.save(tmp_path / 'llama', model, variables, tokenizer_lib.build(DataConfig(tokenizer='bytes')))
-  assert train.main(train.with_source(recipe, str(tmp_path / 'llama')), str(tmp_path / 'run')) == 0
+  assert train.main(pretrained.with_source(recipe, str(tmp_path / 'llama')), str(tmp_path / 'run')) == 0
   records = metrics.read(tmp_path / 'run' / 'metrics.jsonl')
   assert records[-1]['train/loss'] < records[0]['train/loss']
   assert 'validation/nll' in records[-1]
+  assert ('train/distill_loss' in records[-1]) == (variant == 'mor')
 
 
 @pytest.mark.parametrize('variant', ['mor', 'recursive', 'vanilla'])

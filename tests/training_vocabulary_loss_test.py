@@ -1,5 +1,6 @@
 """The loss in chunks against the same loss of all logits at once, and the memory it takes."""
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -13,9 +14,10 @@ import pytest
 import tiny_run
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mor_jax.config import ParallelConfig
+from mor_jax.config import DistillConfig, ModelConfig, ParallelConfig
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel.collectives import collective_bytes
+from mor_jax.training import distillation
 from mor_jax.training import loss as loss_lib
 from mor_jax.training.vocabulary_loss import next_token_nll, sum_over_tokens
 
@@ -145,6 +147,31 @@ def check_meshes():
     _assert_close(found[4](*sharded), expected, 1e-6)
     traffic = {chunk: collective_bytes(compiled.as_text()) for chunk, compiled in found.items()}
     assert traffic[4] == traffic[0], sizes
+  _check_teacher_on_meshes(rng, *arguments)
+
+
+def _check_teacher_on_meshes(rng, x_BTD, kernel_VD, targets_BT):
+  """What all tokens share, here the head of a teacher, is the same on every device; sums come out whole."""
+  theirs_BTD = rng.normal(size=(8, 16, 4)).astype(np.float32)
+  theirs_DV = rng.normal(size=(4, 32)).astype(np.float32)
+  model = dataclasses.replace(ModelConfig(), vocab_size=32)
+  token_loss = distillation.make_teacher(DistillConfig(weight=0.5, temperature=2.0), model, model).loss
+
+  def gradient(chunk, mesh):
+    def loss(x_BTD, kernel_VD, theirs_BTD, theirs_DV):
+      per_token = targets_BT, targets_BT > 3, theirs_BTD
+      return sum_over_tokens(token_loss, x_BTD, kernel_VD.T, per_token, chunk, mesh, theirs_DV)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+  expected = gradient(0, None)(x_BTD, kernel_VD, theirs_BTD, theirs_DV)
+  mesh = mesh_lib.make_mesh(ParallelConfig(replica=2, fsdp=2, tensor=2))
+  rows, split = mesh_lib.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec('fsdp', 'tensor'))
+  for chunk in (0, 4):
+    arguments = jax.device_put(
+      (x_BTD, kernel_VD, theirs_BTD, theirs_DV), (rows, mesh_lib.replicated(mesh), rows, split)
+    )
+    _assert_close(gradient(chunk, mesh)(*arguments), expected, 1e-6)
 
 
 def _assert_close(found, expected, relative):

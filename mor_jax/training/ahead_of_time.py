@@ -4,6 +4,7 @@ import dataclasses
 import re
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from jax.sharding import Mesh
 from mor_jax.config import Config
 from mor_jax.model import flops
 from mor_jax.model.transformer import Transformer
-from mor_jax.parallel import chips, collectives, hlo, roofline, traffic
+from mor_jax.parallel import chips, collectives, hlo, roofline, rules, traffic
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel.executed import executed_flops
-from mor_jax.training import phases
+from mor_jax.training import distillation, phases
+from mor_jax.training.distillation import Teacher
 from mor_jax.training.optimizer import make_optimizer
 from mor_jax.training.state import TrainState, abstract_state, initializer
 from mor_jax.training.step import abstract_batch, make_train_step
@@ -90,7 +92,7 @@ class Program:
     return roofline.estimate(chip, self.flops, self.traffic, self.collectives, slice_of)
 
 
-def compile_step(config: Config, mesh: Mesh) -> Program:
+def compile_step(config: Config, mesh: Mesh, teacher: Teacher | None = None) -> Program:
   """Compiles the train step of a config for a mesh.
 
   Of a training in phases (`phases.plan`) this is the last, whose sizes the run has in the end.
@@ -100,7 +102,8 @@ def compile_step(config: Config, mesh: Mesh) -> Program:
   state = abstract_state(initializer(model, optimizer, mesh, config.data.seq_len), mesh)
   batch = abstract_batch(config, mesh)
   begin = time.perf_counter()
-  traced = make_train_step(model, config, optimizer, mesh).trace(state, batch)
+  theirs = (distillation.abstract_parameters(teacher, partial(rules.shardings, mesh)),) if teacher else ()
+  traced = make_train_step(model, config, optimizer, mesh, teacher).trace(state, batch, *theirs)
   chip = chips.of_kind(mesh.devices.flat[0].device_kind)
   known = {
     'config': config,
@@ -118,7 +121,7 @@ def compile_step(config: Config, mesh: Mesh) -> Program:
       raise
     return Program(
       **known,
-      argument_bytes=_bytes_on_a_device((state, batch)),
+      argument_bytes=_bytes_on_a_device((state, batch, theirs)),
       temp_bytes=None,
       peak_bytes=int(float(used[1]) * _UNITS[used[2]]),
       traffic=None,

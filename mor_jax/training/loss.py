@@ -17,6 +17,7 @@ from mor_jax.config import ModelConfig
 from mor_jax.model import router
 from mor_jax.model.transformer import Transformer
 from mor_jax.training import vocabulary_loss
+from mor_jax.training.distillation import Teacher
 
 Batch = Mapping[str, jax.Array]
 
@@ -70,12 +71,30 @@ def next_token_nll(
     chunk: `train.loss_chunk`.
     mesh: over which rows are split.
   """
+  return sum_over_predicted(vocabulary_loss.next_token_nll, x_BTD, kernel_DV, batch, chunk, mesh)
+
+
+def sum_over_predicted(
+  token_loss: vocabulary_loss.TokenLoss,
+  x_BTD: jax.Array,
+  kernel_DV: jax.Array,
+  batch: Batch,
+  chunk: int | None,
+  mesh: Mesh | None,
+  *per_token_and_shared: Any,
+) -> Any:
+  """Sum of a loss over the predicted tokens: `vocabulary_loss.sum_over_tokens`.
+
+  Args:
+    token_loss: its tokens have (targets, mask), or with more per token (targets, mask, more).
+    per_token_and_shared: more per token (B, T, ...), and what all tokens share.
+  """
   # All T states, the last of which predicts nothing: their number is then one that divides well.
   targets_BT = jnp.roll(batch['tokens'], -1, axis=1)
   mask_BT = jnp.pad(predicted(batch['segment_ids']), ((0, 0), (0, 1)))
-  return vocabulary_loss.sum_over_tokens(
-    vocabulary_loss.next_token_nll, x_BTD, kernel_DV, (targets_BT, mask_BT), chunk, mesh
-  )
+  more, shared = per_token_and_shared or ((), None)
+  per_token = (targets_BT, mask_BT, *([more] if per_token_and_shared else []))
+  return vocabulary_loss.sum_over_tokens(token_loss, x_BTD, kernel_DV, per_token, chunk, mesh, shared)
 
 
 def normalizers(config: ModelConfig, segment_ids_ABT: jax.Array) -> Normalizers:
@@ -86,7 +105,11 @@ def normalizers(config: ModelConfig, segment_ids_ABT: jax.Array) -> Normalizers:
 
 
 def make_loss(
-  apply: Callable[..., Any], config: ModelConfig, chunk: int | None = None, mesh: Mesh | None = None
+  apply: Callable[..., Any],
+  config: ModelConfig,
+  chunk: int | None = None,
+  mesh: Mesh | None = None,
+  teacher: Teacher | None = None,
 ) -> Callable[..., tuple[jax.Array, dict[str, Any]]]:
   """The training loss of a model: (params, micro-batch, normalizers, routing, key) -> (loss, parts).
 
@@ -96,12 +119,15 @@ def make_loss(
   for `router.summarize` and the auxiliary losses before their weights, 'aux_loss' and so on.
 
   `routing` is the routers' state, {} for most; `key` is what a random router draws from.
-  `chunk` and `mesh` are those of `next_token_nll`.
+  `chunk` and `mesh` are those of `next_token_nll`. With a `teacher`, the loss also takes its parameters as its
+  last argument, adds `weight * distillation.divergence`, and has that mean as the part 'distill_loss'.
   """
 
   weights = router.loss_weights(config)
 
-  def loss(params, batch: Batch, whole: Normalizers, routing: Mapping[str, jax.Array], key: jax.Array):
+  def loss(
+    params, batch: Batch, whole: Normalizers, routing: Mapping[str, jax.Array], key: jax.Array, *theirs
+  ):
     x_BTD, kernel_DV, routed = apply(
       {'params': params, 'routing': routing} if routing else {'params': params},
       batch['tokens'],
@@ -111,11 +137,16 @@ def make_loss(
       positions=batch['positions'],
       method=Transformer.hidden_and_head,
     )
-    nll = next_token_nll(x_BTD, kernel_DV, batch, chunk, mesh) / whole.targets
+    if teacher is None:
+      total = next_token_nll(x_BTD, kernel_DV, batch, chunk, mesh) / whole.targets
+      parts = {'loss': total}
+    else:
+      shown = teacher.show(*theirs, batch)
+      total, sums = sum_over_predicted(teacher.loss, x_BTD, kernel_DV, batch, chunk, mesh, *shown)
+      total, parts = total / whole.targets, {name: value / whole.targets for name, value in sums.items()}
     if routed is None:
-      return nll, {'loss': nll}
-    parts = {'loss': nll, 'counts': routed.counts}
-    total = nll
+      return total, parts
+    parts |= {'counts': routed.counts}
     for name, term in routed.losses.items():
       # A router that serves all steps has one entry, a mean over the tokens that enter the first.
       value = (term.sum / whole.entrants_R[: term.sum.shape[0]]).sum()

@@ -62,13 +62,14 @@ class PhasedStep:
   Args:
     programs: (updates done before, compiled step) of every phase, in order.
     done: updates done already.
+    theirs: further arguments that every program takes: a teacher's parameters.
   """
 
-  def __init__(self, programs: list[tuple[int, TrainStep]], done: int):
-    self._programs, self._done = programs, done
+  def __init__(self, programs: list[tuple[int, TrainStep]], done: int, theirs: tuple = ()):
+    self._programs, self._done, self._theirs = programs, done, theirs
 
   def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
     """One optimiser step, see `make_train_step`."""
     program = next(step for begin, step in reversed(self._programs) if begin <= self._done)
     self._done += 1
-    return program(state, batch)
+    return program(state, batch, *self._theirs)

@@ -15,16 +15,23 @@ from mor_jax.model import router
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import rules
 from mor_jax.training import loss as loss_lib
+from mor_jax.training.distillation import Teacher
 from mor_jax.training.optimizer import learning_rate_schedule
 from mor_jax.training.state import TrainState
 
-TrainStep = Callable[[TrainState, loss_lib.Batch], tuple[TrainState, dict[str, Any]]]
+TrainStep = Callable[..., tuple[TrainState, dict[str, Any]]]
 
 
 def make_train_step(
-  model: nn.Module, config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
+  model: nn.Module,
+  config: Config,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  teacher: Teacher | None = None,
 ) -> TrainStep:
   """The jitted step (state, batch) -> (state, metrics); the state given is donated.
+
+  With a `teacher` it takes the teacher's parameters as a third argument, which is not donated.
 
   A batch holds int32 arrays (A, B, T): A = `train.accumulation` micro-batches. Metrics are
   those of the loss (`make_loss`), of the global batch, and grad_norm (before clipping; also by
@@ -33,16 +40,20 @@ def make_train_step(
   An update whose loss or gradient is not finite is not applied: the first `train.max_skipped` are
   left out (`train.on_nonfinite=skip`), another one halts the state for good.
   """
+  if bool(config.distill.weight) != (teacher is not None):
+    raise ValueError(
+      f'distill.weight={config.distill.weight} goes with a teacher, and a teacher with a weight'
+    )
   schedule = learning_rate_schedule(config.train)
   may_skip = config.train.max_skipped if config.train.on_nonfinite == 'skip' else 0
-  loss = loss_lib.make_loss(model.apply, config.model, config.train.loss_chunk, mesh)
+  loss = loss_lib.make_loss(model.apply, config.model, config.train.loss_chunk, mesh, teacher)
   gradient = jax.value_and_grad(loss, has_aux=True)
 
-  def train_step(state: TrainState, batch_ABT: loss_lib.Batch):
+  def train_step(state: TrainState, batch_ABT: loss_lib.Batch, *theirs):
     batch_ABT = loss_lib.visible_batch(batch_ABT, config.data.segment_mask)
     whole = loss_lib.normalizers(config.model, batch_ABT['segment_ids'])
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-    grads, metrics = _add_up(gradient, state, batch_ABT, whole, key)
+    grads, metrics = _add_up(gradient, state, batch_ABT, whole, key, *theirs)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     routing = router.update_state(config.model, state.routing, metrics.get('counts', {}), state.step)
@@ -83,17 +94,18 @@ def _add_up(
   batch_ABT: loss_lib.Batch,
   whole: loss_lib.Normalizers,
   key: jax.Array,
+  *theirs: Any,
 ) -> tuple[Any, dict[str, Any]]:
   """Sums of the gradients and of the loss's parts over the micro-batches, run one after the other."""
   count = batch_ABT['tokens'].shape[0]
   if count == 1:
     batch_BT = jax.tree.map(lambda rows: rows[0], batch_ABT)
-    (_, parts), grads = gradient(state.params, batch_BT, whole, state.routing, key)
+    (_, parts), grads = gradient(state.params, batch_BT, whole, state.routing, key, *theirs)
     return grads, parts
 
   def add(total, batch_and_key):
     batch_BT, own_key = batch_and_key
-    (_, parts), grads = gradient(state.params, batch_BT, whole, state.routing, own_key)
+    (_, parts), grads = gradient(state.params, batch_BT, whole, state.routing, own_key, *theirs)
     return jax.tree.map(jnp.add, total, grads), parts
 
   zeros = jax.tree.map(jnp.zeros_like, state.params)

@@ -42,6 +42,8 @@ def describe_run(config: Config, mesh: Mesh, dataset: Dataset, workdir: Path) ->
     rows += [('capacities', _capacities(config.model, config.data.seq_len))]
   if config.init.source:
     rows += [('begins from', f'{config.init.source}, its layers {config.init.method}')]
+  if config.distill.weight:
+    rows += [('teacher', config.distill.teacher or config.init.source)]
   return [
     *rows,
     ('FLOPs/token', _flops(config.model, config.data.seq_len)),

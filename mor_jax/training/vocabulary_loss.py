@@ -22,8 +22,11 @@ CHUNK = {'cpu': 512}
 ACCELERATOR_CHUNK = 2048
 
 
-TokenLoss = Callable[[jax.Array, Any], jax.Array]
-"""(logits (N, V) in float32, what else is known of the N tokens) -> the sum of their losses."""
+TokenLoss = Callable[..., Any]
+"""(logits (N, V) in float32, what else is known of the N tokens[, what all share]) -> the sum of their losses.
+
+It may return a pair: the sum, and other sums to look at, through which no gradient flows.
+"""
 
 
 def sum_over_tokens(
@@ -33,7 +36,8 @@ def sum_over_tokens(
   per_token: Any,
   chunk: int | None = None,
   mesh: Mesh | None = None,
-) -> jax.Array:
+  shared: Any = None,
+) -> Any:
   """Sum of `token_loss` over all tokens, for hidden states and the kernel of the output head.
 
   Args:
@@ -45,27 +49,32 @@ def sum_over_tokens(
     chunk: tokens of a device whose logits exist at once; 0: all; None: what suits the platform.
     mesh: over whose replica and fsdp axes rows are split; every device then works through its
       own rows, and the gradient of the head is added up once.
+    shared: arrays that the loss of every token depends on, its last argument unless None; no gradient flows
+      to them.
+
+  Returns:
+    What `token_loss` returns, added up.
   """
   if chunk is None:
     platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
     chunk = CHUNK.get(platform, ACCELERATOR_CHUNK)
   if mesh is None or mesh_lib.row_shards(mesh) == 1:
-    return _own_rows(token_loss, chunk, (), x_BTD, kernel_DV, per_token)
+    return _own_rows(token_loss, chunk, (), x_BTD, kernel_DV, per_token, shared)
   axes, rows = mesh_lib.BATCH_AXES, PartitionSpec(mesh_lib.BATCH_AXES)
 
-  def shard(x_BTD, kernel_DV, per_token):
+  def shard(x_BTD, kernel_DV, per_token, shared):
     # Explicit, so that the one sum over devices is that of the finished gradient.
-    own_kernel_DV = _varying(kernel_DV, axes)
-    return jax.lax.psum(_own_rows(token_loss, chunk, axes, x_BTD, own_kernel_DV, per_token), axes)
+    own_kernel_DV, own_shared = _varying(kernel_DV, axes), _varying(shared, axes)
+    return jax.lax.psum(_own_rows(token_loss, chunk, axes, x_BTD, own_kernel_DV, per_token, own_shared), axes)
 
   sharded = jax.shard_map(
     shard,
     mesh=mesh,
-    in_specs=(rows, PartitionSpec(), rows),
+    in_specs=(rows, PartitionSpec(), rows, PartitionSpec()),
     out_specs=PartitionSpec(),
     axis_names=set(axes),
   )
-  return sharded(x_BTD, kernel_DV, per_token)
+  return sharded(x_BTD, kernel_DV, per_token, shared)
 
 
 def next_token_nll(logits_NV: jax.Array, targets_and_mask_N: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -79,11 +88,12 @@ def next_token_nll(logits_NV: jax.Array, targets_and_mask_N: tuple[jax.Array, ja
   return jnp.where(mask_N, normalizer_N - target_logit_N, 0).sum()
 
 
-def _own_rows(token_loss, chunk, axes, x_BTD, kernel_DV, per_token):
+def _own_rows(token_loss, chunk, axes, x_BTD, kernel_DV, per_token, shared):
   x_ND, per_token_N = jax.tree.map(lambda a_BT: a_BT.reshape(-1, *a_BT.shape[2:]), (x_BTD, per_token))
   tokens = x_ND.shape[0]
   if not 0 < chunk < tokens:
-    return token_loss(_head(x_ND, kernel_DV), per_token_N)
+    total, sums = _with_sums(token_loss, _head(x_ND, kernel_DV), per_token_N, shared)
+    return total if sums is None else (total, sums)
   count = -(-tokens // chunk)
   size = -(-tokens // count)
 
@@ -91,7 +101,24 @@ def _own_rows(token_loss, chunk, axes, x_BTD, kernel_DV, per_token):
     filled_N = jnp.pad(a_N, ((0, count * size - tokens), *((0, 0),) * (a_N.ndim - 1)))
     return filled_N.reshape(count, size, *a_N.shape[1:])
 
-  return _chunked(token_loss, axes, kernel_DV, *jax.tree.map(split, (x_ND, per_token_N)))
+  chunks = jax.tree.map(split, (x_ND, per_token_N))
+  total, sums = _chunked(token_loss, axes, kernel_DV, *chunks, shared)
+  return total if sums is None else (total, sums)
+
+
+def _with_sums(token_loss, logits_NV, per_token_N, shared):
+  """(sum of the loss, other sums or None)."""
+  loss = token_loss(logits_NV, per_token_N) if shared is None else token_loss(logits_NV, per_token_N, shared)
+  return (loss[0], jax.lax.stop_gradient(loss[1])) if isinstance(loss, tuple) else (loss, None)
+
+
+def _zero_sums(token_loss, axes, cast_kernel_DV, x_CND, per_token_CN, shared):
+  """Where adding up begins."""
+  first = jax.tree.map(lambda a_CN: a_CN[0], (x_CND, per_token_CN))
+  shapes = jax.eval_shape(
+    lambda x_ND, per_token_N: _with_sums(token_loss, _head(x_ND, cast_kernel_DV), per_token_N, shared), *first
+  )
+  return jax.tree.map(lambda leaf: _varying(jnp.zeros(leaf.shape, leaf.dtype), axes), shapes)
 
 
 def _head(x_ND, kernel_DV):
@@ -99,36 +126,40 @@ def _head(x_ND, kernel_DV):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(token_loss, axes, kernel_DV, x_CND, per_token_CN):
-  """The sum over C chunks of N tokens, one after the other."""
+def _chunked(token_loss, axes, kernel_DV, x_CND, per_token_CN, shared):
+  """(sum of the loss, other sums or None) over C chunks of N tokens, one after the other."""
   cast_kernel_DV = kernel_DV.astype(x_CND.dtype)
 
-  def add(total, chunk):
+  def add(totals, chunk):
     x_ND, per_token_N = chunk
-    return total + token_loss(_head(x_ND, cast_kernel_DV), per_token_N), None
+    sums = _with_sums(token_loss, _head(x_ND, cast_kernel_DV), per_token_N, shared)
+    return jax.tree.map(jnp.add, totals, sums), None
 
-  return jax.lax.scan(add, _varying(jnp.float32(0), axes), (x_CND, per_token_CN))[0]
+  start = _zero_sums(token_loss, axes, cast_kernel_DV, x_CND, per_token_CN, shared)
+  return jax.lax.scan(add, start, (x_CND, per_token_CN))[0]
 
 
-def _chunked_forward(token_loss, axes, kernel_DV, x_CND, per_token_CN):
+def _chunked_forward(token_loss, axes, kernel_DV, x_CND, per_token_CN, shared):
   cast_kernel_DV = kernel_DV.astype(x_CND.dtype)
+  gradient = jax.value_and_grad(partial(_with_sums, token_loss), has_aux=True)
 
   def add(carry, chunk):
-    total, grad_DV = carry
+    totals, grad_DV = carry
     x_ND, per_token_N = chunk
-    loss, grad_NV = jax.value_and_grad(token_loss)(_head(x_ND, cast_kernel_DV), per_token_N)
+    sums, grad_NV = gradient(_head(x_ND, cast_kernel_DV), per_token_N, shared)
     grad_NV = grad_NV.astype(x_ND.dtype)
     grad_DV = grad_DV + jnp.dot(x_ND.T, grad_NV, preferred_element_type=jnp.float32)
-    return (total + loss, grad_DV), jnp.dot(grad_NV, cast_kernel_DV.T)
+    return (jax.tree.map(jnp.add, totals, sums), grad_DV), jnp.dot(grad_NV, cast_kernel_DV.T)
 
-  start = _varying((jnp.float32(0), jnp.zeros(kernel_DV.shape)), axes)
-  (total, grad_DV), grad_CND = jax.lax.scan(add, start, (x_CND, per_token_CN))
-  return total, (grad_DV, grad_CND)
+  zeros = _zero_sums(token_loss, axes, cast_kernel_DV, x_CND, per_token_CN, shared)
+  start = zeros, _varying(jnp.zeros(kernel_DV.shape), axes)
+  (totals, grad_DV), grad_CND = jax.lax.scan(add, start, (x_CND, per_token_CN))
+  return totals, (grad_DV, grad_CND)
 
 
-def _chunked_backward(token_loss, axes, gradients, scale):
+def _chunked_backward(token_loss, axes, gradients, scales):
   del token_loss, axes
-  return *((gradient * scale).astype(gradient.dtype) for gradient in gradients), None
+  return *((gradient * scales[0]).astype(gradient.dtype) for gradient in gradients), None, None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
