@@ -30,6 +30,7 @@ flags.DEFINE_string('model', None, 'folder of a Llama checkpoint')
 flags.DEFINE_string('corpus', None, 'text files, by pattern')
 flags.DEFINE_integer('paragraphs', 20, 'texts whose logits are compared')
 flags.DEFINE_integer('tokens', 50, 'tokens that are generated')
+flags.DEFINE_integer('prompts', 3, 'texts that are continued')
 
 LARGEST_DIFFERENCE = 2e-3
 LENGTH = 128  # most tokens of a paragraph
@@ -63,12 +64,21 @@ def main() -> int:
         differences.append(float(np.abs(ours - expected).max()))
         agreed += int((ours.argmax(-1) == expected.argmax(-1)).sum())
         counted += len(ids)
-      greedy = sum(continues_alike(model, variables, tokenizer, theirs, text) for text in texts[:3])
+      greedy = sum(
+        continues_alike(model, variables, tokenizer, theirs, text) for text in texts[: FLAGS.prompts]
+      )
       rows.append(
-        [name, len(texts), counted, f'{max(differences):.1e}', f'{agreed}/{counted}', f'{greedy}/3']
+        [
+          name,
+          len(texts),
+          counted,
+          f'{max(differences):.1e}',
+          f'{agreed}/{counted}',
+          f'{greedy}/{FLAGS.prompts}',
+        ]
       )
       worst, same_argmax = max(worst, *differences), same_argmax and agreed == counted
-      same_text = same_text and greedy == 3
+      same_text = same_text and greedy == FLAGS.prompts
       del theirs
     sizes = {
       name: max(f.stat().st_size for f in Path(p).glob('*.safetensors'))

@@ -30,7 +30,6 @@ def get_config(variant: str = 'mor'):
     num_kv_heads=3,
     mlp_dim=1536,
     rope_theta=100000.0,
-    init_std=0.041666666666666664,
   )
   config.data.seq_len = 1024
   config.train.global_batch = 64

@@ -7,6 +7,7 @@ from mor_jax import config as mor_config
 VARIANTS = ('mor', 'recursive', 'vanilla')
 LEARNING_RATE = 5e-4  # a pretrained model at the peak rate of its own training unlearns first
 WARMUP_FRACTION = 0.05
+ROUTER_STD = 2e-3  # of fresh routers, which see a residual stream of large norm; all else is the original's
 
 
 def uptraining_run(name: str, variant: str, num_layers: int, steps: int, **shape) -> config_dict.ConfigDict:
@@ -40,6 +41,7 @@ def uptraining_run(name: str, variant: str, num_layers: int, steps: int, **shape
   if variant == 'mor':
     config.model.gating = 'residual'
     config.model.router_alpha = 2.0
+    config.model.init_std = ROUTER_STD
     config.model.capacity_warmup_steps = steps // 3
   config.data.tokenizer = 'source'
   config.train.steps = steps
