@@ -21,7 +21,7 @@ from absl import flags
 from benchmarks import results
 from mor_jax import cli
 from mor_jax.config import ConfigError
-from mor_jax.inference import sampling
+from mor_jax.inference.text import complete
 from mor_jax.interop import huggingface
 from mor_jax.model.transformer import Transformer
 
@@ -127,7 +127,7 @@ def continues_alike(model: Any, variables: Any, tokenizer: Any, theirs: Any, tex
   import torch
 
   prompt = tokenizer.decode(tokenizer.encode(text)[:16])
-  ours = sampling.sample_text(model, variables, tokenizer, prompt, FLAGS.tokens, 0.0, 0)
+  ours = complete(model, variables, tokenizer, prompt, FLAGS.tokens, 0.0, 0)
   ids = torch.tensor([tokenizer.encode(prompt)])
   made = theirs.generate(ids, max_new_tokens=FLAGS.tokens, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
   made = made.tolist()
