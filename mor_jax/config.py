@@ -155,8 +155,9 @@ class ModelConfig:
   remat: str = setting(
     'none',
     'recomputed in the backward pass: nothing; all but matrix products (dots); every layer (full); '
-    'every layer and every recursion step (block)',
-    ('none', 'dots', 'full', 'block'),
+    "every layer and every recursion step (block); every layer, its input kept in the host's memory (offload, "
+    'TPU and GPU)',
+    ('none', 'dots', 'full', 'block', 'offload'),
   )
   attention: str = setting(
     'auto', 'attention backend; auto: the fastest for the platform', ('auto', 'reference', 'xla')

@@ -153,6 +153,7 @@ def test_recursion_equals_the_unrolled_vanilla_model(sharing):
     ('mor', {'remat': 'dots'}),
     ('mor', {'remat': 'full'}),
     ('mor', {'remat': 'block'}),
+    ('mor', {'remat': 'offload'}),
     ('mor', {'unroll_layers': True}),
     ('recursive', {'remat': 'block'}),
     ('vanilla', {'remat': 'full'}),

@@ -3,10 +3,25 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from mor_jax.config import ModelConfig
 from mor_jax.model.context import TokenContext
 from mor_jax.model.layers import DecoderLayer, LayerInputs, Memory, rotation
+
+LAYER_INPUT = 'layer_input'
+# What the backward pass keeps of a layer beside its input (None: nothing).
+_POLICIES = {
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'full': None,
+  'block': None,
+  'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[LAYER_INPUT],
+    offload_src='device',
+    offload_dst='pinned_host',
+  ),
+}
 
 
 def init_stack(config: ModelConfig, key: jax.Array) -> dict:
@@ -53,16 +68,14 @@ def apply_stack(
   inputs = layer_inputs(config, context, memory)
 
   def body(x_BCD, params_and_memory):
+    x_BCD = checkpoint_name(x_BCD, LAYER_INPUT)
     params, key_values = params_and_memory
     own_memory = None if memory is None else memory.replace(keys=key_values[0], values=key_values[1])
     x_BCD, key_values = layer.apply({'params': params}, x_BCD, inputs, own_memory)
     return x_BCD, key_values if remember else None
 
-  if config.remat in ('full', 'block'):
-    body = jax.checkpoint(body, prevent_cse=False)
-  elif config.remat == 'dots':
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+  if config.remat != 'none':
+    body = jax.checkpoint(body, prevent_cse=False, policy=_POLICIES[config.remat])
   key_values_N = None if memory is None else (memory.keys, memory.values)
   x_BCD, kept = jax.lax.scan(body, x_BCD, (layers_N, key_values_N), unroll=config.unroll_layers)
   if not remember:

@@ -102,7 +102,13 @@ def check_batch(mesh: Mesh, train: TrainConfig) -> None:
 
 
 def check_model(mesh: Mesh, model: ModelConfig) -> None:
-  """Raises ConfigError unless everything that is split over devices divides evenly."""
+  """Raises ConfigError unless everything that is split over devices divides evenly, and they have what it needs."""
+  platform = mesh.devices.flat[0].platform
+  if model.remat == 'offload' and platform == 'cpu':
+    raise ConfigError(
+      "model.remat='offload' moves layer inputs from the device's memory to the host's, which on a CPU are the "
+      "same; use model.remat='full'"
+    )
   split = {
     'tensor': ('num_heads', 'num_kv_heads', 'mlp_dim', 'vocab_size'),
     'fsdp': ('d_model',),

@@ -1,9 +1,11 @@
 """The real train step, compiled for devices that need not be there, and what the program costs on each of them."""
 
+import contextlib
 import dataclasses
 import re
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,9 @@ from mor_jax.training.optimizer import make_optimizer
 from mor_jax.training.state import TrainState, abstract_state, initializer
 from mor_jax.training.step import abstract_batch, make_train_step
 
-_USED = re.compile(r'[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm')
+# Two ways in which the TPU compiler says how much a program that does not fit would need.
+_USED = re.compile(r'Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm')
+_TEMPORARIES = re.compile(r'HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM')
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
@@ -92,10 +96,14 @@ class Program:
     return roofline.estimate(chip, self.flops, self.traffic, self.collectives, slice_of)
 
 
-def compile_step(config: Config, mesh: Mesh, teacher: Teacher | None = None) -> Program:
+def compile_step(config: Config, mesh: Mesh, teacher: Teacher | None = None, fast: bool = False) -> Program:
   """Compiles the train step of a config for a mesh.
 
   Of a training in phases (`phases.plan`) this is the last, whose sizes the run has in the end.
+
+  Args:
+    fast: let the compiler optimise little, which takes it a third of the time or less; TPU programs then
+      come out with up to 15% more temporaries, and more traffic.
   """
   config = phases.plan(config)[-1][1]
   model, optimizer = Transformer(config.model), make_optimizer(config.train, config.model.has_aux_router)
@@ -114,20 +122,21 @@ def compile_step(config: Config, mesh: Mesh, teacher: Teacher | None = None) -> 
     'flops': executed_flops(traced.jaxpr) / mesh.size,
   }
   try:
-    compiled, text = _compile(traced.lower(), mesh)
+    with _effort(-1.0 if fast else 0.0):
+      compiled, text = _compile(traced.lower(), mesh)
   except jax.errors.JaxRuntimeError as error:
-    used = _USED.search(str(error))
-    if used is None:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
+    arguments = _bytes_on_a_device((state, batch, theirs))
     return Program(
       **known,
-      argument_bytes=_bytes_on_a_device((state, batch, theirs)),
+      argument_bytes=arguments,
       temp_bytes=None,
-      peak_bytes=int(float(used[1]) * _UNITS[used[2]]),
+      peak_bytes=_needed(str(error), arguments),
       traffic=None,
       collectives=None,
       compile_seconds=time.perf_counter() - begin,
-      problem=used[0],
+      problem=str(error).splitlines()[0],
     )
   seconds = time.perf_counter() - begin
   program, memory = hlo.parse(text), compiled.memory_analysis()
@@ -154,6 +163,24 @@ def _compile(lowered: jax.stages.Lowered, mesh: Mesh) -> tuple[jax.stages.Compil
     compiled = lowered.compile({'xla_dump_to': folder, 'xla_dump_hlo_as_text': True})
     (path,) = Path(folder).glob('*jit_train_step*.after_optimizations.txt')
     return compiled, path.read_text()
+
+
+def _needed(message: str, arguments: int) -> int:
+  """Bytes that a program which does not fit would need."""
+  used, temporaries = _USED.search(message), _TEMPORARIES.search(message)
+  if temporaries:
+    return arguments + int(float(temporaries[1]) * _UNITS[temporaries[2]])
+  return int(float(used[1]) * _UNITS[used[2]]) if used else arguments
+
+
+@contextlib.contextmanager
+def _effort(effort: float) -> Iterator[None]:
+  before = jax.config.jax_exec_time_optimization_effort
+  jax.config.update('jax_exec_time_optimization_effort', effort)
+  try:
+    yield
+  finally:
+    jax.config.update('jax_exec_time_optimization_effort', before)
 
 
 def _bytes_on_a_device(tree: TrainState | Any) -> int:

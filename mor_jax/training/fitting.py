@@ -8,7 +8,7 @@ from mor_jax.config import Config, ConfigError
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.training.ahead_of_time import Program
 
-REMATS = ('none', 'dots', 'block', 'full')  # ever less is kept, ever more computed again
+REMATS = ('none', 'dots', 'full', 'block', 'offload')  # ever less is kept, ever more computed again
 
 Compile = Callable[[Config], Program]  # a config for the devices at hand; may raise ConfigError
 
