@@ -8,9 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor_jax.model import attention, attention_xla
+from mor_jax.config import ConfigError, ParallelConfig
+from mor_jax.model import attention, attention_pallas, attention_splash, attention_xla
 from mor_jax.model.context import TokenContext
 from mor_jax.model.layers import rotate, rotation
+from mor_jax.model.transformer import Transformer
+from mor_jax.parallel import mesh as mesh_lib
+from mor_jax.parallel import rules, topology
 from tests import tiny
 
 
@@ -84,6 +88,127 @@ def test_blocks_equal_the_reference(case, blocks, monkeypatch):
   if blocks == 'blocks computed again':
     monkeypatch.setattr(attention_xla, 'KEEP_UP_TO', 0)
   assert_equals_reference(partial(attention.attend, backend='xla'), case)
+
+
+KERNELS = {
+  # Slow ones say nothing new while the others pass.
+  'all': (Case(40), True),
+  'gathered': (Case(40, chosen=23), True),
+  'to the row': (Case(40, chosen=23, to_row=True), True),
+  'to the row, some left out': (Case(43, chosen=23, to_row=True, left_out=True), False),
+  'all to the row': (Case(40, to_row=True, left_out=True), True),
+}
+
+
+@pytest.mark.parametrize(
+  'case',
+  [
+    pytest.param(case, id=name, marks=[pytest.mark.slow] if slow else [])
+    for name, (case, slow) in KERNELS.items()
+  ],
+)
+def test_the_kernel_for_queries_of_a_row_equals_the_reference(case):
+  """Interpreted, in blocks of 8."""
+
+  def attend(q, k, v, queries, keys):
+    keys = queries if keys is None else keys
+    return attention_pallas.attend(q, k, v, queries, keys, interpret=True, smallest_block=8)
+
+  assert_equals_reference(attend, case)
+
+
+def test_blocks_that_no_query_sees_are_left_out():
+  """Of a row of one document the later half; of two documents what crosses between them, too."""
+  positions_BC, one = jnp.arange(32)[None], jnp.ones((1, 32), int)
+  sizes = attention_pallas.Blocks(8, 8)
+  visit_IJ = attention_pallas.visited(sizes, (positions_BC, one), (positions_BC, one))[0][0]
+  np.testing.assert_array_equal(visit_IJ, np.tril(np.ones((4, 4))))
+  ids = positions_BC % 16, 1 + positions_BC // 16
+  visit_IJ, fetch_IJ = (table[0] for table in attention_pallas.visited(sizes, ids, ids))
+  np.testing.assert_array_equal(visit_IJ, [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]])
+  np.testing.assert_array_equal(fetch_IJ, [[0, 0, 0, 0], [0, 1, 1, 1], [0, 0, 2, 2], [0, 0, 2, 3]])
+
+
+@pytest.mark.parametrize(
+  'case',
+  [Case(150, chosen=131, left_out=True), pytest.param(Case(128), marks=pytest.mark.slow)],
+  ids=['gathered, some left out', 'all'],
+)
+def test_splash_equals_the_reference(case):
+  """Interpreted, in blocks of 128."""
+
+  def attend(q, k, v, queries, keys):
+    assert keys is None
+    return attention_splash.attend(q, k, v, queries, interpret=True)
+
+  assert_equals_reference(attend, case)
+
+
+def test_cudnn_gets_what_it_takes(monkeypatch):
+  """Even sizes and a mask; what XLA makes of them is the reference's result. (There is no GPU here.)"""
+  plain = jax.nn.dot_product_attention
+
+  def instead(q, k, v, mask, implementation):
+    assert implementation == 'cudnn'
+    assert q.shape[1] % 2 == 0
+    assert k.shape[1] % 2 == 0
+    return plain(q, k, v, mask=mask, implementation='xla')
+
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', instead)
+  assert_equals_reference(attention.BACKENDS['cudnn'], Case(41, chosen=23, to_row=True))
+
+
+def test_auto_is_what_the_platform_is_best_at():
+  half, single = jnp.bfloat16, jnp.float32
+  assert attention.fastest('tpu', single, 64) == 'splash'
+  assert attention.fastest('gpu', half, 64) == 'cudnn'
+  assert [attention.fastest(*of) for of in (('gpu', single, 64), ('gpu', half, 192), ('cpu', half, 64))] == [
+    'xla',
+    'xla',
+    'xla',
+  ]
+  assert attention.fastest(None, half, 64) == 'xla'
+
+
+def test_backends_of_another_platform_are_refused():
+  x, tokens = jnp.zeros((1, 2, 1, 4)), TokenContext(jnp.zeros((1, 2), int), jnp.ones((1, 2), int))
+  with pytest.raises(ValueError, match="'splash' needs a TPU, and this is cpu; use auto, xla or reference"):
+    attention.attend(x, x, x, tokens, backend='splash')
+  mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+  with pytest.raises(ConfigError, match=r'^model\.attention=cudnn needs a GPU, and this is cpu; use auto'):
+    mesh_lib.check_model(mesh, tiny.config(attention='cudnn'))
+  assert 'set dtype=bfloat16 or use xla' in attention.unfit('cudnn', 'gpu', jnp.float32, 64)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize('kv', ['recursion_wise', 'shared'])
+def test_tpus_keep_no_scores(kv):
+  """Gradients of a model compiled for TPUs take less memory than the scores of one of its heads would.
+
+  Rows and heads are split over devices, so that each must run the kernels for its own.
+  """
+  pytest.importorskip('libtpu')
+  topology.prepare()
+  mesh = mesh_lib.make_mesh(ParallelConfig(replica=1, fsdp=2, tensor=2), topology.devices('v5e:2x2'))
+  model = Transformer(tiny.config(kv=kv, vocab_size=64, num_layers=4, num_recursions=2, head_dim=64))
+  row = mesh_lib.batch_sharding(mesh)
+
+  length = 8192
+  tokens_BT = jax.ShapeDtypeStruct((2, length), jnp.int32, sharding=row)
+  params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))['params']
+  params = jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    params,
+    rules.shardings(mesh, params),
+  )
+
+  def loss(params, tokens_BT):
+    return model.apply({'params': params}, tokens_BT, method='hidden')[0].sum()
+
+  compiled = jax.jit(rules.on_mesh(mesh, jax.grad(loss))).lower(params, tokens_BT).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 2 * length**2, (
+    'as much as scores of one head in bfloat16'
+  )
 
 
 def test_only_the_past_of_the_same_segment_is_visible():

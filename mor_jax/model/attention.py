@@ -11,9 +11,11 @@ holds scores or weights of all queries and keys at once when rows are long.
 import jax
 import jax.numpy as jnp
 
-from mor_jax.model import attention_xla
+from mor_jax.model import attention_xla, axes
 from mor_jax.model.attention_xla import MASKED_SCORE, visible
 from mor_jax.model.context import TokenContext
+
+PLATFORMS = {'splash': 'tpu', 'cudnn': 'gpu'}  # backends that work on one platform only
 
 
 def attend(
@@ -35,11 +37,38 @@ def attend(
     backend: `model.attention`.
 
   Raises:
-    ValueError: unknown backend.
+    ValueError: unknown backend, or one that cannot do this on this platform.
   """
+  if backend == 'auto':
+    backend = fastest(axes.platform(), q_BTHE.dtype, q_BTHE.shape[-1])
   if backend not in BACKENDS:
     raise ValueError(f'unknown attention backend {backend!r}; choose one of {", ".join(BACKENDS)}')
-  return BACKENDS[backend](q_BTHE, k_BSKE, v_BSKE, queries, queries if keys is None else keys)
+  reason = unfit(backend, axes.platform(), q_BTHE.dtype, q_BTHE.shape[-1])
+  if reason:
+    raise ValueError(f'attention backend {backend!r} {reason}')
+  return BACKENDS[backend](q_BTHE, k_BSKE, v_BSKE, queries, keys)
+
+
+def fastest(platform: str | None, dtype: jnp.dtype, width: int) -> str:
+  """The backend that 'auto' stands for on a platform ('cpu', 'gpu', 'tpu'; None: several devices, no mesh)."""
+  for backend, only in PLATFORMS.items():
+    if platform == only and not unfit(backend, platform, dtype, width):
+      return backend
+  return 'xla'
+
+
+def unfit(backend: str, platform: str | None, dtype: jnp.dtype, width: int) -> str:
+  """Why a backend cannot be used, and what to use instead; '' if it can."""
+  only = PLATFORMS.get(backend, platform)
+  if platform != only:
+    return (
+      f'needs a {only.upper()}, and this is {platform or "no single platform"}; use auto, xla or reference'
+    )
+  if backend == 'cudnn' and jnp.dtype(dtype) != jnp.bfloat16:
+    return f'computes in bfloat16, not {jnp.dtype(dtype)}; set dtype=bfloat16 or use xla'
+  if backend == 'cudnn' and (width % 8 or width > 128):
+    return f'takes heads whose width is a multiple of 8 up to 128, not {width}; use xla'
+  return ''
 
 
 def _reference(q_BTHE, k_BSKE, v_BSKE, queries, keys):
@@ -48,9 +77,51 @@ def _reference(q_BTHE, k_BSKE, v_BSKE, queries, keys):
   k_BSHE, v_BSHE = (jnp.repeat(a.astype(jnp.float32), groups, axis=2) for a in (k_BSKE, v_BSKE))
   scores_BHTS = jnp.einsum('BTHE,BSHE->BHTS', q_BTHE.astype(jnp.float32), k_BSHE)
   scores_BHTS = scores_BHTS * q_BTHE.shape[-1] ** -0.5
-  scores_BHTS = jnp.where(visible(queries, keys)[:, None], scores_BHTS, MASKED_SCORE)
+  visible_BTS = visible(queries, queries if keys is None else keys)
+  scores_BHTS = jnp.where(visible_BTS[:, None], scores_BHTS, MASKED_SCORE)
   out_BTHE = jnp.einsum('BHTS,BSHE->BTHE', jax.nn.softmax(scores_BHTS), v_BSHE)
   return out_BTHE.astype(q_BTHE.dtype)
 
 
-BACKENDS = {'auto': attention_xla.attend, 'reference': _reference, 'xla': attention_xla.attend}
+def _xla(q_BTHE, k_BSKE, v_BSKE, queries, keys):
+  return attention_xla.attend(q_BTHE, k_BSKE, v_BSKE, queries, queries if keys is None else keys)
+
+
+def _splash(q_BTHE, k_BSKE, v_BSKE, queries, keys):
+  """Splash attention, or our own kernel where the queries are some tokens and the keys all."""
+  # Pallas takes a second to import, which is for those who use it.
+  from mor_jax.model import attention_pallas, attention_splash
+
+  if keys is None:
+    return _on_own_device(attention_splash.attend)(q_BTHE, k_BSKE, v_BSKE, queries)
+  return _on_own_device(attention_pallas.attend)(q_BTHE, k_BSKE, v_BSKE, queries, keys)
+
+
+def _cudnn(q_BTHE, k_BSKE, v_BSKE, queries, keys):
+  """cuDNN's flash attention, which learns of positions and segments through a mask shared by all heads."""
+  keys = queries if keys is None else keys
+
+  def run(q_BTHE, k_BSKE, v_BSKE, queries, keys):
+    length, odd_T, odd_S = q_BTHE.shape[1], q_BTHE.shape[1] % 2, k_BSKE.shape[1] % 2  # it takes even sizes
+    mask_B1TS = jnp.pad(visible(queries, keys)[:, None], ((0, 0), (0, 0), (0, odd_T), (0, odd_S)))
+    q, k, v = (
+      jnp.pad(a, ((0, 0), (0, odd), (0, 0), (0, 0)))
+      for a, odd in ((q_BTHE, odd_T), (k_BSKE, odd_S), (v_BSKE, odd_S))
+    )
+    return jax.nn.dot_product_attention(q, k, v, mask=mask_B1TS, implementation='cudnn')[:, :length]
+
+  return _on_own_device(run)(q_BTHE, k_BSKE, v_BSKE, queries, keys)
+
+
+def _on_own_device(kernel):
+  """The kernel, run on every device for its own rows and heads: the compiler cannot split it."""
+  query, key, tokens = ('batch', None, 'heads'), ('batch', None, 'kv_heads'), ('batch',)
+
+  def run(q_BTHE, k_BSKE, v_BSKE, *contexts):
+    inputs = [query, key, key, *(tokens,) * len(contexts)]
+    return axes.per_shard(kernel, inputs, query, is_kernel=True)(q_BTHE, k_BSKE, v_BSKE, *contexts)
+
+  return run
+
+
+BACKENDS = {'reference': _reference, 'xla': _xla, 'splash': _splash, 'cudnn': _cudnn}

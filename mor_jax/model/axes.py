@@ -143,18 +143,24 @@ def rowwise(function: Callable[..., Any]) -> Callable[..., Any]:
   return per_shard(function, ('batch',), ('batch',))
 
 
-def per_shard(function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
+def per_shard(
+  function: Callable[..., Any], inputs: Any, outputs: Any, is_kernel: bool = False
+) -> Callable[..., Any]:
   """The function, run on each device for its part of the arrays.
 
   Args:
     inputs: names of the leading axes of the arguments: one tuple for all, or a list with one for each.
     outputs: the same for the results.
+    is_kernel: nothing in the function is for the compiler to split, along no mesh axis.
   """
 
   @functools.wraps(function)
   def wrapped(*arrays):
     every = inputs if isinstance(inputs, list) else [inputs]
     manual = {axis for names in every for over in mesh_axes(names) for axis in over}
+    if is_kernel:
+      mesh = jax.sharding.get_abstract_mesh()
+      manual = set(mesh.axis_names) - _manual_axes() if mesh.size > 1 else manual
     if not manual:
       return function(*arrays)
     specs = [
@@ -164,6 +170,15 @@ def per_shard(function: Callable[..., Any], inputs: Any, outputs: Any) -> Callab
     return run(*arrays)
 
   return wrapped
+
+
+def platform() -> str | None:
+  """'cpu', 'gpu' or 'tpu': what a function is traced for, if its mesh is set or there is one device; else None."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is None and jax.device_count() > 1:
+    return 'cpu' if jax.default_backend() == 'cpu' else None
+  name = jax.default_backend() if device is None else device.platform
+  return 'gpu' if name in ('cuda', 'rocm') else name
 
 
 def _manual_axes() -> set[str]:

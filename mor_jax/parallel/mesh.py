@@ -14,6 +14,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mor_jax.config import ConfigError, ModelConfig, ParallelConfig, TrainConfig
+from mor_jax.model import attention
 
 AXES = ('replica', 'fsdp', 'tensor')
 BATCH_AXES = ('replica', 'fsdp')
@@ -109,6 +110,9 @@ def check_model(mesh: Mesh, model: ModelConfig) -> None:
       "model.remat='offload' moves layer inputs from the device's memory to the host's, which on a CPU are the "
       "same; use model.remat='full'"
     )
+  reason = attention.unfit(model.attention, platform, model.dtype, model.head_width)
+  if reason:
+    raise ConfigError(f'model.attention={model.attention} {reason}')
   split = {
     'tensor': ('num_heads', 'num_kv_heads', 'mlp_dim', 'vocab_size'),
     'fsdp': ('d_model',),

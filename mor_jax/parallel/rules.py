@@ -29,8 +29,6 @@ LARGEST_WHOLE_SHARE = 0.02
 def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
   """The function, traced under the rules for this mesh; to be given to jax.jit."""
   rules = _rules_of(mesh)
-  if not rules:
-    return function
 
   @functools.wraps(function)
   def traced(*arguments):

@@ -51,7 +51,8 @@ def initializer(
   """The jitted function from a seed (uint32) to the state at step 0: every device makes its part of it."""
 
   def initialize(seed: jax.Array) -> TrainState:
-    variables = model.init(jax.random.key(seed), jnp.zeros((1, seq_len), jnp.int32))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # says what platform it is for
+      variables = model.init(jax.random.key(seed), jnp.zeros((1, seq_len), jnp.int32))
     opt_state = optimizer.init(variables['params'])
     return TrainState(jnp.zeros((), jnp.int32), variables['params'], opt_state, variables.get('routing', {}))
 
