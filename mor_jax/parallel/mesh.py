@@ -14,7 +14,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mor_jax.config import ConfigError, ModelConfig, ParallelConfig, TrainConfig
-from mor_jax.model import attention
+from mor_jax.model import attention, axes
 
 AXES = ('replica', 'fsdp', 'tensor')
 BATCH_AXES = ('replica', 'fsdp')
@@ -104,7 +104,8 @@ def check_batch(mesh: Mesh, train: TrainConfig) -> None:
 
 def check_model(mesh: Mesh, model: ModelConfig) -> None:
   """Raises ConfigError unless everything that is split over devices divides evenly, and they have what it needs."""
-  platform = mesh.devices.flat[0].platform
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    platform = axes.platform()
   if model.remat == 'offload' and platform == 'cpu':
     raise ConfigError(
       "model.remat='offload' moves layer inputs from the device's memory to the host's, which on a CPU are the "
