@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mor_jax.config import ConfigError
+from mor_jax.data import foreign
 from mor_jax.data.document import Document, Unreadable
 
 PATIENCE = 15  # seconds after which the network counts as missing
@@ -81,6 +82,7 @@ class TfdsSource:
     folder = os.path.expanduser(self._name)
     if os.path.isdir(folder):
       try:
+        foreign.check_features(folder)
         return tfds.builder_from_directory(folder)
       except Exception as error:  # TFDS raises its own kinds and those of its metadata readers
         raise self._refused(f'cannot be opened ({error})') from error

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from array_record.python import array_record_module
 
-from mor_jax.data import packing
+from mor_jax.data import foreign, packing
 
 SHARD_TOKENS = 2**26  # 128 MiB of 16-bit tokens
 
@@ -120,6 +120,7 @@ class Rows(Sequence):
     import tensorflow_datasets as tfds
 
     self._name = f'{folder} ({split})'
+    foreign.check_features(folder)
     self._source = tfds.builder_from_directory(folder).as_data_source(split)
 
   def __len__(self) -> int:

@@ -1,0 +1,47 @@
+"""Dataset folders from elsewhere are data: TFDS would import whatever module their features.json names."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from mor_jax.settings import ConfigError
+
+_FEATURES = 'features.json'
+_CLASS_KEYS = ('pythonClassName', 'python_class_name', 'type')  # by age of the format
+_OWN = 'tensorflow_datasets.core.features.'
+
+
+def check_features(folder: epath.PathLike) -> None:
+  """To be called before `tfds.builder_from_directory`.
+
+  Raises:
+    ConfigError: the folder names a class that is not TFDS's own, or cannot be read.
+  """
+  path = epath.Path(folder) / _FEATURES
+  if not path.exists():
+    return  # TFDS has its own words for that
+  try:
+    named = list(_classes(json.loads(path.read_text())))
+  except (OSError, ValueError) as error:
+    raise ConfigError(f'{path} cannot be read ({error})') from None
+  for name in named:
+    if not name.startswith(_OWN):
+      raise ConfigError(
+        f'{path} names the class {name}, and importing it could run any code; only the features of TFDS itself '
+        f'are read: prepare the dataset again with those'
+      )
+
+
+def _classes(node: Any) -> Iterator[str]:
+  """Names of classes anywhere in the JSON."""
+  if isinstance(node, list):
+    for item in node:
+      yield from _classes(item)
+  if isinstance(node, dict):
+    for key, value in node.items():
+      if key in _CLASS_KEYS and isinstance(value, str):
+        yield value
+      else:
+        yield from _classes(value)
