@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mor_jax.settings import ConfigError
+from mor_jax.settings import ConfigError, RunError
 
 PATIENCE = 30  # seconds to find the other processes, and to notice that one has died
 
@@ -84,7 +84,8 @@ def initialize(processes: Processes | None) -> None:
   """Connects this process with the others; to be called before anything else asks JAX for its devices.
 
   Raises:
-    ConfigError: the others cannot be reached within PATIENCE seconds; says what to check.
+    RunError: the others cannot be reached within PATIENCE seconds; says what to check. Not a ConfigError,
+      since launchers do not repeat those: another process may have been ended while it started.
   """
   if processes is None:
     return
@@ -102,7 +103,7 @@ def initialize(processes: Processes | None) -> None:
   except (RuntimeError, ValueError) as error:
     who = processes.coordinator or 'the cluster'
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    raise ConfigError(
+    raise RunError(
       f'the processes did not find each other through {who} within {PATIENCE} s ({reason}); check that all of them '
       f'were started, with the same --coordinator and --num_processes and different --process_id'
     ) from None
@@ -119,7 +120,7 @@ def _wait_for(coordinator: str) -> None:
     except OSError as error:
       problem = error.strerror or str(error)
       time.sleep(0.3)
-  raise ConfigError(
+  raise RunError(
     f'--coordinator={coordinator} cannot be reached after {PATIENCE} s ({problem}); check that process 0 runs '
     f'there, that the address is the same for every process, and that no firewall closes the port'
   )
