@@ -1,12 +1,14 @@
 """Kills trainings of two processes at random moments until each is done: python -m benchmarks.chaos [--runs=40]
 
-Each run loses one process or both, by SIGKILL or SIGTERM, at a random moment or while a checkpoint is being
-written, and is started again until it has finished. Checked: every start goes on behind the newest finished
-checkpoint, and the final parameters equal those of an undisturbed run bit for bit. Then every kind of
-damage (damage.py) is done to the newest checkpoint of a run, which must go on from the one before.
+Each run loses one process or both, by SIGKILL or SIGTERM, while it trains, writes a checkpoint or starts, some
+of them twice, and is started again until it has finished. Checked: every start goes on behind the newest
+finished checkpoint, no more steps are done again than promised, and the final state equals that of an
+undisturbed run bit for bit. Then every kind of damage (damage.py) is done to the newest checkpoint of a run,
+which must go on from the one before. Takes half an hour on two quiet cores.
 Writes benchmarks/results/chaos.json and .md; interrupted, the same command goes on where it stopped.
 """
 
+import functools
 import json
 import os
 import random
@@ -15,8 +17,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
 import numpy as np
@@ -26,13 +32,14 @@ from etils import epath
 from benchmarks import results
 from benchmarks.damage import DAMAGE, newest
 from mor_jax import cli
+from mor_jax.config import ModelConfig, TrainConfig
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.training import integrity
 from mor_jax.training.checkpoint import Checkpoints
 from mor_jax.training.optimizer import make_optimizer
 from mor_jax.training.run_folder import RunFolder
-from mor_jax.training.state import abstract_state, initializer
+from mor_jax.training.state import TrainState, abstract_state, initializer
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer('runs', 40, 'runs that are killed')
@@ -40,8 +47,10 @@ flags.DEFINE_string(
   'scratch', '/tmp/mor_jax_chaos', 'folder for the runs; kept until the benchmark is complete'
 )
 flags.DEFINE_integer('seed', 0, 'of the moments and kinds of the kills')
+flags.DEFINE_integer('parallel', 2, 'runs at the same time')
 
-STEPS, EVERY = 60, 6
+# A checkpoint is begun every 5 steps and finished at least every 6.
+STEPS, EVERY, INTERVAL = 60, 5, 6
 SETTINGS = {
   'data.tokenizer': 'bytes',
   'data.seq_len': 64,
@@ -61,6 +70,7 @@ SETTINGS = {
   'train.eval_rows': 4,
   'train.sample_tokens': 0,
   'checkpoint.every_steps': EVERY,
+  'checkpoint.max_unsaved_steps': INTERVAL,
 }
 
 # The command line of mor_jax.train, made slow enough to be hit, which notes its steps and marks its saves.
@@ -155,53 +165,68 @@ class Run:
         found[-1][1] = int(step)
     return found
 
-  def parameters(self) -> dict[str, np.ndarray]:
-    """The whole final state as arrays by path."""
+  def final_state(self) -> dict[str, np.ndarray]:
+    """Everything in the last checkpoint, by path."""
     config = RunFolder(self.run).read_config()
-    mesh, optimizer = mesh_lib.make_mesh(), make_optimizer(config.train, config.model.has_aux_router)
-    initialize = initializer(Transformer(config.model), optimizer, mesh, config.data.seq_len)
     with Checkpoints(self.run / 'checkpoints', config.checkpoint, read_only=True) as checkpoints:
-      state = checkpoints.restore(STEPS, abstract_state(initialize, mesh))
+      assert checkpoints.newest_good() == STEPS
+      state = checkpoints.restore(STEPS, shapes(config.model, config.train, config.data.seq_len))
     return {
       jax.tree_util.keystr(path): np.asarray(leaf)
       for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
 
 
-def wait(processes: list[subprocess.Popen], seconds: float = 180) -> list[int]:
+@functools.cache
+def shapes(model: ModelConfig, train: TrainConfig, seq_len: int) -> TrainState:
+  """What the state of a run looks like."""
+  mesh, optimizer = mesh_lib.make_mesh(), make_optimizer(train, model.has_aux_router)
+  return abstract_state(initializer(Transformer(model), optimizer, mesh, seq_len), mesh)
+
+
+def wait(processes: list[subprocess.Popen], seconds: float = 300) -> list[int]:
   """Exit codes, once all have ended."""
   return [process.wait(timeout=seconds) for process in processes]
 
 
-def disturb(run: Run, rng: random.Random, in_save: bool) -> dict:
-  """Starts the run and kills one process or both; says what was done and what came of it."""
+def disturb(run: Run, rng: random.Random, moment: str, start_seconds: float) -> dict:
+  """Starts the run and kills one process or both; says what was done and what came of it.
+
+  Args:
+    moment: 'start', 'save' or 'steps': when to kill.
+    start_seconds: how long an undisturbed start takes until its first step.
+  """
   before = run.good
   number, both = rng.choice([signal.SIGKILL, signal.SIGTERM]), rng.random() < 0.5
   victims = [0, 1] if both else [rng.randrange(2)]
   after = rng.randrange(EVERY, STEPS - EVERY)
-  earlier = len(run.starts())
+  earlier = [len(run.starts(process)) for process in (0, 1)]
   processes = run.start()
-  if not _until(run, processes, earlier, after, in_save):
-    wait(processes)
-    return {
-      'kind': 'ended before it could be hit',
-      'started_after': before,
-      'inside_save': False,
-      'repeated': 0,
-    }
-  time.sleep(rng.uniform(0, 0.08 if in_save else 0.3))
+  if moment == 'start':
+    time.sleep(rng.uniform(0, start_seconds))
+  else:
+    hit = _until(run, processes, earlier[0], after, in_save=moment == 'save')
+    assert hit, f'{run.folder} ended by itself: exit codes {wait(processes)}, see {run.notes}'
+    time.sleep(rng.uniform(0, 0.08 if moment == 'save' else 0.3))
   inside = any((run.notes / f'saving.{process}').exists() for process in victims)
   for victim in victims:
     processes[victim].send_signal(number)
   begin = time.monotonic()
   codes = wait(processes)
-  started, reached = run.starts()[-1]
-  assert started == before, f'started after step {started}, the newest good checkpoint was {before}'
+  if number == signal.SIGKILL:  # it cannot have come out of the save: its marker is still there
+    inside = inside and any((run.notes / f'saving.{process}').exists() for process in victims)
+  own = [run.starts(process)[earlier[process] :] for process in (0, 1)]
+  started = {start[0] for starts in own for start in starts} or {before}
+  # A step takes both processes: one that is left alone may begin another, and cannot do it.
+  reached = min(starts[0][1] for starts in own) if all(own) else before
+  assert started == {before}, f'started after step {started}, the newest good checkpoint was {before}'
   return {
     'kind': f'{number.name} of {"both" if both else f"process {victims[0]}"}',
+    'moment': moment,
     'inside_save': inside,
-    'started_after': started,
-    'killed_at': reached,
+    'started_after': before,
+    'killed_at': reached if all(own) else 'no step',
+    'newest': run.good,
     'repeated': max(0, reached - run.good),
     'exit_codes': codes,
     'seconds_to_end': round(time.monotonic() - begin, 1),
@@ -235,54 +260,86 @@ def complete(run: Run, processes: int = 2) -> int:
   raise SystemExit(f'{run.folder} does not finish: exit codes {codes}, see {run.notes}')
 
 
+def moments(number: int) -> list[str]:
+  """When the run of this number is killed: half of the runs inside a save, some twice, some while they start."""
+  first = ['save', 'steps', 'save', 'start'][number % 4]
+  return [first, 'steps', 'save'][: 1 if number % 4 else 2]
+
+
+def endure(number: int, expected: dict[str, np.ndarray], start_seconds: float) -> dict:
+  """Kills a run until it is done; the record of what happened, which is kept beside it."""
+  run = Run(f'run-{number:02d}')
+  record = run.folder / 'record.json'
+  if not record.exists():
+    shutil.rmtree(run.folder)
+    run = Run(run.folder.name)
+    rng = random.Random(f'{FLAGS.seed} {number}')
+    kills = [disturb(run, rng, moment, start_seconds) for moment in moments(number)]
+    went_on = complete(run)
+    assert went_on == kills[-1]['newest']
+    with _COMPARING:
+      equal = same(run.final_state(), expected)
+    record.write_text(json.dumps({'kills': kills, 'went_on_after': went_on, 'equal': equal}))
+  entry = json.loads(record.read_text())
+  print(f'run {number}: {[kill["kind"] for kill in entry["kills"]]}, equal {entry["equal"]}', flush=True)
+  return entry
+
+
+def undisturbed() -> tuple[Run, float]:
+  """The run that nothing happens to, and the seconds that a start took until its first step."""
+  run = Run('undisturbed')
+  record = run.notes / 'start_seconds'
+  if not run.finished:
+    begin = time.monotonic()
+    processes = run.start()
+    while not run.starts() and all(process.poll() is None for process in processes):
+      time.sleep(0.05)
+    record.write_text(str(time.monotonic() - begin))
+    wait(processes)
+    assert run.finished, f'see {run.notes}'
+  return run, float(record.read_text())
+
+
 def main() -> None:
   """Runs, checks and writes the tables."""
-  reference = Run('undisturbed')
-  if not reference.finished:
-    complete(reference)
-  expected = reference.parameters()
-  rows = []
-  for number in range(FLAGS.runs):
-    run = Run(f'run-{number:02d}')
-    record = run.folder / 'record.json'
-    if not record.exists():
-      shutil.rmtree(run.folder)
-      run = Run(run.folder.name)
-      rng = random.Random(f'{FLAGS.seed} {number}')
-      kills = [disturb(run, rng, in_save=number % 2 == 0) for _ in range(1 + number % 2)]
-      went_on = complete(run)
-      entry = {'kills': kills, 'went_on_after': went_on, 'equal': same(run.parameters(), expected)}
-      record.write_text(json.dumps(entry))
-    entry = json.loads(record.read_text())
-    for kill in entry['kills']:
-      rows.append([number, *(kill.get(name, '') for name in COLUMNS.values()), entry['equal']])
-    print(
-      f'run {number + 1}/{FLAGS.runs}: {[kill["kind"] for kill in entry["kills"]]}, equal {entry["equal"]}'
-    )
-  damaged = [[name, *damage(name, reference, expected)] for name in DAMAGE]
-  inside = sum(row[2] is True for row in rows)
+  reference, start_seconds = undisturbed()
+  expected = reference.final_state()
+  with ThreadPoolExecutor(FLAGS.parallel) as pool:
+    entries = list(pool.map(lambda number: endure(number, expected, start_seconds), range(FLAGS.runs)))
+  rows = [
+    [number, *(kill[name] for name in COLUMNS.values()), entry['went_on_after'], entry['equal']]
+    for number, entry in enumerate(entries)
+    for kill in entry['kills']
+  ]
+  kills = [kill for entry in entries for kill in entry['kills']]
   settings = {
     'steps': STEPS,
-    'checkpoint every': EVERY,
-    'kills': len(rows),
-    'kills inside a save': inside,
-    'all final states equal bit for bit': all(row[-1] for row in rows),
-    'most steps repeated, killed outside a save': max((row[5] for row in rows if row[2] is False), default=0),
-    'most steps repeated, killed inside a save': max((row[5] for row in rows if row[2] is True), default=0),
-    'damage survived': f'{sum(row[-1] for row in damaged)} of {len(damaged)}',
+    'a checkpoint is begun every': EVERY,
+    'and finished at least every': INTERVAL,
+    'runs': len(entries),
+    'kills': len(kills),
+    'kills inside a save': sum(kill['inside_save'] for kill in kills),
+    'kills while starting': sum(kill['moment'] == 'start' for kill in kills),
+    'most steps repeated': max(kill['repeated'] for kill in kills),
+    'all final states equal bit for bit': all(entry['equal'] for entry in entries),
   }
-  print(results.keep('chaos', ['run', *COLUMNS, 'equal'], rows, settings))
-  print(results.keep('damage', ['damage', 'newest', 'went on after', 'equal'], damaged, {'steps': STEPS}))
-  for name, value in settings.items():
+  print(results.keep('chaos', ['run', *COLUMNS, 'run went on after', 'equal'], rows, settings))
+  damaged = [[name, *damage(name, reference, expected)] for name in DAMAGE]
+  survived = {'steps': STEPS, 'survived': f'{sum(row[-1] for row in damaged)} of {len(damaged)}'}
+  print(results.keep('damage', ['damage', 'newest', 'went on after', 'equal'], damaged, survived))
+  for name, value in (settings | survived).items():
     print(f'{name}: {value}')
   shutil.rmtree(FLAGS.scratch)
 
 
+_COMPARING = threading.Lock()
 COLUMNS = {
   'kill': 'kind',
+  'moment': 'moment',
   'inside a save': 'inside_save',
   'started after': 'started_after',
   'killed at': 'killed_at',
+  'newest finished': 'newest',
   'steps repeated': 'repeated',
   'exit codes': 'exit_codes',
   'seconds until all had ended': 'seconds_to_end',
@@ -299,7 +356,7 @@ def damage(name: str, reference: Run, expected: dict[str, np.ndarray]) -> tuple[
   DAMAGE[name](run.run / 'checkpoints')
   went_on = complete(run)
   print(f'damage {name}: newest {hurt.name}, went on after {went_on}')
-  return int(hurt.name), went_on, went_on < int(hurt.name) and same(run.parameters(), expected)
+  return int(hurt.name), went_on, went_on < int(hurt.name) and same(run.final_state(), expected)
 
 
 def same(state: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool:
