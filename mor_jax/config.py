@@ -380,6 +380,11 @@ class CheckpointConfig:
 
   every_steps: int = setting(1000, 'steps between two checkpoints; the last step is always saved')
   every_minutes: float | None = setting(None, 'also save when the last checkpoint is so many minutes old')
+  max_unsaved_steps: int | None = setting(
+    None,
+    'train at most so many steps past the newest finished checkpoint, and wait for the one being written; '
+    'none: no waiting',
+  )
   keep: int = setting(2, 'newest checkpoints kept')
   keep_every: int | None = setting(None, 'also keep those of every so many steps')
   keep_best: int = setting(

@@ -36,7 +36,7 @@ from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import runtime
 from mor_jax.training import budget, distillation, goodput, loop, phases, summary
-from mor_jax.training.checkpoint import Checkpoints
+from mor_jax.training.checkpoint import Checkpoints, ever_finished
 from mor_jax.training.distillation import Teacher
 from mor_jax.training.goodput import Ledger
 from mor_jax.training.loss import visible_segments
@@ -97,7 +97,7 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
     return 0
 
   # ---- pretrained models and data, which decide the vocabulary ----
-  has_checkpoint = folder.checkpoint_folder(config).is_dir()
+  has_checkpoint = ever_finished(folder.checkpoint_folder(config))
   source, teacher_source = (
     None if has_checkpoint else pretrained.open_source(config),
     pretrained.open_teacher(config),

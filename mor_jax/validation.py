@@ -36,6 +36,9 @@ def _validate_checkpoint(checkpoint: CheckpointConfig) -> None:
     value = getattr(checkpoint, name)
     _require(value is None or value >= 1, f'checkpoint.{name}', value, '>= 1')
   _require(checkpoint.keep_best >= 0, 'checkpoint.keep_best', checkpoint.keep_best, '>= 0')
+  unsaved, every = checkpoint.max_unsaved_steps, checkpoint.every_steps
+  allowed = f'at least checkpoint.every_steps={every}, or none'
+  _require(unsaved is None or unsaved >= every, 'checkpoint.max_unsaved_steps', unsaved, allowed)
   minutes = checkpoint.every_minutes
   _require(minutes is None or minutes > 0, 'checkpoint.every_minutes', minutes, '> 0')
 

@@ -103,6 +103,7 @@ def test_selected_tokens():
     ('train.sample_temperature', -1.0, '>= 0'),
     ('checkpoint.every_steps', 0, '>= 1'),
     ('checkpoint.keep', 0, '>= 1'),
+    ('checkpoint.max_unsaved_steps', 999, 'at least checkpoint.every_steps=1000, or none'),
     ('name', '', 'non-empty'),
     ('name', 'a/b', 'without "/"'),
     ('train.steps', 10.0, 'train.steps=10.0 must be int'),

@@ -72,6 +72,13 @@ def test_begins_with_the_loss_of_the_original_and_resumes_without_it(config, lla
   assert stored_config['init'] == {'source': str(source), 'method': 'stepwise'}
   assert stored_config['model']['vocab_size'] == 260  # the model's, not the tokenizer's 257
 
+  # As if it had been killed before its first checkpoint: the model comes first then, not random parameters.
+  shutil.rmtree(tmp_path / 'run' / 'checkpoints')
+  (tmp_path / 'run' / 'checkpoints' / '2.orbax-checkpoint-tmp').mkdir(parents=True)
+  (tmp_path / 'run' / 'summary.json').unlink()
+  assert train.main(config, str(tmp_path / 'run')) == 0
+  assert metrics.read(tmp_path / 'run' / 'metrics.jsonl')[0]['train/loss'] == first['train/loss']
+
   shutil.rmtree(source)  # a checkpoint comes first, so it is not asked for again
   (tmp_path / 'run' / 'summary.json').unlink()
   longer = config.replace(train={'steps': 3})

@@ -4,7 +4,9 @@ import contextlib
 import errno
 import json
 import pickle
+import resource
 import shutil
+import time
 import types
 
 import jax
@@ -77,7 +79,7 @@ def test_newest_are_kept(state, tmp_path):
       checkpoints.save(step, state)
     checkpoints.wait()
     assert checkpoints.latest_step == 9
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['6', '9']
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['6', '9', 'finished']
     assert checkpoints.path(9) == tmp_path / '9'
   with Checkpoints(tmp_path, SETTINGS) as reopened:
     assert reopened.latest_step == 9
@@ -98,7 +100,7 @@ def test_damaged_newest_is_set_aside_for_the_one_before(run, state, folder, dama
   with Checkpoints(folder, SETTINGS, report=told.append) as checkpoints:
     assert checkpoints.newest_good() == 3
     restored = checkpoints.restore(3, run.abstract)
-    assert sorted(path.name for path in folder.iterdir()) == ['3', '6.damaged']
+    assert sorted(path.name for path in folder.iterdir()) == ['3', '6.damaged', 'finished']
     checkpoints.save(6, state)  # its place is free again
     checkpoints.wait()
     assert checkpoints.newest_good() == 6
@@ -111,12 +113,28 @@ def test_damaged_newest_is_set_aside_for_the_one_before(run, state, folder, dama
 def test_without_a_good_one_the_run_stops_and_begins_nothing_anew(folder):
   for step in (3, 6):
     flip(payload(folder / str(step)))
-  with (
-    Checkpoints(folder, SETTINGS, report=lambda text: None) as checkpoints,
-    pytest.raises(RunError, match=r'none of the 2 checkpoints .* can be used'),
-  ):
-    checkpoints.newest_good()
-  assert sorted(path.name for path in folder.iterdir()) == ['3.damaged', '6.damaged']
+  for _ in range(2):  # not when the command is given again, either
+    with (
+      Checkpoints(folder, SETTINGS, report=lambda text: None) as checkpoints,
+      pytest.raises(RunError, match=r'none of the checkpoints .* can be used'),
+    ):
+      checkpoints.newest_good()
+  assert sorted(path.name for path in folder.iterdir()) == ['3.damaged', '6.damaged', 'finished']
+  shutil.rmtree(folder / '3.damaged')
+  shutil.rmtree(folder / '6.damaged')
+  assert checkpoint_lib.ever_finished(folder)
+
+
+def test_a_first_save_that_was_never_finished_is_no_loss(folder):
+  """The process was killed between Orbax's end and the manifest: nothing was ever there to go on from."""
+  shutil.rmtree(folder / '3')
+  (folder / 'finished').unlink()
+  (folder / '6' / integrity.MANIFEST).unlink()
+  told = []
+  with Checkpoints(folder, SETTINGS, report=told.append) as checkpoints:
+    assert checkpoints.newest_good() is None
+  assert 'its save was never finished' in told[0]
+  assert not checkpoint_lib.ever_finished(folder)
 
 
 def test_a_reader_leaves_everything_where_it_is(folder):
@@ -198,8 +216,53 @@ def test_unwritable_folder_does_not_end_the_training_but_its_end_says_so(state, 
       checkpoints.wait()
 
 
+def test_a_file_system_that_takes_no_more_bytes(state, folder, run):
+  """A real one, here by a limit on the size of files; every layer below has its own words for it."""
+  told, (soft, hard) = [], resource.getrlimit(resource.RLIMIT_FSIZE)
+  with Checkpoints(folder, SETTINGS, report=told.append) as checkpoints:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+      checkpoints.save(9, state)
+      checkpoints._join()
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert 'WARNING' in told[0]
+    assert 'could not be saved' in told[0]
+    assert checkpoints.latest_step == 6
+    checkpoints.save(10, state)
+    checkpoints.wait()
+    assert checkpoints.newest_good() == 10
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(10, run.abstract), state)
+
+
 def _full_disk(*_, **__):
   raise OSError(errno.ENOSPC, 'No space left on device')
+
+
+def test_waits_for_a_checkpoint_that_is_not_finished(state, tmp_path, monkeypatch):
+  """Once, if it fails: training goes on then."""
+  publish, ended = integrity.publish, []
+
+  def slow(*arguments):
+    time.sleep(0.5)
+    ended.append(True)
+    publish(*arguments)
+
+  monkeypatch.setattr(integrity, 'publish', slow)
+  with Checkpoints(tmp_path, SETTINGS, report=lambda text: None) as checkpoints:
+    checkpoints.await_finished(1)
+    checkpoints.save(5, state)
+    checkpoints.await_finished(5)
+    assert ended
+    assert checkpoints.latest_step == 5
+    checkpoints.save(10, state)
+    checkpoints.await_finished(5)
+    assert len(ended) == 1, 'it has one that is new enough'
+    checkpoints.wait()
+    monkeypatch.setattr(integrity, 'publish', _full_disk)
+    checkpoints.save(15, state)
+    checkpoints.await_finished(15)
+    assert checkpoints.latest_step == 10
 
 
 def test_saves_by_the_clock(state, tmp_path, clock):

@@ -64,7 +64,7 @@ def _step(state, batch):
 
 def _train(folder, step=_step, config=CONFIG, first=0, console=None, **parts):
   state = TrainState(jnp.int32(first), (), ())
-  checkpoints = Checkpoints(folder / 'metrics.jsonl')
+  checkpoints = parts.get('checkpoints') or Checkpoints(folder / 'metrics.jsonl')
   console = console or Console(file=io.StringIO(), width=100)
   batches = ({'tokens': np.full((2, 4), n, np.int32)} for n in itertools.count(first))
   batches = parts.get('batches', batches)
@@ -92,6 +92,26 @@ def test_metrics_are_written_before_the_checkpoint(tmp_path):
   for step, records in checkpoints.saved.items():
     assert [r['step'] for r in records] == list(range(1, step + 1))
   assert 'validation/nll' in checkpoints.saved[20][-1]
+
+
+@pytest.mark.parametrize(('bound', 'most'), [(7, 7), (6, 6), (None, 20)])
+def test_no_more_steps_than_promised_are_done_without_a_finished_checkpoint(tmp_path, bound, most):
+  """The disk is so slow that a save is finished only when somebody waits for it."""
+  finished, behind = [0], []
+
+  class Slow(Checkpoints):
+    def await_finished(self, step):
+      if finished[-1] < step:
+        finished.append(max(self.saved))
+
+  def batches():
+    for step in itertools.count(1):
+      behind.append(step - finished[-1])
+      yield {'tokens': np.zeros((2, 4), np.int32)}
+
+  config = CONFIG.replace(checkpoint={'max_unsaved_steps': bound})
+  _train(tmp_path, config=config, batches=batches(), checkpoints=Slow(tmp_path / 'metrics.jsonl'))
+  assert max(behind) == most
 
 
 def test_resumes_after_the_state_it_is_given(tmp_path):

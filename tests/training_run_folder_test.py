@@ -3,9 +3,11 @@ import json
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from mor_jax.config import Config, ConfigError
 from mor_jax.data import dataset as dataset_lib
+from mor_jax.settings import RunError
 from mor_jax.training.run_folder import RunFolder, code_version
 
 CONFIG = Config().replace(model={'vocab_size': 257})
@@ -120,6 +122,23 @@ def test_unusable_folders_are_refused(tmp_path, folder):
   (folder.path / 'checkpoints').mkdir()
   with pytest.raises(ConfigError, match=r'no config\.json'):
     folder.check(CONFIG)
+
+
+@pytest.mark.parametrize(
+  ('checkpoints', 'error', 'message'),
+  [
+    ('s3://bucket/run', ConfigError, r'checkpoint\.folder=s3://bucket/run: .* only gs:// .* mount this one'),
+    ('gs://bucket/run', ConfigError, r"install gcsfs.*; pip install 'mor_jax\[cloud\]'"),
+    ('gs://bucket/run', RunError, r'cannot be reached \(OSError: no answer\); check the bucket'),
+  ],
+)
+def test_remote_folders_that_cannot_be_used_are_refused(tmp_path, monkeypatch, checkpoints, error, message):
+  def fails(path):
+    raise ImportError('Please install gcsfs') if error is ConfigError else OSError('no answer')
+
+  monkeypatch.setattr(type(epath.Path('gs://bucket')), 'exists', fails)
+  with pytest.raises(error, match=message):
+    RunFolder(tmp_path / 'run').check(CONFIG.replace(checkpoint={'folder': checkpoints}))
 
 
 def test_summary_marks_the_run_as_finished(folder):

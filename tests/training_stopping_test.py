@@ -9,6 +9,7 @@ import time
 import pytest
 import tiny_run
 
+from mor_jax.training import stopping
 from mor_jax.training.stopping import Interrupted, Signals, Stop
 
 IN_COMPILED_CODE = """
@@ -71,6 +72,20 @@ def test_a_wait_in_training_is_interrupted(signals):
     assert stop.signal == signal.SIGINT
     with pytest.raises(Interrupted), stop.interruptible():
       pytest.fail('the signal came before')
+
+
+def test_the_end_of_a_machine_that_jax_reports_is_taken_for_sigterm(signals, monkeypatch):
+  monkeypatch.setattr(stopping.jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(stopping.multihost_utils, 'reached_preemption_sync_point', lambda step: step == 3)
+  stop = Stop(signals, tiny_run.MESH)
+  with signals.training():
+    assert [stop.poll(step) for step in (1, 2, 3, 4)] == [None, None, signal.SIGTERM, signal.SIGTERM]
+
+  def switched_off(step):
+    raise RuntimeError('the service is not enabled')
+
+  monkeypatch.setattr(stopping.multihost_utils, 'reached_preemption_sync_point', switched_off)
+  assert Stop(signals, tiny_run.MESH).poll(3) is None
 
 
 def test_handlers_are_restored():

@@ -20,7 +20,16 @@ from mor_jax.training import integrity, retention
 from mor_jax.training.state import TrainState
 
 RETRY_SECONDS = 60.0  # after a save that failed
-_REMOVED = '.removed'
+_REMOVED, _DAMAGED = '.removed', '.damaged'
+_FINISHED = 'finished'  # file in the folder: it says that there once was a finished checkpoint
+
+
+def ever_finished(folder: epath.Path) -> bool:
+  """Whether a folder of checkpoints ever had a finished one, even if nothing good is left of it."""
+  if not folder.is_dir():
+    return False
+  checkpoints = [path for path in folder.iterdir() if path.name.partition(_DAMAGED)[0].isdigit()]
+  return (folder / _FINISHED).exists() or any((path / integrity.MANIFEST).exists() for path in checkpoints)
 
 
 class Checkpoints:
@@ -53,6 +62,7 @@ class Checkpoints:
     self._read_only = read_only
     self._finishing: threading.Thread | None = None
     self._failure: str | None = None
+    self._finished: int | None = None
     self._saved_at = self._failed_at = time.monotonic()
     self._open()
 
@@ -86,15 +96,14 @@ class Checkpoints:
     return self._folder / str(step)
 
   def newest_good(self) -> int | None:
-    """Step of the newest checkpoint whose files are all as they were written; None if there never was one.
+    """Step of the newest checkpoint whose files are all as they were written; None if none was ever finished.
 
     Newer ones that are damaged or unfinished are reported, and renamed out of the way unless `read_only`.
 
     Raises:
-      RunError: there are checkpoints, but none that is good.
+      RunError: there were checkpoints, but none is good; and so at every further call.
     """
-    steps = self.steps
-    for step in reversed(steps):
+    for step in reversed(self.steps):
       folder = self.path(step)
       found = integrity.problems(folder, jax.process_index(), jax.process_count())
       for problem in found:
@@ -103,17 +112,17 @@ class Checkpoints:
         return step
       if not self._read_only:
         self._set_aside(folder)
-    if steps:
+    if ever_finished(self._folder):
       raise RunError(
-        f'none of the {len(steps)} checkpoints in {self._folder} can be used, so there is nothing to resume from; '
-        f'restore one of them, or start over in another --workdir'
+        f'none of the checkpoints in {self._folder} can be used, so there is nothing to resume from; restore one '
+        f'of them, or start over in another --workdir'
       )
     return None
 
   def _set_aside(self, folder: epath.Path) -> None:
     if runtime.is_main():
       number = 0
-      while (target := folder.with_name(f'{folder.name}.damaged{number or ""}')).exists():
+      while (target := folder.with_name(f'{folder.name}{_DAMAGED}{number or ""}')).exists():
         number += 1
       folder.rename(target)
       self._report(f'set it aside as {target.name}')
@@ -174,10 +183,19 @@ class Checkpoints:
       integrity.write_share(self.path(step), jax.process_index(), {'position': position})
       if runtime.is_main():
         integrity.publish(self.path(step), jax.process_count(), about)
+        (self._folder / _FINISHED).write_text(f'{step}\n')
         self._retain()
-      self._failure = None
+      self._failure, self._finished = None, step
     except Exception as error:
       self._note_failure(step, error)
+
+  def await_finished(self, step: int) -> None:
+    """Waits for the save under way, unless this process has finished one of `step` or later.
+
+    One that fails is not waited for again.
+    """
+    if self._finishing is not None and (self._finished is None or self._finished < step):
+      self._finishing.join()
 
   def _note_failure(self, step: int, error: Exception) -> None:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -79,6 +79,7 @@ def train(
   )
   sharding = mesh_lib.micro_batch_sharding(mesh)
   first, saved, position = done, done, None  # the position of data that is read live
+  max_unsaved = config.checkpoint.max_unsaved_steps
 
   def note(records: list[tuple[int, Record]]) -> None:
     for step, record in records:
@@ -94,6 +95,14 @@ def train(
       checkpoints.save(done, state, validated.get('validation/nll'), position)
     saved = done
 
+  def hold() -> None:
+    """Waits for the checkpoint under way where another step would lose too many with the process."""
+    if max_unsaved is None or done - first < max_unsaved:
+      return
+    with meter.paused(), ledger.measure(goodput.CHECKPOINT):
+      watchdog.beat('the checkpoint under way')
+      checkpoints.await_finished(done + 1 - max_unsaved)
+
   def validation() -> Record:
     """Nothing if it is time to stop: what is trained is saved first."""
     try:
@@ -105,6 +114,7 @@ def train(
   with jax.transfer_guard('disallow'), ledger.measure(goodput.STEPS):
     try:
       while done < steps and not stop.signal:
+        hold()
         watchdog.beat(f'step {done + 1}')
         begin = time.perf_counter()
         # A stream is first read up to where it was left, which may take long.

@@ -15,6 +15,7 @@ from etils import epath
 
 from mor_jax.config import Config, ConfigError, resolve, settings
 from mor_jax.data.loader import Dataset
+from mor_jax.settings import RunError
 
 MAY_CHANGE = (
   'name',
@@ -42,6 +43,7 @@ MAY_CHANGE = (
   'train.sample_temperature',
   'checkpoint.every_steps',
   'checkpoint.every_minutes',
+  'checkpoint.max_unsaved_steps',
   'checkpoint.keep',
   'checkpoint.keep_every',
   'checkpoint.keep_best',
@@ -72,12 +74,15 @@ class RunFolder:
   def check(self, config: Config, allowed: Sequence[str] = (), writes: bool = True) -> None:
     """Raises ConfigError unless the folder can be written and holds nothing or this very run.
 
+    Raises RunError where a remote folder for checkpoints does not answer.
+
     Args:
       allowed: settings that may differ from the run's, beside MAY_CHANGE.
       writes: whether this process is the one of several that writes.
     """
     if writes:
       _check_writable(self.path)
+    _check_remote(config.checkpoint.folder)
     if not self._config.exists():
       if self._checkpoints.exists():
         raise ConfigError(
@@ -207,6 +212,29 @@ def _differences(
       yield from _differences(value, other, f'{key}.')
     elif value != other and key not in MAY_CHANGE and not (key == 'model.vocab_size' and other is None):
       yield key, f'{key} was {value}, now {other}'
+
+
+def _check_remote(folder: str | None) -> None:
+  """Raises ConfigError unless a folder with a scheme is one that Orbax and etils can use here."""
+  scheme, separator, _ = (folder or '').partition('://')
+  if not separator:
+    return
+  if scheme != 'gs':
+    raise ConfigError(
+      f'checkpoint.folder={folder}: of remote file systems only gs:// can be written to directly; mount this one '
+      f'and name the folder where it is mounted'
+    )
+  try:
+    epath.Path(folder).exists()
+  except ImportError as error:
+    raise ConfigError(
+      f"checkpoint.folder={folder} cannot be reached: {error}; pip install 'mor_jax[cloud]'"
+    ) from None
+  except Exception as error:  # of whatever library stands behind: no such bucket, no credentials, no network
+    raise RunError(
+      f'checkpoint.folder={folder} cannot be reached ({type(error).__name__}: {error}); check the bucket, the '
+      f'credentials (gcloud auth application-default login) and the network'
+    ) from None
 
 
 def _check_writable(folder: Path) -> None:
