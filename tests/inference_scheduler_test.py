@@ -1,0 +1,204 @@
+"""Many requests at once: the tokens of each alone, whatever the company; stops, cancellation, bad input, statistics."""
+
+import dataclasses
+import functools
+import itertools
+import random
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_run
+
+from mor_jax.data import tokenizer as tokenizers
+from mor_jax.inference.requests import Request, RequestError
+from mor_jax.inference.scheduler import Scheduler
+from mor_jax.inference.text import complete
+from tests import tiny, tiny_engine
+
+MODELS = {
+  'mor': {'num_layers': 5, 'num_recursions': 3, 'router_alpha': 0.8},
+  'token-choice': {'num_layers': 5, 'num_recursions': 3, 'router': 'token_choice'},
+  'recursive': {'kind': 'recursive'},
+  'vanilla': {'kind': 'vanilla'},
+}
+SLOW = ('token-choice', 'recursive')
+LENGTHS = (1, 9, 4, 20, 1, 33, 2, 7)
+
+
+@functools.cache
+def engine(name='mor', **options):
+  made, variables = tiny.model(seed=9, **MODELS[name])
+  return tiny_engine.engine(made, variables, **{'slots': 4, 'lanes': 3, 'boundary_lanes': 2, **options})
+
+
+def answers(requests, ticks_per_call=64, name='mor'):
+  return [result.tokens for result in Scheduler(engine(name), None, ticks_per_call).run(requests)]
+
+
+@pytest.mark.parametrize(
+  'name', [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in MODELS]
+)
+def test_company_and_order_change_no_token(name):
+  """Greedy requests all at once, in several orders, against each alone."""
+  requests = [
+    dataclasses.replace(request, max_new_tokens=10 + 5 * index)
+    for index, request in enumerate(tiny_engine.requests(LENGTHS))
+  ]
+  alone = [answers([request], name=name)[0] for request in requests]
+  assert len({tuple(tokens[:3]) for tokens in alone}) > 3, 'equal texts would show nothing'
+  for order, ticks in ((0, 64), (1, 7), (2, 1000)):
+    shuffled = list(range(len(requests)))
+    random.Random(order).shuffle(shuffled)
+    together = answers([requests[index] for index in shuffled], ticks, name)
+    assert together == [alone[index] for index in shuffled]
+
+
+def test_greedy_tokens_are_those_of_full_forward_passes():
+  made, variables = tiny.model(seed=9, **MODELS['mor'])
+  request = tiny_engine.requests((6,))[0]
+  tokens = list(request.prompt)
+  for _ in range(12):
+    row = jnp.asarray([tokens + [0] * (20 - len(tokens))], jnp.int32)
+    logits = tiny.apply(made, 'threshold')(variables, row, max_len=64, slack=None).logits
+    tokens.append(int(logits[0, len(tokens) - 1].argmax()))
+  assert answers([dataclasses.replace(request, max_new_tokens=12)])[0] == tokens[6:]
+
+
+def test_drawn_tokens_depend_on_the_seed_alone():
+  requests = tiny_engine.requests((5, 5, 12), temperature=1.0, top_k=20, top_p=0.9, max_new_tokens=20)
+  alone = [answers([request])[0] for request in requests]
+  assert answers(requests[::-1], 5) == alone[::-1]
+  assert answers([dataclasses.replace(requests[0], seed=99)])[0] != alone[0]
+
+
+def test_stop_tokens_and_length_end_a_text():
+  request = tiny_engine.requests((5,), temperature=1.0, max_new_tokens=30)[0]
+  tokens = answers([request])[0]
+  stop = next(token for index, token in enumerate(tokens) if index > 3 and token not in tokens[:index])
+  scheduler = Scheduler(engine())
+  results = scheduler.run([dataclasses.replace(request, stop_tokens=(stop,)), request])
+  assert [result.finish for result in results] == ['stop_token', 'length']
+  assert results[0].tokens == tokens[: tokens.index(stop)]
+  assert results[1].tokens == tokens
+  full = scheduler.run([dataclasses.replace(request, max_new_tokens=1000)])[0]
+  assert len(full.tokens) == 64 - 5, 'the cache is full'
+
+
+def test_a_request_cancelled_in_flight_leaves_the_others_alone():
+  requests = tiny_engine.requests(LENGTHS, max_new_tokens=25)
+  expected = answers(requests)
+  scheduler = Scheduler(engine(), ticks_per_call=9)
+  results = [scheduler.submit(request) for request in requests]
+  scheduler.step()
+  scheduler.cancel(results[1])  # in a slot
+  scheduler.cancel(results[-1])  # in the queue
+  scheduler.cancel(results[-1])  # again: nothing happens
+  while scheduler.busy:
+    scheduler.step()
+  assert results[1].finish == results[-1].finish == 'cancelled'
+  assert 0 < len(results[1].tokens) < 25
+  assert results[1].tokens == expected[1][: len(results[1].tokens)]
+  kept = [index for index in range(len(requests)) if index not in (1, len(requests) - 1)]
+  assert [results[index].tokens for index in kept] == [expected[index] for index in kept]
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'prompt': ()}, 'the prompt is empty'),
+    ({'prompt': (1,) * 64}, 'max_len=64'),
+    ({'prompt': (1, 61)}, 'token 61 is outside the vocabulary'),
+    ({'prompt': (-1,)}, 'token -1 is outside'),
+    ({'temperature': -0.5}, 'temperature=-0.5'),
+    ({'temperature': float('nan')}, 'temperature=nan'),
+    ({'top_p': 0.0}, 'top_p=0.0'),
+    ({'top_k': -1}, 'top_k=-1'),
+    ({'repetition_penalty': 0.0}, 'repetition_penalty=0.0'),
+    ({'max_new_tokens': 0}, 'max_new_tokens=0'),
+    ({'seed': -1}, 'seed=-1'),
+    ({'stop_tokens': tuple(range(9))}, 'at most 8 ids'),
+    ({'stop_strings': ('',)}, 'non-empty texts'),
+    ({'stop_strings': ('a',)}, 'need a tokenizer'),
+    ({'max_recursions': 4}, 'max_recursions=4'),
+  ],
+)
+def test_bad_requests_are_refused_and_the_others_answered(change, message):
+  good = tiny_engine.requests((3, 5), max_new_tokens=6)
+  scheduler = Scheduler(engine())
+  results = [scheduler.submit(good[0])]
+  with pytest.raises(RequestError, match=message):
+    scheduler.submit(dataclasses.replace(good[0], **change))
+  results.append(scheduler.submit(good[1]))
+  while scheduler.busy:
+    scheduler.step()
+  assert [result.tokens for result in results] == answers(good)
+
+
+def test_statistics_add_up():
+  """More requests than slots: the queue keeps slots and lanes busy; depths are those of the results."""
+  scheduler = Scheduler(engine(), ticks_per_call=16)
+  requests = tiny_engine.requests((1,) * 12, temperature=1.0, max_new_tokens=20)
+  results = scheduler.run(requests)
+  statistics = scheduler.statistics
+  assert statistics.sampled == sum(len(result.tokens) for result in results) == 12 * 20
+  depths = np.concatenate([result.depths for result in results])
+  assert statistics.passes == depths.sum()
+  assert statistics.mean_depth == pytest.approx(depths.mean())
+  assert 0.8 < statistics.slot_occupancy <= 1
+  assert 0.8 < statistics.lane_occupancy <= 1
+  assert statistics.lane_occupancy == pytest.approx(depths.sum() / (statistics.ticks * 3))
+  for result in results:
+    assert 0 < result.submitted < result.first_token <= result.finished
+  summary = statistics.summary()
+  assert summary['time_to_first_token'] == pytest.approx(
+    np.mean([result.first_token - result.submitted for result in results])
+  )
+  assert summary['tokens_per_second'] == pytest.approx(240 / statistics.seconds)
+
+
+# ---- with a tokenizer ----
+
+
+@pytest.fixture(scope='module')
+def bytes_tokenizer():
+  return tokenizers.build(tiny_run.CONFIG.data)
+
+
+@functools.cache
+def text_engine():
+  run = tiny_run.run()
+  return tiny_engine.engine(run.model, run.initial().variables, slots=2)
+
+
+def test_stop_strings_end_a_text_before_them(bytes_tokenizer):
+  request = Request(tuple(b'Go'), temperature=1.0, max_new_tokens=40, seed=1)
+  text = Scheduler(text_engine(), bytes_tokenizer).run([request])[0].text
+  assert len(text) > 20
+  stop = text[12:14]
+  for ticks in (1, 50):
+    stopping = dataclasses.replace(request, stop_strings=('no such text', stop))
+    result = Scheduler(text_engine(), bytes_tokenizer, ticks).run([stopping])[0]
+    assert result.finish == 'stop_string'
+    assert result.text == text[: text.index(stop)]
+    assert bytes_tokenizer.decode(result.tokens).startswith(result.text)
+
+
+def test_streamed_text_grows(bytes_tokenizer):
+  request = Request(tuple(b'Go'), temperature=1.0, max_new_tokens=20, seed=1)
+  seen = [result.text for result in Scheduler(text_engine(), bytes_tokenizer, 4).stream(request)]
+  assert len(seen) > 4
+  assert all(after.startswith(before.rstrip('�')) for before, after in itertools.pairwise(seen))
+
+
+def test_a_text_completed(bytes_tokenizer):
+  run = tiny_run.run()
+
+  def text(prompt='Go', **options):
+    return complete(run.model, run.initial().variables, bytes_tokenizer, prompt, 6, **options)
+
+  assert text(temperature=0.0) == text(temperature=0.0, seed=5)
+  with pytest.raises(RequestError, match='the prompt is empty'):
+    text(prompt='', temperature=0.0)
+  with pytest.raises(RequestError, match='temperature=-1'):
+    text(temperature=-1)
