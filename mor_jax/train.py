@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from absl import flags
@@ -27,7 +26,6 @@ from rich.console import Console
 
 from mor_jax import cli, pretrained
 from mor_jax.config import Config, ConfigError, TrainConfig
-from mor_jax.data import dataset as dataset_lib
 from mor_jax.data import live, loader, schedule
 from mor_jax.evaluation import ngram, nll
 from mor_jax.inference.text import complete
@@ -119,7 +117,7 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
 
   # ---- model and step ----
   watchdog = Watchdog(config.train.hang_seconds, config.train.exit_on_hang)
-  _use_compilation_cache(config)
+  cli.use_compilation_cache(config)
   model = Transformer(config.model)
   optimizer = make_optimizer(config.train, config.model.has_aux_router)
   initialize = initializer(model, optimizer, mesh, config.data.seq_len)
@@ -270,13 +268,6 @@ def _compile(
     rows = summary.describe_program(phase, *programs[-1], seconds, not_alone=len(planned) > 1)
     summary.print_rows(console, rows)
   return programs
-
-
-def _use_compilation_cache(config: Config) -> None:
-  """Compiled programs are kept in the cache folder of the datasets, so that a restart begins at once."""
-  if jax.config.jax_compilation_cache_dir is None:
-    jax.config.update('jax_compilation_cache_dir', str(dataset_lib.cache_dir(config.data) / 'xla'))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)  # small programs add up
 
 
 def _validator(

@@ -1,0 +1,223 @@
+"""Continues texts with a trained model: python -m mor_jax.generate --checkpoint=runs/tiny-mor --prompt='def '
+
+Text appears as it is generated; routing is causal (threshold), keys and values are cached. --show_depth
+colours every token by the recursions that it took. With --input=FILE.jsonl many prompts are answered
+together: each line is an object with "prompt" (text) or "tokens" (ids), and, where it differs from the
+flags, any of max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop_tokens, stop_strings,
+max_recursions, threshold_shift. --output has a line for each, in the same order: "text", "tokens", "depths",
+"finish" (length, stop_token or stop_string), or "error" where a line cannot be answered.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+from rich.console import Console
+
+from mor_jax import cli
+from mor_jax.config import ConfigError
+from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.evaluation import calibration
+from mor_jax.inference import batch
+from mor_jax.inference.engine import Engine
+from mor_jax.inference.requests import Request, RequestError
+from mor_jax.inference.scheduler import Scheduler
+from mor_jax.inference.terminal import Writer, describe_statistics
+from mor_jax.model import cache
+from mor_jax.model.transformer import Transformer
+from mor_jax.training.restore import LoadedRun, load_run
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string('checkpoint', None, 'folder of the run')
+flags.DEFINE_string('prompt', None, 'beginning of the text')
+flags.DEFINE_string('prompt_file', None, 'file with the beginning of the text')
+flags.DEFINE_string('input', None, 'batch mode: JSONL file with prompts')
+flags.DEFINE_string('output', None, 'batch mode: JSONL file for the answers; default: standard output')
+flags.DEFINE_integer('num_samples', 1, 'continuations of the prompt, with seeds --seed, --seed + 1, ...')
+flags.DEFINE_integer('max_new_tokens', 128, 'tokens to generate at most; --max_len may end a text before')
+flags.DEFINE_float('temperature', 0.7, 'divides the logits; 0 always takes the most likely token')
+flags.DEFINE_integer('top_k', 0, 'sample from so many of the most likely tokens; 0: from all')
+flags.DEFINE_float('top_p', 1.0, 'sample from the most likely tokens that together have this probability')
+flags.DEFINE_float('repetition_penalty', 1.0, 'above 1: tokens that occurred before become less likely')
+flags.DEFINE_integer('seed', 0, 'equal seeds give equal texts')
+flags.DEFINE_multi_string('stop', [], 'text that ends the continuation; may be given several times')
+flags.DEFINE_boolean('ignore_end_of_text', False, 'go on after the token that ends documents')
+flags.DEFINE_integer('max_recursions', None, 'recursions a token takes at most; default: as trained')
+flags.DEFINE_float(
+  'threshold_shift', 0.0, 'added to the router thresholds: above 0 saves computation, below 0 spends more'
+)
+flags.DEFINE_list('capacities', None, 'use the thresholds that mor_jax.calibrate stored for these capacities')
+flags.DEFINE_boolean('show_depth', False, 'colour every token by the recursions that it took')
+flags.DEFINE_integer(
+  'max_len', None, 'longest text in tokens, prompt included; default: data.seq_len of the run'
+)
+flags.DEFINE_integer('slots', None, 'texts generated together; default: --num_samples, or 16 in batch mode')
+flags.DEFINE_float('slack', None, 'places of a recursion per token expected; default: model.threshold_slack')
+flags.DEFINE_enum(
+  'cache_dtype', None, sorted(cache.DTYPES), 'keys and values; default: the dtype of the model'
+)
+
+STREAMING_TICKS = 8
+DEFAULT_SLOTS = 16
+
+
+def main() -> int:
+  """Generates, and returns the exit code. Raises ConfigError for flags that cannot work."""
+  _check_flags()
+  run = load_run(FLAGS.checkpoint)
+  tokenizer = _tokenizer(run)
+  template = _template(tokenizer)
+  try:
+    template.check()
+  except RequestError as error:
+    raise ConfigError(f'--{error}') from None
+  cli.use_compilation_cache(run.config)
+  return _answer_file(run, tokenizer, template) if FLAGS.input else _stream(run, tokenizer, template)
+
+
+def _check_flags() -> None:
+  if not FLAGS.checkpoint:
+    raise ConfigError(
+      '--checkpoint is missing: name the folder of a run, for example --checkpoint=runs/tiny-mor'
+    )
+  given = [name for name in ('prompt', 'prompt_file', 'input') if FLAGS[name].value is not None]
+  if len(given) != 1:
+    found = ' and '.join(f'--{name}' for name in given) or 'none of them'
+    raise ConfigError(f'give one of --prompt, --prompt_file and --input; there is {found}')
+  if FLAGS.input and (FLAGS.show_depth or FLAGS.num_samples != 1):
+    raise ConfigError(
+      '--show_depth and --num_samples are for a single prompt; with --input the answers have "depths", and a '
+      'prompt that is wanted several times stands on several lines'
+    )
+  if FLAGS.output and not FLAGS.input:
+    raise ConfigError(f'--output={FLAGS.output} is for batch mode: give --input too')
+  for name in ('num_samples', 'slots'):
+    value = FLAGS[name].value
+    if value is not None and value < 1:
+      raise ConfigError(f'--{name}={value} is not allowed: must be >= 1')
+
+
+def _tokenizer(run: LoadedRun) -> Tokenizer:
+  path = run.folder.tokenizer
+  if not path.exists():
+    raise ConfigError(
+      f'--checkpoint={FLAGS.checkpoint} has no tokenizer: put the tokenizer.json that the model was trained '
+      f'with at {path}'
+    )
+  try:
+    return Tokenizer.load(path, run.config.data.separator)
+  except ValueError as error:
+    raise ConfigError(f'--checkpoint={FLAGS.checkpoint}: {error}') from None
+
+
+def _template(tokenizer: Tokenizer) -> Request:
+  """The request that the flags describe, with a prompt to be filled in."""
+  return Request(
+    prompt=(tokenizer.end_of_text,),
+    max_new_tokens=FLAGS.max_new_tokens,
+    temperature=FLAGS.temperature,
+    top_k=FLAGS.top_k,
+    top_p=FLAGS.top_p,
+    repetition_penalty=FLAGS.repetition_penalty,
+    seed=FLAGS.seed,
+    stop_tokens=() if FLAGS.ignore_end_of_text else (tokenizer.end_of_text,),
+    stop_strings=tuple(FLAGS.stop),
+    threshold_shift=FLAGS.threshold_shift,
+  )
+
+
+def _engine(run: LoadedRun, slots: int) -> Engine:
+  config, variables = run.config, run.variables
+  if FLAGS.capacities:
+    config, variables = _calibrated(run)
+  return Engine(
+    Transformer(config.model),
+    variables,
+    slots=slots,
+    max_len=config.data.seq_len if FLAGS.max_len is None else FLAGS.max_len,
+    slack=FLAGS.slack,
+    cache_dtype=FLAGS.cache_dtype,
+    max_recursions=FLAGS.max_recursions,
+  )
+
+
+def _calibrated(run: LoadedRun):
+  try:
+    wanted = tuple(float(item) for item in FLAGS.capacities)
+  except ValueError:
+    raise ConfigError(
+      f'--capacities={",".join(FLAGS.capacities)} must be numbers separated by commas'
+    ) from None
+  stored = {entry.capacities: entry for entry in calibration.read(run.folder.calibrations)}
+  if wanted not in stored:
+    text = ','.join(FLAGS.capacities)
+    raise ConfigError(
+      f'--capacities={text} has not been calibrated for this run: first run python -m mor_jax.calibrate '
+      f'--checkpoint={FLAGS.checkpoint} --capacities={text}'
+    )
+  return calibration.apply(run.config, run.variables, stored[wanted])
+
+
+# ---- one prompt, streamed ----
+
+
+def _stream(run: LoadedRun, tokenizer: Tokenizer, template: Request) -> int:
+  if run.config.model.kind != 'mor' and FLAGS.show_depth:
+    raise ConfigError(
+      f'--show_depth: this run has model.kind={run.config.model.kind}, whose tokens all take the same depth'
+    )
+  requests = batch.samples(template, tuple(tokenizer.encode(_prompt())), FLAGS.num_samples)
+  engine = _engine(run, FLAGS.slots or FLAGS.num_samples)
+  scheduler = Scheduler(engine, tokenizer, ticks_per_call=STREAMING_TICKS)
+  try:
+    results = [scheduler.submit(request) for request in requests]
+  except RequestError as error:
+    raise ConfigError(str(error)) from None
+  writer = Writer(Console(), tokenizer, engine.steps, FLAGS.show_depth)
+  for number, result in enumerate(results):
+    writer.begin(result, number if len(results) > 1 else None)
+    while not result.finish:
+      scheduler.step()
+      writer.update(result)
+    writer.end(result)
+  print(describe_statistics(scheduler.statistics, run.config.model), file=sys.stderr)
+  return 0
+
+
+def _prompt() -> str:
+  if FLAGS.prompt_file is None:
+    text, flag = FLAGS.prompt, '--prompt'
+  else:
+    flag = f'--prompt_file={FLAGS.prompt_file}'
+    try:
+      text = Path(FLAGS.prompt_file).read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+      raise ConfigError(f'{flag} cannot be read: {error}') from None
+  if not text:
+    raise ConfigError(f'{flag} is empty: give at least one character')
+  return text
+
+
+# ---- many prompts ----
+
+
+def _answer_file(run: LoadedRun, tokenizer: Tokenizer, template: Request) -> int:
+  lines = batch.read(FLAGS.input)
+  try:
+    output = open(FLAGS.output, 'w', encoding='utf-8') if FLAGS.output else sys.stdout  # noqa: SIM115
+  except OSError as error:
+    raise ConfigError(f'--output={FLAGS.output} cannot be written: {error}') from None
+  scheduler = Scheduler(_engine(run, FLAGS.slots or min(DEFAULT_SLOTS, max(len(lines), 1))), tokenizer)
+  try:
+    refused = batch.answer(scheduler, tokenizer, template, lines, output)
+  finally:
+    if FLAGS.output:
+      output.close()
+  print(describe_statistics(scheduler.statistics, run.config.model), file=sys.stderr)
+  if refused:
+    print(f'error: {refused} of {len(lines)} lines could not be answered, see "error"', file=sys.stderr)
+  return cli.FAILED if refused else 0
+
+
+if __name__ == '__main__':
+  cli.run(main, __doc__, with_config=False)

@@ -1,0 +1,96 @@
+"""Generated text on a terminal while it grows, coloured by depth if wanted; and what it took."""
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from mor_jax.config import ModelConfig
+from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.evaluation.depth import token_texts
+from mor_jax.inference.requests import Result
+from mor_jax.inference.scheduler import Statistics
+
+# From few recursions to many; tokens that took none come first.
+COLOURS = ('bright_black', 'cyan', 'green', 'yellow', 'red', 'magenta', 'bright_blue', 'white')
+REPLACEMENT = '�'  # of bytes that are no character yet
+
+
+class Writer:
+  """Prints results as they grow; where there are no colours, depths stand in brackets behind the tokens."""
+
+  def __init__(self, console: Console, tokenizer: Tokenizer, steps: int, show_depth: bool):
+    """Nothing printed so far. `steps` is the largest depth."""
+    self._console, self._tokenizer = console, tokenizer
+    self._steps, self._show_depth = steps, show_depth
+    self._printed = 0  # characters, or with depths tokens
+
+  def begin(self, result: Result, number: int | None) -> None:
+    """The prompt, with a title if there are several texts, and once the meaning of the colours."""
+    if self._show_depth and not number:
+      self._print(self._legend())
+    if number is not None:
+      self._print(Text(f'--- sample {number + 1} (seed {result.request.seed})\n', style='bold'))
+    self._printed = 0
+    if not self._show_depth:
+      self._print(Text(self._tokenizer.decode(result.request.prompt)))
+    self.update(result)
+
+  def update(self, result: Result) -> None:
+    """What came since; the rest of a character, or what may become a stop string, is held back."""
+    if self._show_depth:
+      self._update_with_depths(result, len(result.depths))
+      return
+    text = result.text
+    if not result.finish:
+      text = text.rstrip(REPLACEMENT)
+      held = max(map(len, result.request.stop_strings), default=1) - 1
+      text = text[: max(len(text) - held, 0)]
+    self._print(Text(text[self._printed :]))
+    self._printed = max(self._printed, len(text))
+
+  def end(self, result: Result) -> None:
+    """The end of a text; the depth of its last token is not known, since nothing follows it."""
+    if self._show_depth:
+      self._update_with_depths(result, len(result.request.prompt) + len(result.tokens))
+    self._print(Text('\n'))
+
+  def _update_with_depths(self, result: Result, count: int) -> None:
+    tokens = (*result.request.prompt, *result.tokens)
+    pieces = token_texts(self._tokenizer, np.array(tokens))
+    line = Text()
+    for index in range(self._printed, min(count, len(tokens))):
+      depth = result.depths[index] if index < len(result.depths) else None
+      line.append(pieces[index], style='' if depth is None else self._style(depth))
+      if depth is not None and not self._console.color_system:
+        line.append(f'[{depth}]')
+    self._printed = max(self._printed, min(count, len(tokens)))
+    self._print(line)
+
+  def _style(self, depth: int) -> str:
+    return COLOURS[depth % len(COLOURS)]
+
+  def _legend(self) -> Text:
+    legend = Text('recursions:')
+    for depth in range(self._steps + 1):
+      legend.append(f' {depth}', style=self._style(depth))
+    return legend.append('\n')
+
+  def _print(self, text: Text) -> None:
+    self._console.print(text, end='', soft_wrap=True, highlight=False)
+
+
+def describe_statistics(statistics: Statistics, config: ModelConfig) -> str:
+  """One line on speed, depth and places."""
+  found = statistics.summary()
+  parts = [
+    f'{found["tokens"]} tokens in {found["seconds"]:.1f} s (compilation included): '
+    f'{found["tokens_per_second"]:,.1f} tokens/s',
+    f'first token after {found["time_to_first_token"]:.2f} s, then {found["time_per_token"] * 1e3:.1f} ms each',
+    f'slots {found["slot_occupancy"]:.0%} in use',
+  ]
+  if config.kind == 'mor':
+    parts += [
+      f'mean depth {found["mean_depth"]:.2f} of {config.recursions}',
+      f'{found["overflow"]} tokens without a place',
+    ]
+  return '; '.join(parts)

@@ -1,0 +1,167 @@
+"""python -m mor_jax.generate: streamed and coloured text, batches in JSONL, and what it refuses."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tiny_run
+from rich.console import Console
+
+from mor_jax.data import tokenizer as tokenizers
+from mor_jax.inference import batch
+from mor_jax.inference.requests import Request, Result
+from mor_jax.inference.scheduler import Scheduler
+from mor_jax.inference.terminal import Writer
+from tests import tiny_engine
+
+
+def command(*flags):
+  program = [sys.executable, '-m', 'mor_jax.generate', *flags]
+  return subprocess.run(program, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+  return tokenizers.build(tiny_run.CONFIG.data)
+
+
+def test_samples_of_a_prompt_are_printed(finished_run):
+  done = command(
+    f'--checkpoint={finished_run[1]}',
+    '--prompt=The ',
+    '--num_samples=2',
+    '--max_new_tokens=12',
+    '--show_depth',
+  )
+  assert done.returncode == 0, done.stderr
+  legend, *samples = done.stdout.splitlines()
+  assert legend == 'recursions: 0 1 2'
+  assert done.stdout.count('T[') == 2
+  assert [line for line in samples if line.startswith('---')] == [
+    '--- sample 1 (seed 0)',
+    '--- sample 2 (seed 1)',
+  ]
+  for said in ('24 tokens in', 'tokens/s', 'first token after', 'mean depth', 'without a place'):
+    assert said in done.stderr
+
+
+def test_a_file_of_prompts_is_answered_line_by_line(finished_run, tmp_path):
+  lines = [{'prompt': 'The harbour'}, {'prompt': ''}, {'tokens': [72, 105], 'max_new_tokens': 3}]
+  (tmp_path / 'in.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+  done = command(
+    f'--checkpoint={finished_run[1]}',
+    f'--input={tmp_path}/in.jsonl',
+    f'--output={tmp_path}/out.jsonl',
+    '--max_new_tokens=5',
+    '--max_recursions=1',
+    '--temperature=0',
+  )
+  assert done.returncode == 1
+  assert '1 of 3 lines could not be answered' in done.stderr
+  first, second, third = map(json.loads, (tmp_path / 'out.jsonl').read_text().splitlines())
+  assert len(first['tokens']) == 5
+  assert first['prompt_depths'] + first['depths'] == [1] * 15, 'one recursion each; the last token takes none'
+  assert first['finish'] == 'length'
+  assert second == {'error': 'the prompt is empty; give at least one token'}
+  assert len(third['tokens']) == 3
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    ((), 'give one of --prompt, --prompt_file and --input; there is none of them'),
+    (('--prompt=',), '--prompt is empty'),
+    (('--prompt=a', '--temperature=-1'), '--temperature=-1.0 is not allowed: must be >= 0'),
+    (('--prompt=' + 'a' * 64,), 'the prompt has 64 tokens, which leaves no room in a cache of max_len=64'),
+    (('--prompt=a', '--capacities=1.0,0.1'), 'first run python -m mor_jax.calibrate'),
+  ],
+)
+def test_refuses(finished_run, flags, message):
+  done = command(f'--checkpoint={finished_run[1]}', *flags)
+  assert done.returncode == 2, done.stderr
+  assert message in done.stderr
+  assert len(done.stderr.splitlines()) < 4
+
+
+def test_a_run_without_tokenizer_is_refused(finished_run, tmp_path):
+  run = shutil.copytree(finished_run[1], tmp_path / 'run')
+  (run / 'tokenizer.json').unlink()
+  done = command(f'--checkpoint={run}', '--prompt=a')
+  assert done.returncode == 2
+  assert 'has no tokenizer: put the tokenizer.json' in done.stderr
+
+
+# ---- without a process of its own ----
+
+
+def test_lines_are_answered_in_their_order_and_bad_ones_harm_nobody(tokenizer):
+  run = tiny_run.run()
+  engine = tiny_engine.engine(run.model, run.initial().variables, slots=2)
+  template = Request((256,), max_new_tokens=4)
+  lines = [
+    '{"prompt": "a", "max_new_tokens": 30}',
+    'no JSON',
+    '{"prompt": "b", "temperature": 1, "seed": 3, "stop_strings": ["zz"]}',
+    '{"text": "c"}',
+    '{"tokens": [1, 999]}',
+    '{"tokens": "a"}',
+    '{"prompt": "d", "colour": "red"}',
+    '{"prompt": "e", "temperature": "hot"}',
+    '{"prompt": "f", "max_recursions": null}',
+  ]
+  output = io.StringIO()
+  refused = batch.answer(Scheduler(engine, tokenizer), tokenizer, template, lines, output)
+  answers = [json.loads(line) for line in output.getvalue().splitlines()]
+  assert refused == 6
+  assert [len(answer.get('tokens', ())) for answer in answers] == [30, 0, 4, 0, 0, 0, 0, 0, 4]
+  errors = [answer['error'] for answer in answers if 'error' in answer]
+  for message, error in zip(
+    ('no JSON', '"prompt", a text', 'token 999', 'must be a list', '"colour"', "temperature='hot'"),
+    errors,
+    strict=True,
+  ):
+    assert message in error
+  # A negative temperature is refused like everything that a flag would refuse.
+  one = io.StringIO()
+  assert batch.answer(
+    Scheduler(engine, tokenizer), tokenizer, template, ['{"prompt":"a","temperature":-1}'], one
+  )
+  assert 'temperature=-1.0 is not allowed' in one.getvalue()
+
+
+def shown(tokenizer, result, grows, **console):
+  """What a writer prints while `grows` changes the result, with escape sequences."""
+  output = io.StringIO()
+  writer = Writer(Console(file=output, **console), tokenizer, 3, show_depth=bool(result.depths))
+  writer.begin(result, None)
+  for change in grows:
+    change(result)
+    writer.update(result)
+  writer.end(result)
+  return output.getvalue()
+
+
+def test_depths_are_colours_where_there_are_any(tokenizer):
+  result = Result(Request(tuple(b'ab')), tokens=list(b'cd'), depths=[1, 2, 3])
+  colours = {'force_terminal': True, 'color_system': 'standard'}
+  text = shown(tokenizer, result, [], **colours)
+  assert text.startswith('recursions:')
+  body = text.splitlines()[1]
+  assert body == '\x1b[36ma\x1b[0m\x1b[32mb\x1b[0m\x1b[33mc\x1b[0md'
+  assert shown(tokenizer, result, [], color_system=None).splitlines()[1] == 'a[1]b[2]c[3]d'
+
+
+def test_what_may_become_a_stop_string_is_held_back(tokenizer):
+  result = Result(Request(tuple(b'a'), stop_strings=('END',)))
+  output = io.StringIO()
+  writer = Writer(Console(file=output), tokenizer, 3, show_depth=False)
+  writer.begin(result, None)
+  result.text = 'xyzEN'
+  writer.update(result)
+  assert output.getvalue() == 'axyz'
+  result.text, result.finish = 'xyz', 'stop_string'
+  writer.update(result)
+  assert output.getvalue() == 'axyz'
