@@ -4,7 +4,8 @@
 
 For each case it prints a line of JSON: 'loss'; 'error', the largest difference of a gradient from the first case of
 the same model, relative to the gradient's largest value; 'bytes', of collectives by kind. A mesh is (replica, fsdp,
-tensor); `local` false leaves routing to the compiler; 'chunk' is train.loss_chunk.
+tensor); `local` false leaves routing to the compiler; 'chunk' is train.loss_chunk. With 'init' it also prints what
+making the state at step 0 takes: 'state', bytes of all of it, and 'init', the most that a device holds on the way.
 """
 
 import functools
@@ -16,11 +17,13 @@ import jax
 import numpy as np
 import tiny
 
-from mor_jax.config import ParallelConfig
+from mor_jax.config import Config, ParallelConfig
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import rules
 from mor_jax.parallel.collectives import collective_bytes
 from mor_jax.training import loss as loss_lib
+from mor_jax.training.optimizer import make_optimizer
+from mor_jax.training.state import SEED, initializer
 
 ROWS, LENGTH = 8, 16
 
@@ -57,6 +60,17 @@ def loss_and_gradient(
   return float(value), grads, collective_bytes(compiled.as_text())
 
 
+def bytes_of_initialisation(model: dict[str, Any], shape: list[int]) -> dict[str, int]:
+  """Bytes of a training's state, and those that one device needs to make its part."""
+  mesh = mesh_lib.make_mesh(ParallelConfig(*shape))
+  made = tiny.model(**{'vocab_size': 64, **model})[0]
+  initialize = initializer(made, make_optimizer(Config().train), mesh, LENGTH)
+  memory = initialize.lower(SEED).compile().memory_analysis()
+  leaves = jax.tree.leaves(jax.eval_shape(initialize, SEED))
+  whole = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+  return {'state': whole, 'init': memory.output_size_in_bytes + memory.temp_size_in_bytes}
+
+
 def main(cases: list[dict[str, Any]]) -> None:
   jax.config.update('jax_num_cpu_devices', 8)
   expected, shard_map = {}, jax.shard_map
@@ -71,7 +85,8 @@ def main(cases: list[dict[str, Any]]) -> None:
     first = expected.setdefault(json.dumps(model), grads)
     errors = jax.tree.map(lambda one, other: np.abs(one - other).max() / np.abs(other).max(), grads, first)
     error = float(functools.reduce(max, jax.tree.leaves(errors)))
-    print(json.dumps({'loss': loss, 'error': error, 'bytes': num_bytes}), flush=True)
+    more = bytes_of_initialisation(model, case['mesh']) if case.get('init') else {}
+    print(json.dumps({'loss': loss, 'error': error, 'bytes': num_bytes, **more}), flush=True)
 
 
 if __name__ == '__main__':

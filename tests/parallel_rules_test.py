@@ -36,7 +36,7 @@ SMALL = 2000  # bytes of sums for loss, normalizers and metrics
 def on_all_meshes(name: str) -> list[dict]:
   """Results for MESHES, and one for SPLIT in which routing is left to the compiler."""
   cases = [{'model': MODELS[name], 'mesh': mesh, 'chunk': CHUNK} for mesh in MESHES]
-  return measure([*cases, cases[MESHES.index(SPLIT)] | {'local': False}])
+  return measure([*cases, cases[MESHES.index(SPLIT)] | {'local': False, 'init': True}])
 
 
 def measure(cases: list[dict]) -> list[dict]:
@@ -126,6 +126,12 @@ def test_routing_needs_no_communication(name):
   for mesh, result, reference in zip(MESHES, routed, vanilla, strict=False):
     assert communicates_no_more(result, reference), mesh
   assert not communicates_no_more(left_to_compiler, vanilla[MESHES.index(SPLIT)])
+
+
+def test_the_state_is_made_in_parts():
+  """No device, and so no host, holds the whole of it."""
+  made = on_all_meshes('expert_choice')[-1]
+  assert made['init'] < made['state'] / 8 * 2
 
 
 def communicates_no_more(result: dict, reference: dict) -> bool:
