@@ -33,7 +33,7 @@ class Devices:
     state = STATE // fsdp
     peak = state + rows * KEPT[config.model.remat]
     return Program(
-      config, mesh, state // 3, 2 * state // 3, state, peak - state, peak, self.memory, 1.0, 1, [], 0.0
+      config, mesh, state // 3, 2 * state // 3, state, peak - state, peak, self.memory, 1.0, 1, [], 0.0, 0.0
     )
 
 

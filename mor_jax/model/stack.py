@@ -40,6 +40,19 @@ def layer_inputs(config: ModelConfig, context: TokenContext, memory: Memory | No
   return LayerInputs(*rotation(config, context.positions_BC), context, keys)
 
 
+def in_computing_dtype(config: ModelConfig, layers_N: dict) -> dict:
+  """The layers with kernels as matrix products take them.
+
+  Done here, and not layer by layer, the gradients of a whole stack wait in this dtype too until those of all
+  recursions are added up (in float32). The values are the same: a product's gradient has the dtype of its operands.
+  """
+
+  def cast(path, leaf):
+    return leaf.astype(config.dtype) if path[-1].key == 'kernel' else leaf
+
+  return jax.tree_util.tree_map_with_path(cast, layers_N)
+
+
 def apply_stack(
   config: ModelConfig,
   layers_N: dict,
@@ -66,6 +79,7 @@ def apply_stack(
     return x_BCD, None
   layer = DecoderLayer(config, parent=None)
   inputs = layer_inputs(config, context, memory)
+  layers_N = in_computing_dtype(config, layers_N)
 
   def body(x_BCD, params_and_memory):
     x_BCD = checkpoint_name(x_BCD, LAYER_INPUT)

@@ -111,4 +111,5 @@ def as_json(program: Program) -> dict:
     'collective_bytes_by_kind': by_kind,
     **figures,
     'compile_seconds': program.compile_seconds,
+    'compile_cpu_seconds': program.compile_cpu_seconds,
   }
