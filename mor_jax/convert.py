@@ -22,7 +22,7 @@ from absl import flags
 from rich.console import Console
 
 from mor_jax import cli
-from mor_jax.config import Config, ConfigError
+from mor_jax.config import Config, ConfigError, DataConfig
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.interop import folders, huggingface, official, sources
 from mor_jax.interop.weights import Weights
@@ -79,9 +79,11 @@ def bring_in(source: Path, output: Path) -> str:
   else:
     weights, tokenizer = huggingface.open_folder(source)
   weights = _cast(weights, FLAGS.dtype)
-  config = Config(name=output.name, model=weights.config).replace(
-    data={'tokenizer': str(output.absolute() / 'tokenizer.json'), 'separator': tokenizer.separator}
-  )
+  data = {'tokenizer': str(output.absolute() / 'tokenizer.json'), 'separator': tokenizer.separator}
+  if sources.has_settings(source, 'max_position_embeddings'):
+    longest = folders.read_config(source)['max_position_embeddings']
+    data['seq_len'] = min(longest, DataConfig().seq_len)  # texts may be longer where a flag says so
+  config = Config(name=output.name, model=weights.config).replace(data=data)
   stored.write_model(output, config, weights, tokenizer, str(source))
   return f'the {config.model.kind} model of {source}, as a run folder,'
 

@@ -95,11 +95,9 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
     return 0
 
   # ---- pretrained models and data, which decide the vocabulary ----
-  has_checkpoint = ever_finished(folder.checkpoint_folder(config))
-  source, teacher_source = (
-    None if has_checkpoint else pretrained.open_source(config),
-    pretrained.open_teacher(config),
-  )
+  resumes = ever_finished(folder.checkpoint_folder(config))
+  source = None if resumes else pretrained.open_source(config)
+  teacher_source = pretrained.open_teacher(config)
   if source is not None:
     config = config.replace(model={'vocab_size': config.model.vocab_size or source.weights.config.vocab_size})
     pretrained.shared_weights(config, source)  # checks shapes
@@ -145,9 +143,6 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
       _print(console, f'\nresuming after step {done} from {checkpoints.path(done)}')
     else:
       state = initialize(jnp.uint32(config.train.seed))
-      source = source or pretrained.open_source(
-        config
-      )  # unless a first checkpoint was begun and never finished
       if source is not None:
         state = begin_from(state, pretrained.shared_weights(config, source))
 

@@ -59,8 +59,7 @@ def teacher_of(config):
   return teacher, jax.tree.map(lambda leaf: leaf * 3, params)
 
 
-@pytest.mark.parametrize('chunk', [0, 48])
-@pytest.mark.parametrize('top_k', [None, 10])
+@pytest.mark.parametrize(('chunk', 'top_k'), [(0, 10), (48, None)])
 def test_loss_and_gradient_are_those_written_out(chunk, top_k):
   config = settings(top_k=top_k)
   (teacher, theirs), model = teacher_of(config), Transformer(config.model)
