@@ -169,6 +169,27 @@ def test_memory_settings_do_not_change_results(kind, change):
   assert_trees_close(gradients, expected_gradients, atol=1e-6, rtol=1e-4)
 
 
+def test_gradients_of_a_stack_wait_in_the_computing_dtype():
+  """Float32 stacks of gradients, one for every recursion, would take away most of the memory that sharing saves."""
+  model, variables = tiny.model(num_recursions=2, dtype='bfloat16')
+  tokens_BT = tiny.tokens(*SEGMENTS.shape)
+  program = jax.make_jaxpr(jax.grad(lambda v: loss(model, v, tokens_BT, SEGMENTS)[0]))(variables)
+  block = (model.config.shared_depth, model.config.d_model, model.config.mlp_dim)
+  made = [out.aval for scan in scans(program.jaxpr) for out in scan.outvars if out.aval.shape == block]
+  assert len(made) >= 2 * model.config.num_recursions  # gate and up
+  assert {str(aval.dtype) for aval in made} == {'bfloat16'}
+
+
+def scans(jaxpr):
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'scan':
+      yield equation
+    for value in equation.params.values():
+      inner = getattr(value, 'jaxpr', value)
+      if hasattr(inner, 'eqns'):
+        yield from scans(inner)
+
+
 def test_bfloat16_is_close_to_float32():
   model, variables = tiny.model(kind='recursive')
   half = Transformer(dataclasses.replace(model.config, dtype='bfloat16'))
