@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import results
+from mor_jax.parallel import topology
 
 Compiled = dict[str, Any]  # what `python -m mor_jax.compile --json` prints
 MODELS = {
@@ -39,6 +40,7 @@ def compile_all(
     settings: how it was measured.
     again: repeat all.
   """
+  topology.prepare()  # what is kept beside the figures includes the devices of this machine
   console = Console()
   path = results.FOLDER / f'{name}.json'
   known = json.loads(path.read_text())['programs'] if path.exists() and not again else {}

@@ -32,9 +32,13 @@ def make_mesh(parallel: ParallelConfig | None = None, devices: list[jax.Device] 
   outer = _fill({'dcn_replica': parallel.dcn_replica, 'dcn_fsdp': parallel.dcn_fsdp}, slices, 'slices')
   sizes = {'replica': parallel.replica, 'fsdp': parallel.fsdp, 'tensor': parallel.tensor}
   inner = _fill(sizes, len(devices) // slices, 'devices' if slices == 1 else 'devices of a slice')
+  split = {
+    'allow_split_physical_axes': True
+  }  # fsdp=16 on 8 x 8 x 8 chips takes one of their axes and a part of another
   if slices == 1:
-    return jax.make_mesh(tuple(inner), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-  grid = mesh_utils.create_hybrid_device_mesh(inner, [*outer, 1], devices)
+    grid = mesh_utils.create_device_mesh(inner, devices, **split)
+  else:
+    grid = mesh_utils.create_hybrid_device_mesh(inner, [*outer, 1], devices, **split)
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
