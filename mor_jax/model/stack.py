@@ -89,7 +89,10 @@ def apply_stack(
     return x_BCD, key_values if remember else None
 
   if config.remat != 'none':
-    body = jax.checkpoint(body, prevent_cse=False, policy=_POLICIES[config.remat])
+    # The compiler merges what is computed again with what was computed first, unless a loop keeps them apart;
+    # it makes no loop of a single layer, and then would keep all activations of the first and the last.
+    in_loop = jax.tree.leaves(layers_N)[0].shape[0] > 1 and not config.unroll_layers
+    body = jax.checkpoint(body, prevent_cse=not in_loop, policy=_POLICIES[config.remat])
   key_values_N = None if memory is None else (memory.keys, memory.values)
   x_BCD, kept = jax.lax.scan(body, x_BCD, (layers_N, key_values_N), unroll=config.unroll_layers)
   if not remember:
