@@ -1,0 +1,171 @@
+"""Ways to choose tokens and to move them, timed on this machine and compiled for a TPU.
+
+  python -m benchmarks.selection [--rounds=30] [--rows=4] [--width=384] [--lengths=512,1024,2048] [--topology=v5p:1x1x1]
+
+Ways of one kind give the same result to the bit, ties included, which is checked; they alternate in one
+process and the median counts. What is not as fast as `mor_jax/model/tokens.py` lives here alone. Movement
+is timed with its gradient: tokens out of their rows, multiplied, and added back. The TPU's figures are its
+compiler's estimate. Writes benchmarks/results/selection.json and .md.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks import results
+from mor_jax import cli
+from mor_jax.model import tokens
+from mor_jax.parallel import topology
+
+FLAGS = flags.FLAGS
+flags.DEFINE_integer('rounds', 30, 'runs of every way that are timed')
+flags.DEFINE_integer('rows', 4, 'rows of a batch')
+flags.DEFINE_integer('width', 384, 'model width')
+flags.DEFINE_list('lengths', ['512', '1024', '2048'], 'tokens of a row; half of them are chosen')
+flags.DEFINE_string('topology', 'v5p:1x1x1', 'TPU to compile for; empty: none')
+
+
+# ---- which tokens ----
+def stable_sort(scores_BT: jax.Array, count: int) -> jax.Array:
+  """A stable sort by falling score, then sorted places."""
+  return jnp.sort(jnp.argsort(-scores_BT, axis=-1, stable=True)[:, :count], axis=-1)
+
+
+def bisect_and_search(scores_BT: jax.Array, count: int) -> jax.Array:
+  """The threshold by bisection, then every place by binary search in the running count."""
+  running_BT = jnp.cumsum(tokens.highest(scores_BT, count), axis=-1, dtype=jnp.int32)
+  wanted_C = jnp.arange(1, count + 1, dtype=jnp.int32)
+  return jax.vmap(lambda running_T: jnp.searchsorted(running_T, wanted_C))(running_BT).astype(jnp.int32)
+
+
+def bisect_and_sort(scores_BT: jax.Array, count: int) -> jax.Array:
+  """The threshold by bisection, then the places sorted, those not chosen last."""
+  length = scores_BT.shape[1]
+  index_BT = jnp.arange(length, dtype=jnp.int32) + jnp.where(tokens.highest(scores_BT, count), 0, length)
+  return jnp.sort(index_BT, axis=-1)[:, :count]
+
+
+# ---- how they move ----
+def scattered(x_BTD: jax.Array, indices_BC: jax.Array, scale: jax.Array) -> jax.Array:
+  """Tokens taken and added back as JAX does and differentiates it, by scattering: what the model does."""
+  return tokens.add(x_BTD, indices_BC, tokens.take(x_BTD, indices_BC) * scale)
+
+
+@jax.custom_vjp
+def _take(x_BTD, indices_BC):
+  return jnp.take_along_axis(x_BTD, indices_BC[..., None], axis=1, mode='promise_in_bounds')
+
+
+_take.defvjp(
+  lambda x_BTD, indices_BC: (_take(x_BTD, indices_BC), (indices_BC, jnp.zeros((x_BTD.shape[1], 0)))),
+  lambda kept, grad_BCD: (_back(grad_BCD, kept[0], kept[1].shape[0]), None),
+)
+
+
+@jax.custom_vjp
+def _add(x_BTD, indices_BC, values_BCD):
+  return x_BTD + _back(values_BCD, indices_BC, x_BTD.shape[1])
+
+
+_add.defvjp(
+  lambda x_BTD, indices_BC, values_BCD: (_add(x_BTD, indices_BC, values_BCD), indices_BC),
+  lambda indices_BC, grad_BTD: (grad_BTD, None, _take(grad_BTD, indices_BC)),
+)
+
+
+def _back(values_BCD, indices_BC, length):
+  """Every token of the row asks who holds its value, by binary search: no scatter at all."""
+  index_T = jnp.arange(length, dtype=indices_BC.dtype)
+  place_BT = jax.vmap(lambda indices_C: jnp.searchsorted(indices_C, index_T))(indices_BC)
+  place_BT = jnp.minimum(place_BT, indices_BC.shape[1] - 1)
+  is_there_BT = jnp.take_along_axis(indices_BC, place_BT, axis=1) == index_T
+  return jnp.where(is_there_BT[..., None], _take(values_BCD, place_BT), 0)
+
+
+def gathered(x_BTD: jax.Array, indices_BC: jax.Array, scale: jax.Array) -> jax.Array:
+  """Both ways, and both gradients, by gathering."""
+  return _add(x_BTD, indices_BC, _take(x_BTD, indices_BC) * scale)
+
+
+SELECTIONS = {
+  'top_k, sort': tokens.by_top_k,
+  'stable sort': stable_sort,
+  'bisection, search': bisect_and_search,
+  'bisection, scatter': tokens.by_threshold,
+  'bisection, sort': bisect_and_sort,
+}
+MOVEMENTS = {'scatter (as shipped)': scattered, 'gather': gathered}
+
+
+def main() -> None:
+  """Measures and writes the table."""
+  topology.prepare()
+  rows = [row for length in FLAGS.lengths for kind in (_selection, _movement) for row in kind(int(length))]
+  used = {name: FLAGS[name].value for name in ('rounds', 'rows', 'width', 'topology')}
+  columns = ('tokens', 'what', 'way', 'median, ms', 'least, ms', 'TPU estimate, us', 'TPU bytes accessed, MB')
+  Console().print(results.keep('selection', columns, rows, used), highlight=False, soft_wrap=True)
+
+
+def _selection(length: int) -> Iterator[list]:
+  scores_BT = np.random.default_rng(length).normal(size=(FLAGS.rows, length)).astype(np.float32)
+  scores_BT = np.where(np.arange(length) % 7 == 0, 0.25, scores_BT)  # ties
+  scores_BT[:, ::5] = -np.inf  # tokens that have left
+  count = length * 9 // 10  # the border lies among those that have left: ties there, too
+  for name, found, figures in _measure(SELECTIONS, lambda way: lambda s: way(s, count), (scores_BT,)):
+    np.testing.assert_array_equal(found, tokens.by_top_k(scores_BT, count), err_msg=name)
+    yield [length, 'choose', name, *figures]
+
+
+def _movement(length: int) -> Iterator[list]:
+  rng = np.random.default_rng(length)
+  x_BTD = rng.normal(size=(FLAGS.rows, length, FLAGS.width)).astype(np.float32)
+  chosen = [np.sort(rng.permutation(length)[: length // 2]) for _ in range(FLAGS.rows)]
+  arguments = x_BTD, np.stack(chosen).astype(np.int32), rng.normal(size=FLAGS.width).astype(np.float32)
+
+  def gradient(way: Callable):
+    def loss(x_BTD, indices_BC, scale):
+      return jnp.square(way(x_BTD, indices_BC, scale)).sum()
+
+    return jax.grad(loss, argnums=(0, 2))
+
+  expected = jax.jit(gradient(scattered))(*arguments)
+  for name, found, figures in _measure(MOVEMENTS, gradient, arguments):
+    for one, other in zip(found, expected, strict=True):
+      np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4, err_msg=name)
+    yield [length, 'move', name, *figures]
+
+
+def _measure(ways: dict[str, Callable], program: Callable, arguments: tuple) -> Iterator[tuple]:
+  """(name, result, [median ms, least ms, TPU estimate in us, MB accessed there]) of every way."""
+  placed = jax.device_put(arguments)
+  compiled = {name: jax.jit(program(way)).lower(*placed).compile() for name, way in ways.items()}
+  seconds = {name: [] for name in ways}
+  for _ in track(range(FLAGS.rounds + 1), f'{arguments[0].shape}'):
+    for name, run in compiled.items():
+      begin = time.perf_counter()
+      jax.block_until_ready(run(*placed))
+      seconds[name].append(time.perf_counter() - begin)
+  for name, run in compiled.items():
+    taken = seconds[name][1:]  # the first warms up
+    times = [f'{statistics.median(taken) * 1e3:.3f}', f'{min(taken) * 1e3:.3f}']
+    yield name, run(*placed), times + _on_tpu(program(ways[name]), placed)
+
+
+def _on_tpu(function: Callable, arguments: tuple) -> list[str]:
+  if not FLAGS.topology:
+    return ['', '']
+  device = jax.sharding.SingleDeviceSharding(topology.devices(FLAGS.topology)[0])
+  shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device) for a in arguments]
+  cost = jax.jit(function).lower(*shapes).compile().cost_analysis()
+  return [f'{cost.get("optimal_seconds", 0) * 1e6:.1f}', f'{cost.get("bytes accessed", 0) / 1e6:.2f}']
+
+
+if __name__ == '__main__':
+  cli.run(main, __doc__, with_config=False)
