@@ -17,7 +17,7 @@ from absl import flags
 
 from benchmarks import results
 from mor_jax import cli, pretrained
-from mor_jax.config import Config, ConfigError
+from mor_jax.config import Config, ConfigError, ModelConfig
 from mor_jax.data import loader, schedule
 from mor_jax.evaluation import nll
 from mor_jax.interop.uptraining import METHODS
@@ -119,7 +119,9 @@ def main() -> None:
     for method in FLAGS.methods:
       chosen = config.replace(init={'method': method})
       add(setup, method, pretrained.shared_weights(chosen, source))
-    add(setup, 'random weights', None)
+    # The recipe's small init_std is meant for routers alone.
+    from_scratch = config.replace(model={'init_std': ModelConfig().init_std})
+    add(Setup(from_scratch, mesh, dataset), 'random weights', None)
     if FLAGS.distilled:
       config = config.replace(init={'method': FLAGS.distilled}, distill={'weight': 1.0})
       teacher = pretrained.make_teacher(config, source)
