@@ -59,12 +59,9 @@ def attend(
 
 
 def extents(region: int) -> tuple[int, ...]:
-  """Lengths that a slice may have: powers of 2 and the values halfway, up to the region's size."""
-  sizes = itertools.chain.from_iterable((power, power * 3 // 2) for power in (2**n for n in range(32)))
-  between = [
-    size for size in itertools.takewhile(lambda size: size < region, sizes) if size >= SMALLEST_EXTENT
-  ]
-  return (*between, region)
+  """Lengths that a slice may have: powers of 2 up to the region's size; each is compiled for each layer."""
+  powers = itertools.takewhile(lambda size: size < region, (SMALLEST_EXTENT * 2**n for n in range(32)))
+  return (*powers, region)
 
 
 def _lane_by_lane(q_BKGCE, pool, layer, view, region):
