@@ -1,5 +1,6 @@
 import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,11 @@ def measure(cases: list[dict]) -> list[dict]:
   """What mesh_check.py prints for the cases."""
   program = Path(__file__).with_name('mesh_check.py')
   result = subprocess.run(
-    [sys.executable, program, json.dumps(cases)], capture_output=True, text=True, check=False
+    [sys.executable, program, json.dumps(cases)],
+    env=os.environ | {'PYTHONPATH': str(program.parents[1])},
+    capture_output=True,
+    text=True,
+    check=False,
   )
   assert result.returncode == 0, result.stderr[-3000:]
   return [json.loads(line) for line in result.stdout.splitlines()]

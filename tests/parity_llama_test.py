@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor_jax.interop.official import LAYER_TENSORS
+from mor_jax.interop.names import LAYER
 from mor_jax.model.transformer import Transformer
 from tests import tiny
 
@@ -47,7 +47,7 @@ def to_params(config, tensors):
   """Our tree of a Llama state dict, or of its gradients."""
   arrays = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
   layers = {}
-  for ours, theirs in LAYER_TENSORS.items():
+  for ours, theirs in LAYER.items():
     *parents, leaf = ours.split('/')
     node = layers
     for parent in parents:

@@ -80,10 +80,10 @@ def hook():
   hook.active = False
 
 
-def test_a_run_and_its_dataset_are_read_without_unpickling(finished_run, hook):
+def test_a_run_and_its_dataset_are_read_without_unpickling(finished_run, hook, tmp_path):
   config, folder = finished_run
   hook.active = True
-  pickle.loads(pickle.dumps(Attack(folder)), fix_imports=False)
+  pickle.loads(pickle.dumps(Attack(tmp_path)), fix_imports=False)
   assert hook.unpickled.pop(), 'the hook works'
   assert load_run(folder).step == 20
   assert len(dataset.open_dataset(dataset.dataset_folder(config.data)).rows('train')[0]['tokens'])
