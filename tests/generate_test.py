@@ -48,6 +48,7 @@ def test_samples_of_a_prompt_are_printed(finished_run):
     assert said in done.stderr
 
 
+@pytest.mark.slow
 def test_a_file_of_prompts_is_answered_line_by_line(finished_run, tmp_path):
   lines = [{'prompt': 'The harbour'}, {'prompt': ''}, {'tokens': [72, 105], 'max_new_tokens': 3}]
   (tmp_path / 'in.jsonl').write_text('\n'.join(map(json.dumps, lines)))

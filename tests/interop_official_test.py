@@ -48,7 +48,7 @@ def total_loss(model, variables, tokens_BT):
 run = jax.jit(jax.value_and_grad(total_loss, argnums=1, has_aux=True), static_argnums=0)
 
 
-@pytest.mark.parametrize('dispatch', ['gather', 'mask'])
+@pytest.mark.parametrize('dispatch', ['gather', pytest.param('mask', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', NAMES)
 def test_matches_the_authors(name, dispatch):
   fixture = Fixture(name)

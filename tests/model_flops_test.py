@@ -94,7 +94,13 @@ def compile_gradient(config, batch, length):
 
 
 @pytest.mark.parametrize(
-  ('steps', 'kv'), [(2, 'recursion_wise'), (3, 'recursion_wise'), (3, 'shared'), (3, 'hybrid')]
+  ('steps', 'kv'),
+  [
+    (2, 'recursion_wise'),
+    pytest.param(3, 'recursion_wise', marks=pytest.mark.slow),
+    (3, 'shared'),
+    pytest.param(3, 'hybrid', marks=pytest.mark.slow),
+  ],
 )
 def test_compiled_flops_fall_as_the_formula_says(steps, kv):
   config = tiny.config(num_layers=2 + 6, num_recursions=steps, d_model=64, mlp_dim=160, kv=kv)

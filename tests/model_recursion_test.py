@@ -20,7 +20,8 @@ RAGGED = {
   4: [(1.0, 0.75, 0.5, 0.25), (1.0, 1.0, 0.37, 0.37)],
 }
 CASES = [
-  (steps, capacities, {'gating': gating})
+  # Four recursions take longest to compile and add nothing to three that the slow tests would not find.
+  pytest.param(steps, capacities, {'gating': gating}, marks=pytest.mark.slow if steps == 4 else ())
   for steps, options in RAGGED.items()
   for capacities, gating in zip(options, ('weighted', 'residual'), strict=True)
 ] + [(3, RAGGED[3][0], {'kv': kv}) for kv in ('shared', 'hybrid')]

@@ -93,6 +93,7 @@ def assert_same_metrics(folder, expected):
     np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=2e-4, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_of_one_process_goes_on_with_two(finished_run, resumable, config_file):
   _, finished = finished_run
   (first, output, errors), (second, silent, _) = finish(start(2, resumable, config_file))

@@ -120,7 +120,7 @@ def test_the_flag_is_the_setting(config, llama):
     pretrained.with_source(same, None)
 
 
-@pytest.mark.parametrize('variant', ['mor', 'recursive'])
+@pytest.mark.parametrize('variant', ['mor', pytest.param('recursive', marks=pytest.mark.slow)])
 def test_the_tiny_recipe_trains(config, tmp_path, variant):
   changes = {
     'model.d_model': 32,

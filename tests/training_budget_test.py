@@ -64,6 +64,7 @@ def test_warmup_longer_than_the_budget_leaves_no_folder(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_interrupted_run_resumes_and_ends_with_the_budget(tmp_path, monkeypatch):
   cache = {'max_documents': 10, 'validation_fraction': 0.2, 'cache_dir': str(tmp_path / 'cache')}
   ramp = {'accumulation': 2, 'ramp_batch': 4, 'ramp_steps': 6}

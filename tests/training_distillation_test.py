@@ -59,7 +59,7 @@ def teacher_of(config):
   return teacher, jax.tree.map(lambda leaf: leaf * 3, params)
 
 
-@pytest.mark.parametrize(('chunk', 'top_k'), [(0, 10), (48, None)])
+@pytest.mark.parametrize(('chunk', 'top_k'), [pytest.param(0, 10, marks=pytest.mark.slow), (48, None)])
 def test_loss_and_gradient_are_those_written_out(chunk, top_k):
   config = settings(top_k=top_k)
   (teacher, theirs), model = teacher_of(config), Transformer(config.model)
@@ -103,6 +103,7 @@ def test_a_teacher_that_is_the_student_adds_nothing():
   np.testing.assert_allclose(total, parts['loss'], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_steps_bring_the_model_closer_to_the_teacher_and_leave_the_teacher_alone():
   config = settings(weight=50.0).replace(train={'accumulation': 2})
   (teacher, theirs), model = teacher_of(config), Transformer(config.model)

@@ -67,7 +67,9 @@ def test_chunks_in_bfloat16_are_as_exact_as_all_at_once():
   _assert_close(found, exact, 1e-2)
 
 
-@pytest.mark.parametrize('tied', [True, False], ids=['tied', 'untied'])
+@pytest.mark.parametrize(
+  'tied', [pytest.param(True, id='tied'), pytest.param(False, id='untied', marks=pytest.mark.slow)]
+)
 def test_chunks_change_no_gradient_of_a_training_step(tied):
   """A whole model with padding, packed documents and two micro-batches, each in uneven chunks of 30 tokens."""
   shape = {'kind': 'vanilla', 'num_layers': 1, 'tie_embeddings': tied}
