@@ -216,7 +216,7 @@ def test_unwritable_folder_does_not_end_the_training_but_its_end_says_so(state, 
       checkpoints.wait()
 
 
-def test_a_file_system_that_takes_no_more_bytes(state, folder, run):
+def test_a_file_system_that_takes_no_more_bytes(state, folder, run, caplog):
   """A real one, here by a limit on the size of files; every layer below has its own words for it."""
   told, (soft, hard) = [], resource.getrlimit(resource.RLIMIT_FSIZE)
   with Checkpoints(folder, SETTINGS, report=told.append) as checkpoints:
@@ -228,6 +228,7 @@ def test_a_file_system_that_takes_no_more_bytes(state, folder, run):
       resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert 'WARNING' in told[0]
     assert 'could not be saved' in told[0]
+    assert caplog.text.count('Traceback') == 0, 'not a thousand lines of stacks'
     assert checkpoints.latest_step == 6
     checkpoints.save(10, state)
     checkpoints.wait()

@@ -65,7 +65,7 @@ with (
   MetricsLog(folder, 0) as log,
   Progress(Console(file=io.StringIO()), 500, 0) as progress,
   signals.training(),
-  Watchdog(2.0, exits=True) as watchdog,
+  Watchdog(float(sys.argv[5]), exits=True) as watchdog,
 ):
   guards = loop.Guards(Stop(signals, mesh), watchdog, Ledger())
   loop.train(config, mesh, state, step, batches(), validate, Checkpoints(), log, progress, guards)
@@ -76,14 +76,14 @@ sys.exit(128 + stopped if stopped else 0)
 
 @pytest.fixture
 def pair(request, tmp_path):
-  """Two processes that train; (steps between validations, line to wait for) is the parameter."""
-  eval_every, sign_of_life = getattr(request, 'param', (0, 'step 6'))
+  """Two processes that train; (steps between validations, line to wait for, limit of the watchdog) is the parameter."""
+  eval_every, sign_of_life, limit = request.param
   with socket.socket() as free:
     free.bind(('localhost', 0))
     address = f'localhost:{free.getsockname()[1]}'
   processes = [
     subprocess.Popen(
-      [sys.executable, '-c', PROCESS, address, str(index), str(tmp_path), str(eval_every)],
+      [sys.executable, '-c', PROCESS, address, str(index), str(tmp_path), str(eval_every), str(limit)],
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
@@ -103,8 +103,8 @@ def pair(request, tmp_path):
 @pytest.mark.parametrize(
   'pair',
   [
-    pytest.param((0, 'step 6'), id='steps'),
-    pytest.param((3, 'validation 6'), id='validation', marks=pytest.mark.slow),
+    pytest.param((0, 'step 6', 100), id='steps'),
+    pytest.param((3, 'validation 6', 100), id='validation', marks=pytest.mark.slow),
   ],
   indirect=True,
 )
@@ -119,9 +119,10 @@ def test_one_is_told_and_both_save_the_same_step(pair):
   assert saves[0][0][0] == saves[0][0][1]
 
 
+@pytest.mark.parametrize('pair', [(0, 'step 6', 6)], indirect=True)
 def test_a_stopped_process_ends_the_other_by_its_watchdog(pair):
   pair[1].send_signal(signal.SIGSTOP)
   _, err = pair[0].communicate(timeout=30)
   assert pair[0].returncode == 70
-  assert re.search(r'hang: step \d+ takes more than 2 s; the process ends with exit code 70', err)
+  assert re.search(r'hang: step \d+ takes more than 6 s; the process ends with exit code 70', err)
   assert re.search(r'loop.py", line \d+ in train', err), 'where it waits'

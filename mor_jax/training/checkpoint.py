@@ -4,6 +4,7 @@ A checkpoint is a folder named by its step, made by Orbax, with digests of all i
 (integrity.py). The manifest also says what the state belongs to: config, tokenizer, code, validation loss.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,11 @@ from mor_jax.training.state import TrainState
 RETRY_SECONDS = 60.0  # after a save that failed
 _REMOVED, _DAMAGED = '.removed', '.damaged'
 _FINISHED = 'finished'  # file in the folder: it says that there once was a finished checkpoint
+
+
+def _is_no_stack_of_orbax(record: logging.LogRecord) -> bool:
+  """Orbax logs the stack of a save that failed at a dozen places and raises it, too; the user gets one line."""
+  return not ('orbax' in record.pathname and record.exc_info)
 
 
 def ever_finished(folder: epath.Path) -> bool:
@@ -64,6 +70,7 @@ class Checkpoints:
     self._failure: str | None = None
     self._finished: int | None = None
     self._saved_at = self._failed_at = time.monotonic()
+    logging.getLogger('absl').addFilter(_is_no_stack_of_orbax)
     self._open()
 
   def _open(self) -> None:
