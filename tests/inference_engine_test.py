@@ -71,14 +71,14 @@ MORE_CASES = {
   'expert hybrid': ({**EXPERT, 'kv': 'hybrid'}, 9, 0.8, {'unroll': True}),
   'expert moving threshold': (
     {'num_layers': 8, 'num_recursions': 3, 'selection': 'ema_threshold', 'capacities': (0.8, 0.6, 0.5)},
-    4,
-    0.3,
+    1,
+    0.65,
     {'read': 'lanes'},
   ),
-  'expert random': ({**EXPERT, 'random_router': True, 'causality': 'none'}, 0, 0.7, {'read': 'gather'}),
+  'expert random': ({**EXPERT, 'random_router': True, 'causality': 'none'}, 0, 0.55, {'read': 'gather'}),
   'expert untied': (
     {'num_layers': 8, 'num_recursions': 3, 'tie_embeddings': False, 'router_head': 'wide_mlp'},
-    4,
+    3,
     0.8,
     {},
   ),
