@@ -32,7 +32,7 @@ flags.DEFINE_boolean(
 flags.DEFINE_boolean(
   'fast',
   False,
-  'let the compiler optimise little: takes a third of the time; memory comes out up to 15% higher',
+  'let the compiler optimise little: takes a third of the time; temporaries may differ by 15%',
 )
 flags.DEFINE_boolean('remedies', True, 'try what would help, by compiling that too, if the step does not fit')
 flags.DEFINE_boolean('json', False, 'print one JSON object, with figures of one device')

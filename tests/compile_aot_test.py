@@ -1,7 +1,7 @@
 """The train step compiled for TPUs that are not there (marker aot; needs requirements-aot.txt).
 
-The compiler optimises little here, which takes a quarter of the time and leaves up to 15% more temporaries:
-what fits then, fits. The programs are compiled side by side, each once, by the real command.
+The compiler optimises little here, which takes a quarter of the time and
+changes temporaries by up to 15%. The programs are compiled side by side, each once, by the real command.
 """
 
 import functools
