@@ -7,6 +7,7 @@ A second table shows that communication by device does not grow with the slice. 
 results/scale.json is written after each, and a second run goes on from there.
 """
 
+import math
 from collections.abc import Iterator
 
 from absl import flags
@@ -58,11 +59,12 @@ def _settings(what: str) -> dict[str, str]:
   }
 
 
+def _mesh(one: ahead.Compiled) -> str:
+  return ' x '.join(f'{axis} {size}' for axis, size in one['mesh'].items() if size > 1)
+
+
 def _chips(topology: str) -> int:
-  count = 1
-  for size in topology.partition(':')[2].split('x'):
-    count *= int(size)
-  return count
+  return math.prod(int(size) for size in topology.partition(':')[2].split('x'))
 
 
 def _table(programs: dict[str, ahead.Compiled]):
@@ -84,10 +86,9 @@ def _table(programs: dict[str, ahead.Compiled]):
 
 def _rows(programs: dict[str, ahead.Compiled]) -> Iterator[list[str]]:
   for label, one in programs.items():
-    mesh = ' x '.join(f'{axis} {size}' for axis, size in one['mesh'].items() if size > 1)
     row = [
       *label.split(', '),
-      mesh,
+      _mesh(one),
       one['rows'],
       megabytes(one['peak_bytes']),
       'yes' if one['fits'] else 'no',
@@ -120,12 +121,11 @@ def _growth_table(programs: dict[str, ahead.Compiled]):
   for label, one in programs.items():
     kinds = dict(one['collective_bytes_by_kind'])
     shown = [megabytes(kinds.pop(kind, 0)) for kind in ('all-gather', 'reduce-scatter', 'all-reduce')]
-    mesh = ' x '.join(f'{axis} {size}' for axis, size in one['mesh'].items() if size > 1)
     rows.append(
       [
         label,
         one['devices'],
-        mesh,
+        _mesh(one),
         megabytes(one['collective_bytes']),
         *shown,
         megabytes(sum(kinds.values())),

@@ -18,8 +18,7 @@ WARMUP_FRACTION = 0.05
 def training_run(size: str, variant: str, num_layers: int, **shape: int) -> config_dict.ConfigDict:
   """Settings of a run of 16.5e18 FLOPs, with three recursions.
 
-  An override of `model.num_recursions` raises the depth to the next that the recursions divide, as
-  the paper does, unless `model.num_layers` is overridden too; it also renames the run.
+  Depths are raised to what the recursions divide (`begin`), as the paper does.
 
   Args:
     size: name of the config file, without `.py`.
@@ -30,23 +29,9 @@ def training_run(size: str, variant: str, num_layers: int, **shape: int) -> conf
   Raises:
     ConfigError: unknown variant.
   """
-  if variant not in VARIANTS:
-    raise mor_config.ConfigError(
-      f'configs/{size}.py:{variant} does not exist; use one of {", ".join(VARIANTS)}'
-    )
-  config = mor_config.default()
-  config.name = f'{size}-{variant}'
-
-  config.model.update(shape)
-  config.model.kind = variant
-  config.model.num_layers = num_layers
-  config.model.num_recursions = 3
+  config = begin(size, variant, num_layers, num_recursions=3, **shape)
   config.model.vocab_size = 49152
   config.model.remat = 'full'
-  if variant != 'vanilla':
-    recursions = config.model.get_ref('num_recursions')
-    config.model.num_layers = 2 + (num_layers - 2 + recursions - 1) // recursions * recursions
-    config.name = f'{size}-{variant}-r' + recursions.to_str()
 
   config.data.vocab_size = 49152
   config.data.seq_len = 2048
@@ -62,6 +47,36 @@ def training_run(size: str, variant: str, num_layers: int, **shape: int) -> conf
   config.train.weight_decay = 0.1
   config.train.clip_norm = 1.0
   config.train.eval_rows = 500
+  return config
+
+
+def begin(name: str, variant: str, num_layers: int, **model) -> config_dict.ConfigDict:
+  """Defaults for a variant of a vanilla model of `num_layers`, whose recursions may be overridden.
+
+  An override of `model.num_recursions` raises the depth to the next that the recursions divide, unless
+  `model.num_layers` is overridden too; it also renames the run.
+
+  Args:
+    name: of the config file, without `.py`.
+    variant: one of VARIANTS.
+    **model: settings of the model.
+
+  Raises:
+    ConfigError: unknown variant.
+  """
+  if variant not in VARIANTS:
+    raise mor_config.ConfigError(
+      f'configs/{name}.py:{variant} does not exist; use one of {", ".join(VARIANTS)}'
+    )
+  config = mor_config.default()
+  config.name = f'{name}-{variant}'
+  config.model.update(model)
+  config.model.kind = variant
+  config.model.num_layers = num_layers
+  if variant != 'vanilla':
+    recursions = config.model.get_ref('num_recursions')
+    config.model.num_layers = 2 + (num_layers - 2 + recursions - 1) // recursions * recursions
+    config.name = f'{name}-{variant}-r' + recursions.to_str()
   return config
 
 

@@ -2,9 +2,8 @@
 
 from ml_collections import config_dict
 
-from mor_jax import config as mor_config
+from mor_jax import paper
 
-VARIANTS = ('mor', 'recursive', 'vanilla')
 LEARNING_RATE = 5e-4  # a pretrained model at the peak rate of its own training unlearns first
 WARMUP_FRACTION = 0.05
 ROUTER_STD = 2e-3  # of fresh routers, which see a residual stream of large norm; all else is the original's
@@ -13,31 +12,19 @@ ROUTER_STD = 2e-3  # of fresh routers, which see a residual stream of large norm
 def uptraining_run(name: str, variant: str, num_layers: int, steps: int, **shape) -> config_dict.ConfigDict:
   """Settings of a training of `steps` that begins from a vanilla model of `num_layers`, with two recursions.
 
-  An override of `model.num_recursions` raises the depth to the next that the recursions divide.
+  Depths are raised to what the recursions divide (`paper.begin`).
   A MoR model begins near the original: gates are the paper's residual form around 1, and capacities fall
   from 1 within the first third.
 
   Args:
     name: of the run and the config file, without `.py`.
-    variant: one of VARIANTS.
+    variant: one of `paper.VARIANTS`.
     **shape: further settings of the model, which must be the original's.
 
   Raises:
     ConfigError: unknown variant.
   """
-  if variant not in VARIANTS:
-    raise mor_config.ConfigError(
-      f'configs/{name}.py:{variant} does not exist; use one of {", ".join(VARIANTS)}'
-    )
-  config = mor_config.default()
-  config.name = f'{name}-{variant}'
-  config.model.update(shape)
-  config.model.kind = variant
-  config.model.num_layers = num_layers
-  if variant != 'vanilla':
-    recursions = config.model.get_ref('num_recursions')
-    config.model.num_layers = 2 + (num_layers - 2 + recursions - 1) // recursions * recursions
-    config.name = f'{name}-{variant}-r' + recursions.to_str()
+  config = paper.begin(name, variant, num_layers, **shape)
   if variant == 'mor':
     config.model.gating = 'residual'
     config.model.router_alpha = 2.0

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from mor_jax import config as config_lib
-from mor_jax.config import SHARING_SCHEMES, Config, ConfigError, resolve
+from mor_jax.config import Config, ConfigError, resolve
+from mor_jax.model_config import SHARING_SCHEMES
 
 
 def test_default_is_valid_and_survives_json():
