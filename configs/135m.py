@@ -24,12 +24,12 @@ tokenizer of SmolLM (another corpus has another loss):
 No loss is published for other numbers of recursions.
 
 Memory of a device, estimated (mor_jax/training/memory.py), with as many rows at once, that is
-global_batch / accumulation / devices:
+global_batch / accumulation / devices (64 on one device, with 16 micro-batches):
 
                            mor R=3  recursive R=3   vanilla
-  v5e (16 GB)    8 rows    11.3 GB        11.5 GB   12.7 GB
-  H100 (80 GB)  32 rows    40.9 GB        41.7 GB   42.8 GB
-  v5p (95 GB)   64 rows    80.4 GB        81.9 GB   82.9 GB
+  v5e (16 GB)   64 rows     9.0 GB         10.5 GB   11.4 GB
+  H100 (80 GB)  64 rows     9.0 GB         10.5 GB   11.4 GB
+  v5p (95 GB)   64 rows     9.0 GB         10.5 GB   11.4 GB
 """
 
 from mor_jax import paper

@@ -25,14 +25,14 @@ The paper also trains for 68.5e18 FLOPs, without giving losses: 26 B tokens for 
 20 B for vanilla.
 
 Memory of a device, estimated (mor_jax/training/memory.py), with as many rows at once, that is
-global_batch / accumulation / devices:
+global_batch / accumulation / devices (64 on one device, with 16 micro-batches):
 
                            mor R=3  recursive R=3   vanilla
-  v5e (16 GB)    1 row     17.7 GB        17.8 GB   36.6 GB
-  H100 (80 GB)  16 rows    52.2 GB        53.3 GB   71.8 GB
-  v5p (95 GB)   16 rows    52.2 GB        53.3 GB   71.8 GB
+  v5e (16 GB)    1 row     16.4 GB         16.5 GB   35.2 GB
+  H100 (80 GB)  64 rows    44.4 GB         48.7 GB   66.4 GB
+  v5p (95 GB)   64 rows    44.4 GB         48.7 GB   66.4 GB
 
-A v5e has too little, since every device holds all parameters.
+A v5e has too little for whole copies; with parallel.fsdp each device holds a part of the parameters.
 """
 
 from mor_jax import paper

@@ -31,12 +31,12 @@ tokenizer of SmolLM (another corpus has another loss):
 --config.model.router_z_loss_weight=1e-5.
 
 Memory of a device, estimated (mor_jax/training/memory.py), with as many rows at once, that is
-global_batch / accumulation / devices:
+global_batch / accumulation / devices (64 on one device, with 16 micro-batches):
 
                            mor R=3  recursive R=3   vanilla
-  v5e (16 GB)    4 rows     9.4 GB         9.5 GB   13.5 GB
-  H100 (80 GB)  32 rows    52.0 GB        53.2 GB   57.2 GB
-  v5p (95 GB)   32 rows    52.0 GB        53.2 GB   57.2 GB
+  v5e (16 GB)   16 rows     6.4 GB          7.1 GB   11.0 GB
+  H100 (80 GB)  64 rows    15.9 GB         18.4 GB   22.3 GB
+  v5p (95 GB)   64 rows    15.9 GB         18.4 GB   22.3 GB
 """
 
 from mor_jax import paper

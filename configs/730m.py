@@ -24,14 +24,14 @@ tokenizer of SmolLM (another corpus has another loss):
 No loss is published for other numbers of recursions.
 
 Memory of a device, estimated (mor_jax/training/memory.py), with as many rows at once, that is
-global_batch / accumulation / devices:
+global_batch / accumulation / devices (64 on one device, with 16 micro-batches):
 
                            mor R=3  recursive R=3   vanilla
-  v5e (16 GB)    4 rows    14.2 GB        14.4 GB   22.5 GB
-  H100 (80 GB)  16 rows    37.3 GB        38.2 GB   46.2 GB
-  v5p (95 GB)   32 rows    68.1 GB        69.8 GB   77.8 GB
+  v5e (16 GB)    1 row      7.5 GB          7.5 GB   15.6 GB
+  H100 (80 GB)  64 rows    25.1 GB         28.3 GB   36.3 GB
+  v5p (95 GB)   64 rows    25.1 GB         28.3 GB   36.3 GB
 
-A v5e has too little for vanilla, since every device holds all parameters.
+A v5e has next to nothing to spare for vanilla; with parallel.fsdp each device holds a part of the parameters.
 """
 
 from mor_jax import paper
