@@ -27,7 +27,7 @@ from mor_jax.data import corpus, packing, shards
 from mor_jax.data.document import Document
 from mor_jax.data.tokenizer import Tokenizer
 
-UNIT_CHARACTERS = 2**22  # 0.1% of a unit of 2,048-token rows is padding at its end
+UNIT_CHARACTERS = 2**21  # 0.2% of a unit of 2,048-token rows is padding at its end
 ENCODED_AT_ONCE = 2**20  # characters; the tokenizer needs some 40 bytes for each of them
 NOTES = 'notes'  # folder, needed until the dataset is finished
 SMALL = 4  # fewer units are done sooner than processes start
