@@ -328,7 +328,9 @@ def _split_counts(data: DataConfig, split: str, counts: Counter[str]) -> SplitCo
 
 def _too_small(data: DataConfig, split: str, counts: Counter) -> str:
   remedies = (
-    ['lower data.seq_len'] if counts['documents'] else ['give more documents: a document is on one side']
+    ['lower data.seq_len']
+    if counts['documents']
+    else ['give more documents (one document goes to one split as a whole)']
   )
   if data.max_documents:
     remedies.append(f'raise data.max_documents={data.max_documents}')
