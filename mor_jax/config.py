@@ -174,7 +174,7 @@ class CheckpointConfig:
     0, 'also keep so many of least validation loss, among those of steps that were validated'
   )
   folder: str | None = setting(
-    None, 'where checkpoints go, gs:// included; none: checkpoints/ in the run folder'
+    None, 'where checkpoints go: a folder, gs://, s3://, az://; none: checkpoints/ in the run folder'
   )
 
 

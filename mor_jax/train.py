@@ -95,7 +95,8 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
     return 0
 
   # ---- pretrained models and data, which decide the vocabulary ----
-  resumes = ever_finished(folder.checkpoint_folder(config))
+  checkpoint_folder, mirror = folder.checkpoint_folder(config), folder.mirror(config)
+  resumes = ever_finished(checkpoint_folder, mirror)
   source = None if resumes else pretrained.open_source(config)
   teacher_source = pretrained.open_teacher(config)
   if source is not None:
@@ -125,7 +126,7 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
   about = folder.describe_checkpoints(config, dataset)
   report = partial(_print, console)
   with Checkpoints(
-    folder.checkpoint_folder(config), config.checkpoint, about, [folder.tokenizer], report
+    checkpoint_folder, config.checkpoint, about, [folder.tokenizer], report, mirror=mirror
   ) as checkpoints:
     guards = loop.Guards(Stop(signals, mesh, checkpoints.wants_save), watchdog, ledger)
     validate = _validator(model, config, mesh, dataset, guards)

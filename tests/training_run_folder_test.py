@@ -127,7 +127,12 @@ def test_unusable_folders_are_refused(tmp_path, folder):
 @pytest.mark.parametrize(
   ('checkpoints', 'error', 'message'),
   [
-    ('s3://bucket/run', ConfigError, r'checkpoint\.folder=s3://bucket/run: .* only gs:// .* mount this one'),
+    (
+      'hdfs://bucket/run',
+      ConfigError,
+      r'checkpoint\.folder=hdfs://bucket/run: no file system .* mount this one',
+    ),
+    ('s3://bucket/run', ConfigError, r'install gcsfs.*; pip install s3fs'),
     ('gs://bucket/run', ConfigError, r"install gcsfs.*; pip install 'mor_jax\[cloud\]'"),
     ('gs://bucket/run', RunError, r'cannot be reached \(OSError: no answer\); check the bucket'),
   ],

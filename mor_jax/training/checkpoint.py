@@ -18,6 +18,7 @@ from mor_jax.config import CheckpointConfig
 from mor_jax.parallel import runtime
 from mor_jax.settings import RunError
 from mor_jax.training import integrity, retention
+from mor_jax.training.mirror import Mirror
 from mor_jax.training.state import TrainState
 
 RETRY_SECONDS = 60.0  # after a save that failed
@@ -30,8 +31,10 @@ def _is_no_stack_of_orbax(record: logging.LogRecord) -> bool:
   return not ('orbax' in record.pathname and record.exc_info)
 
 
-def ever_finished(folder: epath.Path) -> bool:
-  """Whether a folder of checkpoints ever had a finished one, even if nothing good is left of it."""
+def ever_finished(folder: epath.Path, mirror: Mirror | None = None) -> bool:
+  """Whether a folder of checkpoints, or its mirror, ever had a finished one, even if nothing good is left of it."""
+  if mirror is not None and mirror.ever_finished():
+    return True
   if not folder.is_dir():
     return False
   checkpoints = [path for path in folder.iterdir() if path.name.partition(_DAMAGED)[0].isdigit()]
@@ -44,12 +47,13 @@ class Checkpoints:
   With several processes all must call `newest_good`, `save` and `restore`, with the same steps.
 
   Args:
-    folder: made at the first save, or when absent; local, or any path that etils' epath takes (gs://).
+    folder: made at the first save, or when absent; local or gs://.
     settings: when to save and what to keep.
     about: JSON that goes with every checkpoint: what its state belongs to.
     attachments: files copied into every checkpoint, such as the tokenizer.
     report: shows a line to the user.
     read_only: of a run that may be going on: nothing is renamed, removed or saved.
+    mirror: where finished checkpoints are copied, and taken from if they are missing here.
   """
 
   def __init__(
@@ -60,12 +64,13 @@ class Checkpoints:
     attachments: Sequence[epath.PathLike] = (),
     report: Callable[[str], None] = print,
     read_only: bool = False,
+    mirror: Mirror | None = None,
   ):
     path = epath.Path(folder)
     self._folder = path if '://' in str(folder) else path.absolute()
     self._settings, self._about, self._report = settings, about or {}, report
     self._attachments = [epath.Path(path) for path in attachments]
-    self._read_only = read_only
+    self._read_only, self._mirror = read_only, mirror
     self._finishing: threading.Thread | None = None
     self._failure: str | None = None
     self._finished: int | None = None
@@ -110,21 +115,45 @@ class Checkpoints:
     Raises:
       RunError: there were checkpoints, but none is good; and so at every further call.
     """
-    for step in reversed(self.steps):
-      folder = self.path(step)
-      found = integrity.problems(folder, jax.process_index(), jax.process_count())
-      for problem in found:
-        self._report(f'checkpoint {folder} cannot be used: {problem}')
-      if not runtime.anywhere(bool(found)):
-        return step
-      if not self._read_only:
-        self._set_aside(folder)
-    if ever_finished(self._folder):
+    here, copies = self.steps, self._mirror.steps if self._mirror else []
+    for step in sorted({*here, *copies}, reverse=True):
+      if step in here:
+        if self._is_good(step):
+          return step
+        if not self._read_only:
+          self._set_aside(self.path(step))
+      if step in copies and not self.path(step).exists():
+        self._fetch(step)
+        if self._is_good(step):
+          return step
+        if not self._read_only:
+          self._set_aside(self.path(step))
+          if runtime.is_main():
+            self._mirror.set_aside(step)
+    if ever_finished(self._folder, self._mirror):
       raise RunError(
         f'none of the checkpoints in {self._folder} can be used, so there is nothing to resume from; restore one '
         f'of them, or start over in another --workdir'
       )
     return None
+
+  def _is_good(self, step: int) -> bool:
+    found = integrity.problems(self.path(step), jax.process_index(), jax.process_count())
+    for problem in found:
+      self._report(f'checkpoint {self.path(step)} cannot be used: {problem}')
+    return not runtime.anywhere(bool(found))
+
+  def _fetch(self, step: int) -> None:
+    if runtime.is_main():
+      self._report(f'taking the checkpoint of step {step} from the mirror')
+      self._mirror.fetch(step)
+    runtime.barrier('fetched')
+    if runtime.anywhere(not self.path(step).exists()):
+      raise RunError(
+        f'{self._folder} is not the same folder for all processes, which a mirror of checkpoints needs; put '
+        f'--workdir on a disk that all hosts share'
+      )
+    self._checkpointer.reload()
 
   def _set_aside(self, folder: epath.Path) -> None:
     if runtime.is_main():
@@ -190,6 +219,8 @@ class Checkpoints:
       integrity.write_share(self.path(step), jax.process_index(), {'position': position})
       if runtime.is_main():
         integrity.publish(self.path(step), jax.process_count(), about)
+        if self._mirror is not None:
+          self._mirror.upload(step)
         (self._folder / _FINISHED).write_text(f'{step}\n')
         self._retain()
       self._failure, self._finished = None, step
@@ -214,9 +245,10 @@ class Checkpoints:
 
   def _retain(self) -> None:
     losses = {}
-    for step in self.steps:
+    for step in sorted({*self.steps, *(self._mirror.steps if self._mirror else ())}):
+      folder = self.path(step) if self.path(step).exists() else self._mirror.path(step)
       try:
-        losses[step] = integrity.read_manifest(self.path(step))['validation_loss']
+        losses[step] = integrity.read_manifest(folder)['validation_loss']
       except ValueError:
         continue  # unfinished or damaged: not ours to judge
     for step in retention.to_remove(self._settings, losses):
@@ -225,6 +257,10 @@ class Checkpoints:
   def _remove(self, step: int) -> None:
     """By rename first, so that nothing half-removed bears a checkpoint's name."""
     if runtime.is_main():
+      if self._mirror is not None:
+        self._mirror.remove(step)
+      if not self.path(step).exists():
+        return
       target = self.path(step).with_name(f'{step}{_REMOVED}')
       if target.exists():
         target.rmtree()

@@ -8,7 +8,7 @@ from typing import Any
 from mor_jax.config import Config, ConfigError
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
-from mor_jax.training.checkpoint import Checkpoints
+from mor_jax.training.checkpoint import Checkpoints, ever_finished
 from mor_jax.training.optimizer import make_optimizer
 from mor_jax.training.run_folder import RunFolder
 from mor_jax.training.state import abstract_state, initializer
@@ -33,12 +33,12 @@ def load_run(path: str | os.PathLike) -> LoadedRun:
   """
   folder = RunFolder(Path(path))
   config = folder.read_config()
-  checkpoint_folder = folder.checkpoint_folder(config)
-  if not checkpoint_folder.is_dir():
+  checkpoint_folder, mirror = folder.checkpoint_folder(config), folder.mirror(config)
+  if not ever_finished(checkpoint_folder, mirror):
     raise ConfigError(f'the run {path} has no checkpoint yet')
   mesh, model = mesh_lib.make_mesh(), Transformer(config.model)
   optimizer = make_optimizer(config.train, config.model.has_aux_router)
-  with Checkpoints(checkpoint_folder, config.checkpoint, read_only=True) as checkpoints:
+  with Checkpoints(checkpoint_folder, config.checkpoint, read_only=True, mirror=mirror) as checkpoints:
     step = checkpoints.newest_good()
     if step is None:
       raise ConfigError(f'the run {path} has no checkpoint yet')

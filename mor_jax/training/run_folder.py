@@ -15,7 +15,7 @@ from etils import epath
 
 from mor_jax.config import Config, ConfigError, resolve, settings
 from mor_jax.data.loader import Dataset
-from mor_jax.settings import RunError
+from mor_jax.training.mirror import DIRECT, Mirror, check_folder, scheme
 
 MAY_CHANGE = (
   'name',
@@ -82,7 +82,7 @@ class RunFolder:
     """
     if writes:
       _check_writable(self.path)
-    _check_remote(config.checkpoint.folder)
+    check_folder(config.checkpoint.folder, writes)
     if not self._config.exists():
       if self._checkpoints.exists():
         raise ConfigError(
@@ -123,8 +123,16 @@ class RunFolder:
       ) from None
 
   def checkpoint_folder(self, config: Config) -> epath.Path:
-    """Where the checkpoints of this run lie."""
-    return epath.Path(config.checkpoint.folder or self._checkpoints)
+    """Where Orbax writes the checkpoints of this run."""
+    folder = config.checkpoint.folder
+    return epath.Path(self._checkpoints if self.mirror(config) else folder or self._checkpoints)
+
+  def mirror(self, config: Config) -> Mirror | None:
+    """Where finished checkpoints are copied, if `checkpoint.folder` is nothing that Orbax can write to."""
+    folder = config.checkpoint.folder
+    if scheme(folder) in (None, DIRECT):
+      return None
+    return Mirror(folder, self._checkpoints)
 
   def describe_checkpoints(self, config: Config, dataset: Dataset) -> dict[str, Any]:
     """What every checkpoint says about the run that it is of."""
@@ -212,29 +220,6 @@ def _differences(
       yield from _differences(value, other, f'{key}.')
     elif value != other and key not in MAY_CHANGE and not (key == 'model.vocab_size' and other is None):
       yield key, f'{key} was {value}, now {other}'
-
-
-def _check_remote(folder: str | None) -> None:
-  """Raises ConfigError unless a folder with a scheme is one that Orbax and etils can use here."""
-  scheme, separator, _ = (folder or '').partition('://')
-  if not separator:
-    return
-  if scheme != 'gs':
-    raise ConfigError(
-      f'checkpoint.folder={folder}: of remote file systems only gs:// can be written to directly; mount this one '
-      f'and name the folder where it is mounted'
-    )
-  try:
-    epath.Path(folder).exists()
-  except ImportError as error:
-    raise ConfigError(
-      f"checkpoint.folder={folder} cannot be reached: {error}; pip install 'mor_jax[cloud]'"
-    ) from None
-  except Exception as error:  # of whatever library stands behind: no such bucket, no credentials, no network
-    raise RunError(
-      f'checkpoint.folder={folder} cannot be reached ({type(error).__name__}: {error}); check the bucket, the '
-      f'credentials (gcloud auth application-default login) and the network'
-    ) from None
 
 
 def _check_writable(folder: Path) -> None:

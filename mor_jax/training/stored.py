@@ -19,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 from mor_jax.config import Config, ConfigError, ModelConfig
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.training import integrity
-from mor_jax.training.checkpoint import Checkpoints
+from mor_jax.training.checkpoint import Checkpoints, ever_finished
 from mor_jax.training.run_folder import RunFolder, code_version
 
 _PARTS = ('params', 'routing')
@@ -75,10 +75,10 @@ def open_run(path: str | os.PathLike) -> StoredWeights:
   """
   folder = RunFolder(Path(path))
   config = folder.read_config()
-  checkpoints_folder = folder.checkpoint_folder(config)
+  checkpoints_folder, mirror = folder.checkpoint_folder(config), folder.mirror(config)
   step = None
-  if checkpoints_folder.is_dir():
-    with Checkpoints(checkpoints_folder, config.checkpoint, read_only=True) as checkpoints:
+  if ever_finished(checkpoints_folder, mirror):
+    with Checkpoints(checkpoints_folder, config.checkpoint, read_only=True, mirror=mirror) as checkpoints:
       step = checkpoints.newest_good()
       where = None if step is None else checkpoints.path(step)
   if step is None:
