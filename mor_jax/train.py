@@ -10,7 +10,6 @@ The state comes from the first of these that there is:
   3. random weights.
 """
 
-import itertools
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -27,17 +26,14 @@ from rich.console import Console
 from mor_jax import cli, pretrained
 from mor_jax.config import Config, ConfigError, TrainConfig
 from mor_jax.data import live, loader, schedule
-from mor_jax.evaluation import ngram, nll
-from mor_jax.inference.text import complete
-from mor_jax.model import flops
+from mor_jax.evaluation import nll
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import runtime
-from mor_jax.training import budget, distillation, goodput, loop, phases, summary
+from mor_jax.training import budget, distillation, goodput, loop, phases, profiling, result, summary
 from mor_jax.training.checkpoint import Checkpoints, ever_finished
 from mor_jax.training.distillation import Teacher
 from mor_jax.training.goodput import Ledger
-from mor_jax.training.loss import visible_segments
 from mor_jax.training.metrics import MetricsLog
 from mor_jax.training.nonfinite import NonFiniteError
 from mor_jax.training.optimizer import make_optimizer
@@ -55,16 +51,22 @@ flags.DEFINE_list(
 flags.DEFINE_string(
   'init_from', None, 'vanilla model that a new training begins from; the same as --config.init.source'
 )
+flags.DEFINE_string(
+  'profile', None, 'START:STOP: trace these steps, STOP left out, into profile/ of the run folder'
+)
 ROWS_NAMED = 64  # of a batch, in a message
 
 
-def main(config: Config, workdir: str | None, allow_change: Sequence[str] = ()) -> int:
+def main(
+  config: Config, workdir: str | None, allow_change: Sequence[str] = (), profile: str | None = None
+) -> int:
   """Trains, or resumes, or shows the result of a finished run.
 
   Args:
     config: resolved settings.
     workdir: the run folder; None: runs/NAME.
     allow_change: settings in which a resumed run may differ although they decide what is trained.
+    profile: START:STOP, steps to trace.
 
   Returns the exit code: 0, or 143 after SIGTERM and 130 after Ctrl-C, which save the state first.
 
@@ -72,11 +74,14 @@ def main(config: Config, workdir: str | None, allow_change: Sequence[str] = ()) 
     ConfigError: before anything is compiled or written.
     RunError: the training cannot go on.
   """
+  profiled = profiling.parse_span(profile)
   with Signals() as signals:
-    return _run(config, workdir, allow_change, signals)
+    return _run(config, workdir, allow_change, profiled, signals)
 
 
-def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signals: Signals) -> int:
+def _run(
+  config: Config, workdir: str | None, allow_change: Sequence[str], profiled: range, signals: Signals
+) -> int:
   console = Console(quiet=not runtime.is_main())
   config = budget.with_budgeted_steps(config)
   folder = RunFolder(Path(workdir or f'runs/{config.name}'))
@@ -89,9 +94,9 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
   mesh = mesh_lib.make_mesh(config.parallel)
   mesh_lib.check_batch(mesh, config.train)
   mesh_lib.check_model(mesh, config.model)
-  result = folder.read_summary()
-  if result is not None:
-    summary.print_table(console, 'Already finished', summary.describe_result(result, folder.path))
+  finished = folder.read_summary()
+  if finished is not None:
+    summary.print_table(console, 'Already finished', summary.describe_result(finished, folder.path))
     return 0
 
   # ---- pretrained models and data, which decide the vocabulary ----
@@ -128,7 +133,8 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
   with Checkpoints(
     checkpoint_folder, config.checkpoint, about, [folder.tokenizer], report, mirror=mirror
   ) as checkpoints:
-    guards = loop.Guards(Stop(signals, mesh, checkpoints.wants_save), watchdog, ledger)
+    profiler = profiling.Profiler(profiled, folder.profile, report)
+    guards = loop.Guards(Stop(signals, mesh, checkpoints.wants_save), watchdog, ledger, profiler)
     validate = _validator(model, config, mesh, dataset, guards)
     done = checkpoints.newest_good() or 0
     position = checkpoints.position(done) if done else None
@@ -187,15 +193,15 @@ def _run(config: Config, workdir: str | None, allow_change: Sequence[str], signa
   # ---- result ----
   if 'validation/nll' not in last:
     last |= validate(state.variables)
-  result = _result(config, dataset, last)
-  result |= {'goodput': ledger.seconds(), 'restarts': ledger.restarts()}
+  outcome = result.of_run(config, dataset, last)
+  outcome |= {'goodput': ledger.seconds(), 'restarts': ledger.restarts()}
   if config.train.sample_tokens:
     variables = runtime.on_host(state.variables)
     if runtime.is_main():
-      result['sample'] = _sample(model, config, dataset, variables)
+      outcome['sample'] = result.sample(model, config, dataset, variables)
   if runtime.is_main():
-    folder.write_summary(result)
-  summary.print_table(console, 'Finished', summary.describe_result(result, folder.path))
+    folder.write_summary(outcome)
+  summary.print_table(console, 'Finished', summary.describe_result(outcome, folder.path))
   return 0
 
 
@@ -287,56 +293,10 @@ def _validator(
   return validate
 
 
-def _result(config: Config, dataset: loader.Dataset, last: dict[str, float]) -> dict[str, Any]:
-  """What summary.json holds."""
-  model, train = config.model, config.train
-  parameters = flops.count_parameters(model)
-  tokens = schedule.of(train).rows_before(train.steps) * config.data.seq_len
-  unigram, bigram = _entropies(config, dataset)
-  return {
-    'name': config.name,
-    'steps': train.steps,
-    'tokens': tokens,
-    'seconds': last.get('train/seconds', 0.0),
-    'parameters': parameters.total,
-    'non_embedding_parameters': parameters.non_embedding,
-    'train_flops': tokens * flops.train_flops_per_token(model, config.data.seq_len),
-    **{name: value for name, value in last.items() if name.startswith('validation/')},
-    'validation/unigram_entropy': unigram,
-    'validation/bigram_entropy': bigram,
-    'checkpoint': f'{config.checkpoint.folder or "checkpoints"}/{train.steps}',
-    'sample': '',
-  }
-
-
-def _entropies(config: Config, dataset: loader.Dataset) -> tuple[float, float]:
-  """Unigram and bigram entropy of the rows that validation uses, in nats per predicted token."""
-  rows = itertools.islice(dataset.rows('validation'), config.train.eval_rows)
-  visible = (
-    row | {'segment_ids': visible_segments(row['segment_ids'], config.data.segment_mask)} for row in rows
-  )
-  return ngram.ngram_entropies(visible, config.model.vocab_size)
-
-
-def _sample(model: Transformer, config: Config, dataset: loader.Dataset, variables: Any) -> str:
-  """The prompt and its continuation under threshold routing."""
-  train = config.train
-  text = complete(
-    model,
-    variables,
-    dataset.tokenizer,
-    train.sample_prompt,
-    train.sample_tokens,
-    train.sample_temperature,
-    train.seed,
-  )
-  return train.sample_prompt + text
-
-
 if __name__ == '__main__':
   cli.run(
     lambda config, workdir: main(
-      pretrained.with_source(config, FLAGS.init_from), workdir, FLAGS.allow_change
+      pretrained.with_source(config, FLAGS.init_from), workdir, FLAGS.allow_change, FLAGS.profile
     ),
     __doc__,
     several_processes=True,

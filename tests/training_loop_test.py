@@ -14,11 +14,12 @@ import pytest
 import tiny_run
 from rich.console import Console
 
-from mor_jax.config import Config
+from mor_jax.config import Config, ConfigError
 from mor_jax.training import loop
 from mor_jax.training.goodput import Ledger
 from mor_jax.training.metrics import MetricsLog, read
 from mor_jax.training.nonfinite import NonFiniteError
+from mor_jax.training.profiling import Profiler, parse_span
 from mor_jax.training.progress import Progress
 from mor_jax.training.state import TrainState
 from mor_jax.training.stopping import Signals, Stop
@@ -70,7 +71,8 @@ def _train(folder, step=_step, config=CONFIG, first=0, console=None, **parts):
   batches = parts.get('batches', batches)
   validate = parts.get('validate', lambda variables: {'validation/nll': 3.0})
   stop = Stop(parts.get('signals', Signals()), tiny_run.MESH)
-  guards = loop.Guards(stop, Watchdog(0), parts.get('ledger', Ledger()))
+  profiler = parts.get('profiler', Profiler())
+  guards = loop.Guards(stop, Watchdog(0), parts.get('ledger', Ledger()), profiler)
   with MetricsLog(folder, first) as log, Progress(console, config.train.steps, first) as progress:
     loop.train(config, tiny_run.MESH, state, step, batches, validate, checkpoints, log, progress, guards)
   return checkpoints, read(folder / 'metrics.jsonl'), console.file.getvalue()
@@ -92,6 +94,24 @@ def test_metrics_are_written_before_the_checkpoint(tmp_path):
   for step, records in checkpoints.saved.items():
     assert [r['step'] for r in records] == list(range(1, step + 1))
   assert 'validation/nll' in checkpoints.saved[20][-1]
+
+
+@pytest.mark.parametrize('stop', [9, 40])
+def test_a_trace_holds_the_steps_of_its_span(tmp_path, stop):
+  told = []
+  _train(tmp_path, profiler=Profiler(range(6, stop), tmp_path / 'profile', told.append))
+  (trace,) = (tmp_path / 'profile').rglob('*.xplane.pb')
+  data = jax.profiler.ProfileData.from_serialized_xspace(trace.read_bytes())
+  events = [event for plane in data.planes for line in plane.lines for event in line.events]
+  steps = {dict(event.stats).get('step_num') for event in events if event.name == 'train'}
+  assert steps == set(range(6, min(stop, 21)))
+  assert told == [f'the trace of steps 6 to {min(stop - 1, 20)} is in {tmp_path / "profile"}']
+
+
+@pytest.mark.parametrize('text', ['5', '5:5', '0:3', '7:2', 'a:b'])
+def test_a_span_that_is_none_is_refused(text):
+  with pytest.raises(ConfigError, match=rf'--profile={text} is not allowed: write START:STOP'):
+    parse_span(text)
 
 
 @pytest.mark.parametrize(('bound', 'most'), [(7, 7), (6, 6), (None, 20)])

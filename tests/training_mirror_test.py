@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import tiny_run
 from etils import epath
 
 from mor_jax.config import CheckpointConfig, ConfigError
@@ -13,7 +14,6 @@ from mor_jax.settings import RunError
 from mor_jax.training import integrity, mirror
 from mor_jax.training.checkpoint import Checkpoints, ever_finished
 from mor_jax.training.mirror import Mirror
-from tests import tiny_run
 
 SETTINGS = CheckpointConfig(keep=2)
 SCHEME = 'elsewhere://'

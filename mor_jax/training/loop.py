@@ -20,6 +20,7 @@ from mor_jax.training.goodput import Ledger
 from mor_jax.training.meter import Meter
 from mor_jax.training.metrics import MetricsLog, Record
 from mor_jax.training.nonfinite import NonFiniteError
+from mor_jax.training.profiling import Profiler
 from mor_jax.training.progress import Progress
 from mor_jax.training.state import TrainState
 from mor_jax.training.step import TrainStep, split_batch
@@ -34,6 +35,7 @@ class Guards:
   stop: Stop
   watchdog: Watchdog
   ledger: Ledger
+  profiler: Profiler = dataclasses.field(default_factory=Profiler)
 
   def over(self, batches: Iterable[Any]) -> Iterator[Any]:
     """Batches of a validation: it may be interrupted between two, and each is a sign of life."""
@@ -111,10 +113,13 @@ def train(
     except Interrupted:
       return {}
 
-  with jax.transfer_guard('disallow'), ledger.measure(goodput.STEPS):
+  with jax.transfer_guard('disallow'), ledger.measure(goodput.STEPS), guards.profiler:
     try:
       while done < steps and not stop.signal:
         hold()
+        if guards.profiler.starts_or_stops(done + 1):
+          note(meter.drain())  # the trace holds whole steps
+        guards.profiler.before(done + 1)
         watchdog.beat(f'step {done + 1}')
         begin = time.perf_counter()
         # A stream is first read up to where it was left, which may take long.
@@ -125,8 +130,9 @@ def train(
         except Interrupted:
           break
         data_wait = time.perf_counter() - begin
-        batch = mesh_lib.put(split_batch(batch, batch_schedule.micro_batches(done)), sharding)
-        state, metrics = train_step(state, batch)
+        with guards.profiler.step(done + 1):
+          batch = mesh_lib.put(split_batch(batch, batch_schedule.micro_batches(done)), sharding)
+          state, metrics = train_step(state, batch)
         done += 1
         position = getattr(batches, 'position', None)  # not later: an interrupted wait may have moved it
         progress.advance(done)

@@ -66,6 +66,7 @@ class RunFolder:
     self.tensorboard = path / 'tensorboard'
     self.tokenizer = path / 'tokenizer.json'
     self.goodput = path / 'goodput.json'
+    self.profile = path / 'profile'
     self._config = path / 'config.json'
     self._data = path / 'data.json'
     self._summary = path / 'summary.json'

@@ -1,0 +1,72 @@
+"""A trace of some steps of a training: what devices and host did, for XProf or Perfetto (docs/performance.md)."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from mor_jax.config import ConfigError
+
+_SPAN = re.compile(r'(\d+):(\d+)')
+
+
+def parse_span(text: str | None) -> range:
+  """The steps of `--profile=START:STOP`, STOP left out; none without the flag. Raises ConfigError."""
+  if text is None:
+    return range(0)
+  match = _SPAN.fullmatch(text)
+  span = range(int(match[1]), int(match[2])) if match else range(0)
+  if not span or span.start < 1:
+    raise ConfigError(
+      f'--profile={text} is not allowed: write START:STOP with 1 <= START < STOP, as in --profile=10:15 for steps '
+      f'10 to 14'
+    )
+  return span
+
+
+class Profiler:
+  """Traces the steps of a span. Use as a context, which ends a trace that is under way.
+
+  Args:
+    span: steps; none: does nothing.
+    folder: each host writes its own files there.
+    report: shows a line to the user.
+  """
+
+  def __init__(
+    self, span: range = range(0), folder: Path | None = None, report: Callable[[str], None] = print
+  ):
+    self._span, self._folder, self._report = span, folder, report
+    self._traces, self._last = False, 0
+
+  def __enter__(self) -> 'Profiler':
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._stop()
+
+  def starts_or_stops(self, step: int) -> bool:
+    """Whether `before` will do something; all steps dispatched earlier should have ended by then."""
+    return bool(self._span) and (step == self._span.start or (self._traces and step == self._span.stop))
+
+  def before(self, step: int) -> None:
+    """To be called before a step is dispatched."""
+    if self._traces and step >= self._span.stop:
+      self._stop()
+    elif not self._traces and self._span and step == self._span.start:
+      with jax.transfer_guard('allow'):
+        jax.profiler.start_trace(self._folder)
+      self._traces = True
+
+  def step(self, number: int) -> jax.profiler.StepTraceAnnotation:
+    """Context that names a step in the trace."""
+    self._last = number
+    return jax.profiler.StepTraceAnnotation('train', step_num=number)
+
+  def _stop(self) -> None:
+    if self._traces:
+      with jax.transfer_guard('allow'):
+        jax.profiler.stop_trace()
+      self._traces = False
+      self._report(f'the trace of steps {self._span.start} to {self._last} is in {self._folder}')

@@ -1,0 +1,58 @@
+"""What a finished run says of itself in summary.json: sizes, validation, what n-grams reach, a text."""
+
+import itertools
+from typing import Any
+
+from mor_jax.config import Config
+from mor_jax.data import loader, schedule
+from mor_jax.evaluation import ngram
+from mor_jax.inference.text import complete
+from mor_jax.model import flops
+from mor_jax.model.transformer import Transformer
+from mor_jax.training.loss import visible_segments
+
+
+def of_run(config: Config, dataset: loader.Dataset, last: dict[str, float]) -> dict[str, Any]:
+  """What summary.json holds."""
+  model, train = config.model, config.train
+  parameters = flops.count_parameters(model)
+  tokens = schedule.of(train).rows_before(train.steps) * config.data.seq_len
+  unigram, bigram = _entropies(config, dataset)
+  return {
+    'name': config.name,
+    'steps': train.steps,
+    'tokens': tokens,
+    'seconds': last.get('train/seconds', 0.0),
+    'parameters': parameters.total,
+    'non_embedding_parameters': parameters.non_embedding,
+    'train_flops': tokens * flops.train_flops_per_token(model, config.data.seq_len),
+    **{name: value for name, value in last.items() if name.startswith('validation/')},
+    'validation/unigram_entropy': unigram,
+    'validation/bigram_entropy': bigram,
+    'checkpoint': f'{config.checkpoint.folder or "checkpoints"}/{train.steps}',
+    'sample': '',
+  }
+
+
+def _entropies(config: Config, dataset: loader.Dataset) -> tuple[float, float]:
+  """Unigram and bigram entropy of the rows that validation uses, in nats per predicted token."""
+  rows = itertools.islice(dataset.rows('validation'), config.train.eval_rows)
+  visible = (
+    row | {'segment_ids': visible_segments(row['segment_ids'], config.data.segment_mask)} for row in rows
+  )
+  return ngram.ngram_entropies(visible, config.model.vocab_size)
+
+
+def sample(model: Transformer, config: Config, dataset: loader.Dataset, variables: Any) -> str:
+  """The prompt and its continuation under threshold routing."""
+  train = config.train
+  text = complete(
+    model,
+    variables,
+    dataset.tokenizer,
+    train.sample_prompt,
+    train.sample_tokens,
+    train.sample_temperature,
+    train.seed,
+  )
+  return train.sample_prompt + text
