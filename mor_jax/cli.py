@@ -234,7 +234,9 @@ def load_config(spec: str | None, changes: dict[str, Any]) -> Config:
   settings = _read_config_file(spec) if spec else config_lib.default()
   unknown = [name for name in changes if name not in config_lib.settings()]
   if unknown:
-    raise ConfigError(f'unknown setting {unknown[0]} (--help lists all settings)')
+    close = difflib.get_close_matches(unknown[0], config_lib.settings(), n=1)
+    hint = f'; did you mean {close[0]}?' if close else ''
+    raise ConfigError(f'unknown setting {unknown[0]}{hint} (--help lists all settings)')
   # A file may build a ConfigDict by hand, with sections left out; resolve() checks names and types.
   with settings.unlocked(), settings.ignore_type():
     for section in {name.partition('.')[0] for name in changes if '.' in name} - set(settings):
@@ -244,23 +246,8 @@ def load_config(spec: str | None, changes: dict[str, Any]) -> Config:
 
 
 def _read_config_file(spec: str) -> config_dict.ConfigDict:
-  """Calls get_config() of `PATH` or get_config(VARIANT) of `PATH:VARIANT`."""
-  path, _, variant = spec.partition(':')
-  arguments = [variant] if variant else []
-  if not os.path.isfile(path):
-    raise ConfigError(f'--config={spec}: there is no file {path}')
-  try:
-    get_config = runpy.run_path(path).get('get_config')
-    if get_config is None:
-      raise ConfigError('the file defines no function get_config')
-    _check_arguments(get_config, arguments)
-    settings = get_config(*arguments)
-  except ConfigError as error:
-    raise ConfigError(f'--config={spec}: {error}') from None
-  except Exception as error:
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    where = f', line {lines[-1]}' if lines else ''
-    raise ConfigError(f'--config={spec}: {path}{where} raised {type(error).__name__}: {error}') from None
+  """What get_config() of `PATH` or get_config(VARIANT) of `PATH:VARIANT` returns."""
+  settings = call_file('config', spec, 'get_config')
   if not isinstance(settings, config_dict.ConfigDict):
     raise ConfigError(
       f'--config={spec}: get_config() returned {type(settings).__name__}, it must return a ConfigDict: '
@@ -269,11 +256,39 @@ def _read_config_file(spec: str) -> config_dict.ConfigDict:
   return settings
 
 
-def _check_arguments(get_config: Callable, arguments: list[str]) -> None:
+def call_file(flag: str, spec: str, function: str, *arguments: Any) -> Any:
+  """What a function of a Python file returns, which is run as trusted code.
+
+  Args:
+    flag: the flag that names the file, for messages.
+    spec: `PATH`, or `PATH:VARIANT` for a further argument.
+
+  Raises:
+    ConfigError: there is no such file or function, or it raised something.
+  """
+  path, _, variant = spec.partition(':')
+  given = [*arguments, variant] if variant else list(arguments)
+  if not os.path.isfile(path):
+    raise ConfigError(f'--{flag}={spec}: there is no file {path}')
   try:
-    inspect.signature(get_config).bind(*arguments)
+    called = runpy.run_path(path).get(function)
+    if called is None:
+      raise ConfigError(f'the file defines no function {function}')
+    _check_arguments(called, given, bool(variant))
+    return called(*given)
+  except ConfigError as error:
+    raise ConfigError(f'--{flag}={spec}: {error}') from None
+  except Exception as error:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    where = f', line {lines[-1]}' if lines else ''
+    raise ConfigError(f'--{flag}={spec}: {path}{where} raised {type(error).__name__}: {error}') from None
+
+
+def _check_arguments(called: Callable, arguments: list[Any], has_variant: bool) -> None:
+  try:
+    inspect.signature(called).bind(*arguments)
   except TypeError:
-    raise ConfigError('the file has no variants' if arguments else 'add a variant, PATH:VARIANT') from None
+    raise ConfigError('the file has no variants' if has_variant else 'add a variant, PATH:VARIANT') from None
 
 
 # ---- help ----

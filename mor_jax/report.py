@@ -32,32 +32,15 @@ def main(paths: list[str]) -> None:
     raise ConfigError(f'--tokens={FLAGS.tokens} is not allowed: must be >= 0')
   if importlib.util.find_spec('matplotlib') is None:
     raise ConfigError("the plots need matplotlib: pip install 'mor_jax[report]', or pip install matplotlib")
-  from mor_jax.reporting import depths, page, runs, sections  # matplotlib is an optional extra
+  from mor_jax.reporting import build  # matplotlib is an optional extra
 
   console = Console()
-  shown = runs.read(paths)
-  output = Path(FLAGS.output) if FLAGS.output else shown[0].folder.path / 'report.html'
-  measured = []
-  for run in shown:
-    console.print(f'{run.label}: {len(run.records):,} lines of metrics', highlight=False)
-    measured.append(depths.measure(run, FLAGS.tokens) if FLAGS.tokens else (None, ''))
-  figures = sections.Plots(output.with_name(f'{output.stem}_plots'))
-  title = shown[0].label if len(shown) == 1 else f'{len(shown)} runs'
-  text = page.document(
-    f'mor_jax: {title}',
-    ', '.join(run.label for run in shown),
-    [
-      sections.overview(shown),
-      sections.losses(shown, figures),
-      sections.routers(shown, figures),
-      sections.tokens(shown, measured, figures),
-      sections.training(shown, figures),
-      sections.costs(shown, figures),
-      sections.settings(shown),
-    ],
+  build.write_page(
+    paths,
+    Path(FLAGS.output or Path(paths[0]) / 'report.html'),
+    FLAGS.tokens,
+    lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
   )
-  output.write_text(text)
-  console.print(f'wrote {output} ({len(text) / 1e6:.1f} MB)', highlight=False, soft_wrap=True)
 
 
 if __name__ == '__main__':

@@ -34,7 +34,10 @@ class Depths:
   shown: int
 
 
-def measure(run: Run, tokens: int) -> tuple[Depths | None, str]:
+Measured = tuple[Depths | None, str]
+
+
+def measure(run: Run, tokens: int) -> Measured:
   """(depths of at least so many tokens, '') or (None, why there are none)."""
   if run.config.model.kind != 'mor':
     return None, f'{run.label} is a {run.config.model.kind} model: every token takes the same depth.'

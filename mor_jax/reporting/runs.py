@@ -94,6 +94,18 @@ def read(paths: list[str]) -> list[Run]:
   return [_read(path, label) for path, label in zip(paths, labels, strict=True)]
 
 
+def check_writable(output: Path) -> None:
+  """Raises ConfigError unless a page can be written there; makes the folder it is to lie in."""
+  try:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open('a'):
+      pass
+  except OSError as error:
+    raise ConfigError(
+      f'--output={output} cannot be written ({error.strerror}); name a file ending in .html'
+    ) from None
+
+
 def _read(path: str, label: str) -> Run:
   folder = RunFolder(Path(path))
   config = folder.read_config()

@@ -1,0 +1,224 @@
+"""The runs of a sweep: names, settings and commands, all checked before the first of them starts."""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import config_dict
+
+from mor_jax import cli
+from mor_jax.config import Config, ConfigError
+from mor_jax.data import schedule
+from mor_jax.model import flops
+from mor_jax.training import budget
+from mor_jax.training.run_folder import RunFolder
+
+SEEDS = ('train.seed', 'data.seed')
+"""Settings that make no other experiment, only another sample of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun:
+  """One training of a sweep.
+
+  Attributes:
+    name: of the run, its folder and its log.
+    group: the name without its seeds: runs that are samples of the same experiment share it.
+    overrides: what the sweep sets, by dotted name.
+    config: the settings that result.
+    folder: of the run.
+    words: flags for `python -m mor_jax.train`.
+  """
+
+  name: str
+  group: str
+  overrides: dict[str, Any]
+  config: Config
+  folder: RunFolder
+  words: tuple[str, ...]
+
+  @property
+  def tokens(self) -> int:
+    """Training tokens."""
+    return schedule.of(self.config.train).rows_before(self.config.train.steps) * self.config.data.seq_len
+
+  @property
+  def work(self) -> float:
+    """Forward FLOPs of the whole training, as the paper counts: how long it takes, compared with others."""
+    return self.tokens * flops.paper_flops_per_token(self.config.model, self.config.data.seq_len)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A sweep whose settings are all valid.
+
+  Attributes:
+    sweep: the value of --sweep.
+    config: the value of --config.
+    folder: everything of the sweep lies in it: runs/NAME, logs/NAME.log, results.
+    runs: in the order of the sweep file.
+  """
+
+  sweep: str
+  config: str
+  folder: Path
+  runs: tuple[PlannedRun, ...]
+
+  def log(self, run: PlannedRun) -> Path:
+    """Where the output of a run goes."""
+    return self.folder / 'logs' / f'{run.name}.log'
+
+  @property
+  def axes(self) -> list[str]:
+    """Settings that the sweep sets and that are not the same in all runs."""
+    names = dict.fromkeys(name for run in self.runs for name in run.overrides if name != 'name')
+    return [name for name in names if len({repr(value_of(run.config, name)) for run in self.runs}) > 1]
+
+
+def value_of(config: Config, name: str) -> Any:
+  """A setting by its dotted name."""
+  for part in name.split('.'):
+    config = getattr(config, part)
+  return config
+
+
+def read(config_spec: str, flags: dict[str, Any], sweep_spec: str, workdir: str | None) -> Plan:
+  """The plan of a sweep file: its function `get_sweep(base)`, where base is the Config of --config.
+
+  Args:
+    config_spec: PATH or PATH:VARIANT of --config.
+    flags: settings given on the command line, which hold for all runs.
+    sweep_spec: PATH or PATH:VARIANT of --sweep. The file is run as trusted code.
+    workdir: folder of the sweep; None: runs/sweep-NAME.
+
+  Raises:
+    ConfigError: the sweep cannot work; names the run.
+  """
+  if 'name' in flags:
+    raise ConfigError(
+      f'--config.name={flags["name"]} cannot hold for all runs of a sweep, which names them; choose their '
+      f'folder with --workdir'
+    )
+  base = cli.load_config(config_spec, flags)
+  entries = [_overrides(entry, sweep_spec) for entry in _entries(sweep_spec, base)]
+  for entry in entries:
+    for name in sorted(entry.keys() & flags.keys()):
+      raise ConfigError(
+        f'--config.{name}={flags[name]} is given, and --sweep={sweep_spec} sets it to {entry[name]}; '
+        f'leave out the flag or change the sweep'
+      )
+  folder = Path(workdir or f'runs/sweep-{Path(sweep_spec.partition(":")[0]).stem}')
+  names, groups = _names(entries), _names(entries, without=SEEDS)
+  _refuse_repeated(names, sweep_spec)
+  runs = []
+  for name, group, entry in zip(names, groups, entries, strict=True):
+    try:
+      config = budget.with_budgeted_steps(cli.load_config(config_spec, {**flags, **entry, 'name': name}))
+      run_folder = RunFolder(folder / 'runs' / name)
+      run_folder.check(config)
+    except ConfigError as error:
+      raise ConfigError(f'--sweep={sweep_spec}: run {name}: {error}') from None
+    changes = {**flags, **entry, 'name': name}
+    words = (f'--config={config_spec}', f'--workdir={run_folder.path}', *map(_flag, changes.items()))
+    runs.append(PlannedRun(name, group, entry, config, run_folder, words))
+  _refuse_alike(runs, sweep_spec)
+  return Plan(sweep_spec, config_spec, folder, tuple(runs))
+
+
+def _entries(spec: str, base: Config) -> list[Any]:
+  entries = cli.call_file('sweep', spec, 'get_sweep', base)
+  if not isinstance(entries, (list, tuple)):
+    raise ConfigError(
+      f'--sweep={spec}: get_sweep() returned {type(entries).__name__}, it must return a list of dicts such as '
+      f"{{'train.seed': 1}} (mor_jax.sweeping.axes.grid makes one)"
+    )
+  if not entries:
+    raise ConfigError(f'--sweep={spec}: get_sweep() returned no runs')
+  return list(entries)
+
+
+def _overrides(entry: Any, spec: str) -> dict[str, Any]:
+  """An entry of a sweep as plain values by dotted names; ConfigDicts and dicts within dicts are flattened."""
+  if isinstance(entry, config_dict.ConfigDict):
+    entry = entry.to_dict()
+  if not isinstance(entry, Mapping):
+    raise ConfigError(f'--sweep={spec}: get_sweep() lists {entry!r}, where a dict of overrides is wanted')
+  flat = {}
+  for name, value in entry.items():
+    if isinstance(value, Mapping):
+      flat |= {f'{name}.{inner}': item for inner, item in _overrides(value, spec).items()}
+    else:
+      flat[name] = value.item() if hasattr(value, 'item') else value  # NumPy's numbers are no Python numbers
+  if not isinstance(flat.get('name', ''), str):
+    raise ConfigError(f'--sweep={spec}: name={flat["name"]!r} must be text')
+  return flat
+
+
+def _names(entries: list[dict[str, Any]], without: tuple[str, ...] = ()) -> list[str]:
+  """The `name` of each entry, and after it the settings in which entries of the same name differ."""
+  alike = collections.defaultdict(list)
+  for entry in entries:
+    alike[entry.get('name', '')].append(entry)
+  differing = {
+    given: [
+      name
+      for name in dict.fromkeys(name for entry in group for name in entry)
+      if len({repr(entry.get(name)) for entry in group}) > 1 and name not in without
+    ]
+    for given, group in alike.items()
+  }
+  names = []
+  for entry in entries:
+    given = entry.get('name', '')
+    present = [name for name in differing[given] if name in entry]
+    short = [name.rpartition('.')[2] for name in present]
+    parts = [
+      f'{last if short.count(last) == 1 else name}={_text(entry[name])}'
+      for last, name in zip(short, present, strict=True)
+    ]
+    text = ','.join([given] * bool(given) + parts) or 'base'
+    names.append(re.sub(r'[^A-Za-z0-9._=+,-]+', '_', text))
+  return names
+
+
+def _refuse_repeated(names: list[str], spec: str) -> None:
+  repeated = [name for name, count in collections.Counter(names).items() if count > 1]
+  if repeated:
+    raise ConfigError(
+      f'--sweep={spec}: {names.count(repeated[0])} runs are called {repeated[0]} and have the same overrides; '
+      f'every run must differ from the others'
+    )
+
+
+def _refuse_alike(runs: list[PlannedRun], spec: str) -> None:
+  seen, checkpoints = {}, {}
+  for run in runs:
+    shared = run.config.checkpoint.folder
+    if shared and checkpoints.setdefault(shared, run) is not run:
+      raise ConfigError(
+        f'--sweep={spec}: checkpoint.folder={shared} would be that of run {checkpoints[shared].name} and of '
+        f'run {run.name}; leave it unset, so that checkpoints lie in the folders of the runs'
+      )
+    other = seen.setdefault(repr(dataclasses.replace(run.config, name='')), run)
+    if other is not run:
+      raise ConfigError(
+        f'--sweep={spec}: runs {other.name} and {run.name} have the same settings; every run must differ '
+        f'from the others'
+      )
+
+
+def _flag(change: tuple[str, Any]) -> str:
+  name, value = change
+  return f'--config.{name}={_text(value)}'
+
+
+def _text(value: Any) -> str:
+  """A value as the flags of settings read it."""
+  if value is None:
+    return 'none'
+  if isinstance(value, bool):
+    return 'true' if value else 'false'
+  return ','.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -1,0 +1,236 @@
+"""Trains the runs of a sweep in processes of their own, some at a time, and survives whatever becomes of them.
+
+A finished run is known by its own folder (summary.json); what is unfinished is started again and resumes by
+itself. Each process holds a lock on its log as long as it lives, so that a sweep that was killed and started
+again waits for trainings that outlived it, and never has two of them in one folder.
+"""
+
+import collections
+import dataclasses
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from mor_jax.settings import RunError
+from mor_jax.sweeping.plan import Plan, PlannedRun
+from mor_jax.sweeping.status import Display, Status
+from mor_jax.training.run_folder import write_atomically
+
+TRAIN = (sys.executable, '-m', 'mor_jax.train')
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+POLL_SECONDS = 0.1
+TAIL_LINES, TAIL_BYTES = 15, 16_384
+TOLD_TO_STOP = (-signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGINT)
+
+
+@dataclasses.dataclass
+class Job:
+  """A training that runs, on one of the places for `parallel` of them."""
+
+  run: PlannedRun
+  place: int
+  process: subprocess.Popen
+  log: IO[bytes]
+  log_start: int
+  told: int = 0  # signals passed on
+
+
+class Runner:
+  """Trains the runs of a plan that have not finished.
+
+  Args:
+    plan: what to train.
+    display: shows what happens.
+    parallel: trainings at a time; each gets its share of the cores.
+    gpus: devices to share among them (CUDA_VISIBLE_DEVICES), a multiple of `parallel`; (): as it is.
+    train: command of the training, without its flags.
+  """
+
+  def __init__(
+    self,
+    plan: Plan,
+    display: Display,
+    parallel: int = 1,
+    gpus: Sequence[str] = (),
+    train: Sequence[str] = TRAIN,
+  ):
+    self._plan, self._display = plan, display
+    self._parallel, self._gpus, self._train = parallel, gpus, train
+    self.status = read_status(plan)
+    self._signals: list[int] = []
+    self._jobs: list[Job] = []
+
+  def run(self) -> int | None:
+    """Trains; returns the signal that ended it, or None when no run is left to train.
+
+    Raises:
+      RunError: another sweep works in this folder.
+    """
+    (self._plan.folder / 'logs').mkdir(parents=True, exist_ok=True)
+    with _lock(self._plan), _Handlers(self._signals), self._display:
+      waiting = collections.deque(run for run in self._plan.runs if self.status[run.name].state != 'finished')
+      while (waiting and not self._signals) or self._jobs:
+        while waiting and len(self._jobs) < self._parallel and not self._signals:
+          if not self._start(waiting[0]):
+            waiting.rotate(-1)
+            break
+          waiting.popleft()
+        for job in [job for job in self._jobs if job.process.poll() is not None]:
+          self._end(job)
+        self._pass_on_signals()
+        self._display.update([job.run for job in self._jobs], self.status)
+        time.sleep(POLL_SECONDS)
+    write_status(self._plan, self.status)
+    return self._signals[0] if self._signals else None
+
+  def _start(self, run: PlannedRun) -> bool:
+    """Starts a training; False while another process still has its folder. Nothing to do if it has finished."""
+    log = self._plan.log(run).open('ab')
+    try:
+      fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      log.close()
+      self._display.waits_for(run)
+      return False
+    if run.folder.read_summary() is not None:  # by a process that outlived the sweep which started it
+      log.close()
+      self.status[run.name] = Status('finished')
+      self._display.ended(run, self.status)
+      return True
+    place = min(set(range(self._parallel)) - {job.place for job in self._jobs})
+    process = subprocess.Popen(
+      [*self._train, *run.words],
+      stdin=subprocess.DEVNULL,
+      stdout=log,
+      stderr=subprocess.STDOUT,
+      env=self._environment(place),
+      start_new_session=True,  # Ctrl-C is for the sweep, which passes it on
+    )
+    self._pin(process.pid, place)
+    self._jobs.append(Job(run, place, process, log, log.tell()))
+    self.status[run.name] = Status('running')
+    write_status(self._plan, self.status)
+    self._display.started(run)
+    return True
+
+  def _end(self, job: Job) -> None:
+    job.log.close()
+    self._jobs.remove(job)
+    code = job.process.returncode
+    tail = _tail(self._plan.log(job.run), job.log_start)
+    if code == 0 and job.run.folder.read_summary() is not None:
+      status = Status('finished')
+    elif self._signals and code in TOLD_TO_STOP:
+      status = Status('interrupted', code)
+    elif code == 0:
+      status = Status('failed', code, f'{tail}\nended without a result ({job.run.folder.path}/summary.json)')
+    else:
+      status = Status('failed', code, tail)
+    self.status[job.run.name] = status
+    write_status(self._plan, self.status)
+    self._display.ended(job.run, self.status)
+
+  def _environment(self, place: int) -> dict[str, str]:
+    environment = {**os.environ, 'PYTHONUNBUFFERED': '1'}
+    if self._gpus:
+      share = len(self._gpus) // self._parallel
+      environment['CUDA_VISIBLE_DEVICES'] = ','.join(self._gpus[place * share : (place + 1) * share])
+    return environment
+
+  def _pin(self, pid: int, place: int) -> None:
+    """Gives a process its share of the cores: threads of several trainings on all of them are slower."""
+    if not hasattr(os, 'sched_setaffinity'):
+      return
+    cores = sorted(os.sched_getaffinity(0))
+    share = len(cores) // self._parallel
+    if self._parallel > 1 and share:
+      os.sched_setaffinity(pid, cores[place * share : (place + 1) * share])
+
+  def _pass_on_signals(self) -> None:
+    """Tells every training as often as this process was told: once to save and end, twice to end at once."""
+    for job in self._jobs:
+      while job.told < len(self._signals):
+        job.process.send_signal(signal.SIGTERM)
+        job.told += 1
+
+
+class _Handlers:
+  """Within, signals are noted in a list; those that were ignored stay so (`nohup`)."""
+
+  def __init__(self, noted: list[int]):
+    self._noted, self._previous = noted, {}
+
+  def __enter__(self) -> None:
+    for number in SIGNALS:
+      if signal.getsignal(number) is not signal.SIG_IGN:
+        self._previous[number] = signal.signal(number, self._note)
+
+  def __exit__(self, *_) -> None:
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+  def _note(self, number: int, _) -> None:
+    self._noted.append(number)
+
+
+def read_status(plan: Plan) -> dict[str, Status]:
+  """What became of each run: its own folder knows whether it finished, sweep.json why it did not."""
+  path = plan.folder / 'sweep.json'
+  stored = json.loads(path.read_text())['runs'] if path.exists() else []
+  before = {entry['name']: entry for entry in stored}
+  result = {}
+  for run in plan.runs:
+    entry = before.get(run.name, {})
+    if run.folder.read_summary() is not None:
+      result[run.name] = Status('finished')
+    elif entry.get('status') == 'failed':
+      result[run.name] = Status('failed', entry['exit_code'], entry['error'])
+    else:
+      result[run.name] = Status('unfinished' if run.folder.metrics.exists() else 'not started')
+  return result
+
+
+def write_status(plan: Plan, status: dict[str, Status]) -> None:
+  """Writes sweep.json: the plan, and what became of each run."""
+  runs: list[dict[str, Any]] = [
+    {
+      'name': run.name,
+      'overrides': {name: value for name, value in run.overrides.items() if name != 'name'},
+      'command': ['python', '-m', 'mor_jax.train', *run.words],
+      'status': status[run.name].state,
+      'exit_code': status[run.name].exit_code,
+      'error': status[run.name].error,
+    }
+    for run in plan.runs
+  ]
+  plan.folder.mkdir(parents=True, exist_ok=True)
+  document = {'sweep': plan.sweep, 'config': plan.config, 'runs': runs}
+  write_atomically(plan.folder / 'sweep.json', json.dumps(document, indent=2) + '\n')
+
+
+def _lock(plan: Plan) -> IO[str]:
+  """An open file that is locked until it is closed."""
+  file = (plan.folder / 'sweep.lock').open('a')
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    file.close()
+    raise RunError(
+      f'another sweep is running in {plan.folder}; wait for it, or choose another --workdir'
+    ) from None
+  return file
+
+
+def _tail(path: Path, start: int) -> str:
+  """The last lines of a log, of what was written from `start` on."""
+  with path.open('rb') as file:
+    file.seek(max(start, path.stat().st_size - TAIL_BYTES))
+    lines = file.read().decode(errors='replace').splitlines()
+  return '\n'.join([line for line in lines if line.strip()][-TAIL_LINES:])

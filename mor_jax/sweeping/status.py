@@ -1,0 +1,146 @@
+"""What a sweep shows while it runs: a bar on a terminal, lines elsewhere, and how long it will take."""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from mor_jax.sweeping.plan import Plan, PlannedRun
+
+UPDATE_SECONDS = 2.0
+LINE_SECONDS = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+  """What became of a run.
+
+  Attributes:
+    state: finished, failed, running, interrupted, unfinished (trained in part) or not started.
+    exit_code: of the training that failed or was interrupted.
+    error: the end of its output.
+  """
+
+  state: str
+  exit_code: int | None = None
+  error: str = ''
+
+
+class Display:
+  """Shows runs that begin and end, and how much of the sweep's work is done. Use as a context."""
+
+  def __init__(self, console: Console, plan: Plan):
+    self._console, self._plan = console, plan
+    self._begin = time.monotonic()
+    self._done_before = self._done = 0.0
+    self._updated = self._said = -LINE_SECONDS
+    self._waited_for: set[str] = set()
+    self._bar = Progress(
+      TextColumn('{task.fields[ended]}/{task.fields[runs]} runs'),
+      BarColumn(bar_width=None),
+      TaskProgressColumn(),
+      TextColumn('{task.fields[running]}'),
+      TimeElapsedColumn(),
+      TextColumn('ETA {task.fields[left]}'),
+      console=console,
+      expand=True,
+    )
+    total = sum(run.work for run in plan.runs)
+    fields = {'ended': 0, 'runs': len(plan.runs), 'running': '', 'left': '-'}
+    self._task = self._bar.add_task('sweep', total=total, **fields)
+
+  def __enter__(self) -> 'Display':
+    self._begin = time.monotonic()
+    self._done_before = sum(work_done(run) for run in self._plan.runs)
+    if self._console.is_terminal:
+      self._bar.start()
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._console.is_terminal:
+      self._bar.stop()
+
+  def started(self, run: PlannedRun) -> None:
+    """A training began, or resumed."""
+    place = next(index for index, other in enumerate(self._plan.runs, 1) if other is run)
+    verb = 'resuming' if work_done(run) else 'training'
+    self._print(f'[{place}/{len(self._plan.runs)}] {verb} {run.name}')
+
+  def waits_for(self, run: PlannedRun) -> None:
+    """A process that an earlier sweep started still trains it."""
+    if run.name not in self._waited_for:
+      self._waited_for.add(run.name)
+      self._print(f'{run.name} is still being trained by a process of an earlier sweep; waiting for it')
+
+  def ended(self, run: PlannedRun, status: Mapping[str, Status]) -> None:
+    """A training ended, one way or another."""
+    mine = status[run.name]
+    ended = sum(one.state in ('finished', 'failed') for one in status.values())
+    text = f'{run.name} {mine.state}'
+    if mine.state == 'finished':
+      result = run.folder.read_summary()
+      text += f': validation loss {result["validation/nll"]:.4f}, {result["validation/bits_per_byte"]:.4f} bits per byte'
+    elif mine.state == 'failed':
+      last = mine.error.splitlines()[-1] if mine.error else 'no output'
+      text += f' with exit code {mine.exit_code}: {last[:200]} ({self._plan.log(run)})'
+    self._done = sum(work_done(each) for each in self._plan.runs)
+    self._print(f'{text}; {ended} of {len(self._plan.runs)} runs done, ETA {self._left(status)}')
+
+  def update(self, running: Sequence[PlannedRun], status: Mapping[str, Status]) -> None:
+    """Called all the time while trainings run."""
+    now = time.monotonic()
+    if now < self._updated + UPDATE_SECONDS:
+      return
+    self._updated = now
+    self._done = sum(work_done(run) for run in self._plan.runs)
+    shares = ', '.join(f'{run.name} {work_done(run) / run.work:.0%}' for run in running)
+    ended = sum(one.state in ('finished', 'failed') for one in status.values())
+    self._bar.update(
+      self._task, completed=self._done, ended=ended, running=escape(shares), left=self._left(status)
+    )
+    if not self._console.is_terminal and now > self._said + LINE_SECONDS and shares:
+      self._print(f'running: {shares}; ETA {self._left(status)}')
+
+  def _left(self, status: Mapping[str, Status]) -> str:
+    """Time until the last run ends, at the pace so far; failed runs are not waited for."""
+    left = sum(
+      run.work - work_done(run)
+      for run in self._plan.runs
+      if status[run.name].state not in ('finished', 'failed')
+    )
+    fresh = self._done - self._done_before
+    if not left:
+      return '0:00:00'
+    if fresh <= 0:
+      return '-'
+    return str(datetime.timedelta(seconds=round((time.monotonic() - self._begin) * left / fresh)))
+
+  def _print(self, text: str) -> None:
+    self._said = time.monotonic()
+    self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def work_done(run: PlannedRun) -> float:
+  """The part of `run.work` that its folder has metrics of."""
+  if run.folder.read_summary() is not None:
+    return run.work
+  return run.work * min(1.0, _last_step(run.folder.metrics) / run.config.train.steps)
+
+
+def _last_step(path: Path) -> int:
+  """Of the last whole line of a metrics.jsonl; 0 if there is none."""
+  with contextlib.suppress(OSError), path.open('rb') as file:
+    file.seek(0, os.SEEK_END)
+    file.seek(max(0, file.tell() - 16_384))
+    for line in reversed(file.read().splitlines()):
+      with contextlib.suppress(ValueError, KeyError, TypeError):
+        return int(json.loads(line)['step'])
+  return 0
