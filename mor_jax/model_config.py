@@ -172,6 +172,11 @@ class ModelConfig:
     return (self.num_layers - 2 * self.unique_ends) // self.recursions
 
   @property
+  def can_stop_early(self) -> bool:
+    """Whether fewer than R recursions make a model; under `sequence` sharing each layer repeats by itself."""
+    return self.kind != 'vanilla' and self.sharing.endswith('cycle')
+
+  @property
   def passes(self) -> int:
     """Passes over the middle layers between which keys and values may be shared.
 

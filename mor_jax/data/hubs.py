@@ -198,8 +198,8 @@ def _document(where: str, record: Any, key: str) -> Document | Unreadable:
   return Document(where, text) if isinstance(text, str) else Unreadable(where, f'{key!r} is not a text')
 
 
-def require_network(url: str, flag: str, remedy: str = OFFLINE_REMEDY) -> None:
-  """Raises ConfigError, naming `flag`, unless a server answers at `url` within PATIENCE seconds.
+def require_network(url: str, flag: str, remedy: str = OFFLINE_REMEDY, patience: float = PATIENCE) -> None:
+  """Raises ConfigError, naming `flag`, unless a server answers at `url` within so many seconds.
 
   Any answer will do. Libraries would retry for minutes; proxies are those of the environment.
   """
@@ -208,7 +208,7 @@ def require_network(url: str, flag: str, remedy: str = OFFLINE_REMEDY) -> None:
   def ask() -> None:
     request = urllib.request.Request(url, method='HEAD')
     try:
-      urllib.request.urlopen(request, timeout=PATIENCE).close()
+      urllib.request.urlopen(request, timeout=patience).close()
     except urllib.error.HTTPError:
       pass  # an answer
     except OSError as error:
@@ -218,7 +218,7 @@ def require_network(url: str, flag: str, remedy: str = OFFLINE_REMEDY) -> None:
 
   thread = threading.Thread(target=ask, daemon=True)  # looking up a name has no time limit of its own
   thread.start()
-  thread.join(PATIENCE)
-  problem = answers[0] if answers else f'no answer in {PATIENCE} s'
+  thread.join(patience)
+  problem = answers[0] if answers else f'no answer in {patience:g} s'
   if problem is not None:
     raise ConfigError(f'{flag} needs the network, and {url} cannot be reached ({problem}); {remedy}')

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -14,13 +15,24 @@ from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import rules
 from mor_jax.training import loss as loss_lib
+from mor_jax.training import vocabulary_loss
 from mor_jax.training.meter import add_up, router_metrics
 
 
 def make_nll_step(
-  model: nn.Module, config: Config, mesh: Mesh, routing: str = 'topk'
+  model: nn.Module,
+  config: Config,
+  mesh: Mesh,
+  routing: str = 'topk',
+  max_recursions: int | None = None,
+  by_position: bool = False,
 ) -> Callable[[Any, loss_lib.Batch], dict[str, Any]]:
-  """The jitted function (variables, batch (B, T)) -> sums 'nll' in nats, 'targets', 'counts' of the routers."""
+  """The jitted function (variables, batch (B, T)) -> sums 'nll' in nats, 'targets', 'counts' of the routers.
+
+  With `by_position` also 'position', sums (T,) over the tokens with so many tokens of their document before
+  them: 'nll' and 'targets' of those predicted, of all 'tokens' their 'depth' and 'overflow', if the model has
+  a router.
+  """
 
   def nll_step(variables, batch: loss_lib.Batch):
     batch = loss_lib.visible_batch(batch, config.data.segment_mask)
@@ -30,15 +42,48 @@ def make_nll_step(
       routing=routing,
       segment_ids=batch['segment_ids'],
       positions=batch['positions'],
+      max_recursions=max_recursions,
       method=Transformer.hidden_and_head,
     )
-    sums = {
-      'nll': loss_lib.next_token_nll(x_BTD, kernel_DV, batch, config.train.loss_chunk, mesh),
-      'targets': loss_lib.predicted(batch['segment_ids']).sum(),
-    }
+    sums = {'targets': loss_lib.predicted(batch['segment_ids']).sum()}
+    if by_position:
+      sums['nll'], of_predicted = _nll_by_position(x_BTD, kernel_DV, batch, config.train.loss_chunk, mesh)
+      sums['position'] = of_predicted | _routing_by_position(batch, routed)
+    else:
+      sums['nll'] = loss_lib.next_token_nll(x_BTD, kernel_DV, batch, config.train.loss_chunk, mesh)
     return sums if routed is None else sums | {'counts': routed.counts}
 
   return jax.jit(rules.on_mesh(mesh, nll_step), out_shardings=mesh_lib.replicated(mesh))
+
+
+def _nll_by_position(x_BTD, kernel_DV, batch, chunk, mesh):
+  """Sum over the predicted tokens, and by position."""
+  length = x_BTD.shape[1]
+
+  def token_loss(logits_NV, targets_mask_positions_N):
+    targets_N, mask_N, positions_N = targets_mask_positions_N
+    nll_N = jnp.where(mask_N, vocabulary_loss.token_nll(logits_NV, targets_N), 0)
+    counted = {'nll': nll_N, 'targets': mask_N.astype(nll_N.dtype)}
+    return nll_N.sum(), {name: _by_position(value, positions_N, length) for name, value in counted.items()}
+
+  predicted_at_BT = batch['positions'] + 1  # tokens of the document before the one that is predicted
+  args = (x_BTD, kernel_DV, batch, chunk, mesh, predicted_at_BT, None)
+  return loss_lib.sum_over_predicted(token_loss, *args)
+
+
+def _routing_by_position(batch, routed):
+  if routed is None:
+    return {}
+  real_BT, length = batch['segment_ids'] > 0, batch['tokens'].shape[1]
+  counted = {'tokens': real_BT, 'depth': routed.depth_BT, 'overflow': routed.overflow_RBT.any(axis=0)}
+  return {
+    name: _by_position(jnp.where(real_BT, value_BT, 0), batch['positions'], length)
+    for name, value_BT in counted.items()
+  }
+
+
+def _by_position(values, positions, length):
+  return jax.ops.segment_sum(values.astype(jnp.float32).ravel(), positions.ravel(), num_segments=length)
 
 
 def run(nll_step: Callable, variables: Any, batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
@@ -51,21 +96,33 @@ def evaluate(
 ) -> dict[str, float]:
   """'nll' in nats per predicted token over all batches, and the router metrics.
 
+  Raises:
+    ValueError: no token in the batches is predicted.
+  """
+  sums = totals(nll_step, variables, batches, mesh)
+  nll = {'nll': float(sums['nll'] / sums['targets'])}
+  return nll | (router_metrics(sums['counts']) if 'counts' in sums else {})
+
+
+def totals(
+  nll_step: Callable, variables: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh
+) -> dict[str, Any]:
+  """The sums of all batches, on the host in float64.
+
   Rows of padding count for nothing, so the last batch may be filled up with them.
 
   Raises:
     ValueError: no token in the batches is predicted.
   """
   sharding = mesh_lib.batch_sharding(mesh)
-  totals, queued = None, None
+  added, queued = None, None
   for batch in batches:
     sums = nll_step(variables, mesh_lib.put(batch, sharding))
-    totals, queued = add_up(totals, queued), sums  # fetched when the next batch is already queued
-  totals = add_up(totals, queued)
-  if totals is None or not totals['targets']:
+    added, queued = add_up(added, queued), sums  # fetched when the next batch is already queued
+  added = add_up(added, queued)
+  if added is None or not added['targets']:
     raise ValueError('there is no token to predict in these rows')
-  nll = {'nll': float(totals['nll'] / totals['targets'])}
-  return nll | (router_metrics(totals['counts']) if 'counts' in totals else {})
+  return added
 
 
 def bits_per_byte(nats_per_token: float, tokens: int, num_bytes: int) -> float:

@@ -67,7 +67,7 @@ def route_gathered(
 
   Args:
     block: stacked parameters of the shared layers.
-    steps_R: what each step has of its own, leaves with a leading R axis: 'router', with
+    steps_R: what each step to be taken, R or fewer, has of its own, leaves with a leading R axis: 'router', with
       `causality=aux_router` also 'aux_router', their parameters; 'own', relaxed parameters
       (`relaxation.init_steps`); 'threshold', logits above it enter under threshold routing;
       with `random_router`, 'key', the step's random key.
@@ -77,7 +77,7 @@ def route_gathered(
   length = x_BTD.shape[1]
   active_BT = context.segments_BC > 0
   memory, decisions, indices = None, [], []
-  for step, count in enumerate(config.selected_tokens(length)):
+  for step, count in enumerate(config.selected_tokens(length)[: _count(steps_R)]):
     params = jax.tree.map(lambda leaf, r=step: leaf[r], steps_R)
     logits_BT, causal_BT = scores(config, params, x_BTD)
     entered_BT = active_BT
@@ -119,6 +119,7 @@ def route_masked(
     The rest as in `route_gathered`.
   """
   starts_BT = context.positions_BC == 0
+  steps = _count(steps_R)
   always_R = jnp.array([capacity == 1.0 for capacity in config.step_capacities])
   if routing == 'topk':
     limit_R = jnp.array(config.selected_tokens(x_BTD.shape[1]))
@@ -138,8 +139,13 @@ def route_masked(
     return (x_BTD, selected_BT, memory), (logits_BT, causal_BT, active_BT, selected_BT, overflow_BT)
 
   start = x_BTD, context.segments_BC > 0, None
-  (x_BTD, _, _), decisions = recursion.scan_steps(config, step, start, (steps_R, limit_R, always_R))
+  per_step = steps_R, limit_R[:steps], always_R[:steps]
+  (x_BTD, _, _), decisions = recursion.scan_steps(config, step, start, per_step, steps)
   return x_BTD, _record(config, steps_R, decisions, None, routing)
+
+
+def _count(steps_R: dict) -> int:
+  return steps_R['threshold'].shape[0]
 
 
 def scores(config: ModelConfig, params: dict, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -20,20 +20,21 @@ from mor_jax.model.stack import apply_stack
 
 
 def repeat(
-  config: ModelConfig, block: dict, own_R: dict, x_BTD: jax.Array, context: TokenContext
+  config: ModelConfig, block: dict, own_R: dict, x_BTD: jax.Array, context: TokenContext, steps: int
 ) -> jax.Array:
-  """Applies the shared block R times, or under `sequence` sharing each of its layers R times.
+  """Applies the shared block `steps` times, or under `sequence` sharing each of its layers R times.
 
   Args:
     own_R: what each step has of its own (`relaxation.init_steps`).
+    steps: at most R.
   """
   if config.sharing.endswith('cycle'):
-    return _repeat_stack(config, block, own_R, x_BTD, context)
+    return _repeat_stack(config, block, own_R, x_BTD, context, steps)
 
   def repeat_layer(x_BTD, layer_and_own):
     one_layer = jax.tree.map(lambda leaf: leaf[None], layer_and_own[0])
     own_R = jax.tree.map(lambda leaf_R: leaf_R[:, None], layer_and_own[1])
-    return _repeat_stack(config, one_layer, own_R, x_BTD, context), None
+    return _repeat_stack(config, one_layer, own_R, x_BTD, context, config.recursions), None
 
   own_N = jax.tree.map(lambda leaf_RN: leaf_RN.swapaxes(0, 1), own_R)
   return jax.lax.scan(repeat_layer, x_BTD, (block, own_N), unroll=config.unroll_layers)[0]
@@ -53,7 +54,7 @@ def share_memory(config: ModelConfig, layers_N: dict, x_BTD: jax.Array, context:
       x_BTD, made = run_block(config, layers_n, x_BTD, context, memory, remember=memory is None)
       return (x_BTD, made if memory is None else memory), None
 
-    return scan_steps(config, one_pass, (x_BTD, None), layers_Rn)[0][0], None
+    return scan_steps(config, one_pass, (x_BTD, None), layers_Rn, passes)[0][0], None
 
   if config.sharing.endswith('cycle'):
     layers_Rn = jax.tree.map(lambda leaf: leaf.reshape(passes, -1, *leaf.shape[1:]), layers_N)
@@ -62,8 +63,8 @@ def share_memory(config: ModelConfig, layers_N: dict, x_BTD: jax.Array, context:
   return jax.lax.scan(run_passes, x_BTD, groups, unroll=config.unroll_layers)[0]
 
 
-def _repeat_stack(config, layers, own_R, x_BTD, context):
-  """R passes over a stack; under KV sharing all attend to the keys and values of the first."""
+def _repeat_stack(config, layers, own_R, x_BTD, context, steps):
+  """Passes over a stack; under KV sharing all attend to the keys and values of the first."""
 
   def one_pass(carry, own):
     x_BTD, memory = carry
@@ -72,7 +73,8 @@ def _repeat_stack(config, layers, own_R, x_BTD, context):
     x_BTD, made = run_block(config, own_layers, inputs_BTD, context, memory, remember)
     return (x_BTD, made if remember else memory), None
 
-  (x_BTD, _), _ = scan_steps(config, one_pass, (x_BTD, None), own_R)
+  own_steps = jax.tree.map(lambda leaf_R: leaf_R[:steps], own_R)
+  (x_BTD, _), _ = scan_steps(config, one_pass, (x_BTD, None), own_steps, steps)
   return x_BTD
 
 
@@ -118,17 +120,19 @@ def run_block(config, block, x_BCD, context, memory=None, remember=False):
   return run(block, x_BCD, context, memory)
 
 
-def scan_steps(config: ModelConfig, step: Callable, carry: tuple, per_step: Any) -> tuple[tuple, Any]:
-  """Scans `step(carry, inputs)` over the R recursions, whose memory is the last entry of the carry.
+def scan_steps(
+  config: ModelConfig, step: Callable, carry: tuple, per_step: Any, steps: int
+) -> tuple[tuple, Any]:
+  """Scans `step(carry, inputs)` over so many recursions, whose memory is the last entry of the carry.
 
   The first step turns a carry without memory into one with it, so that it stands apart where
   keys and values are shared.
   """
   if config.kv == 'recursion_wise':
-    return jax.lax.scan(step, carry, per_step, length=config.passes, unroll=config.unroll_layers)
+    return jax.lax.scan(step, carry, per_step, length=steps, unroll=config.unroll_layers)
   carry, first = step(carry, jax.tree.map(lambda leaf: leaf[0], per_step))
   others = jax.tree.map(lambda leaf: leaf[1:], per_step)
-  carry, rest = jax.lax.scan(step, carry, others, config.passes - 1, unroll=config.unroll_layers)
+  carry, rest = jax.lax.scan(step, carry, others, steps - 1, unroll=config.unroll_layers)
   return carry, jax.tree.map(lambda one, more: jnp.concatenate([one[None], more]), first, rest)
 
 

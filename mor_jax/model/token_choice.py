@@ -24,6 +24,7 @@ def route(
   routing: str,
   max_len: int,
   slack: float,
+  steps: int,
 ) -> tuple[jax.Array, router.RoutingOutput]:
   """The recursions of a token-choice model.
 
@@ -39,25 +40,26 @@ def route(
     context: positions and segments of the tokens.
     routing: 'topk', places are counted over the row as in training; 'threshold', over each document.
     max_len, slack: places under threshold routing (`recursion.step_places`).
+    steps: recursions that a token may take, at most R; one that chose more stops there.
   """
   real_BT = context.segments_BC > 0
   logits_BTR, gates_BTR, choice_BT, gate_BT1 = choose(config, params, bias_R, x_BTD)
   gather = config.dispatch == 'gather' and routing == 'topk'
   run = _run_gathered if gather else _run_masked
   h_BTD, (entered_RBT, selected_RBT, overflow_RBT), indices = run(
-    config, block, own_R, x_BTD, context, choice_BT, gate_BT1, routing, max_len, slack
+    config, block, own_R, x_BTD, context, choice_BT, gate_BT1, routing, max_len, slack, steps
   )
   x_BTD = jnp.where(real_BT[..., None], finish(config, x_BTD, h_BTD, gate_BT1), x_BTD)
-  steps_R11 = jnp.arange(config.recursions)[:, None, None]
+  depths_R11 = jnp.arange(config.recursions)[:, None, None]
   return x_BTD, router.RoutingOutput(
     logits_RBT=jnp.moveaxis(logits_BTR, -1, 0),
     entered_RBT=entered_RBT,
     selected_RBT=selected_RBT,
-    causal_RBT=(choice_BT >= steps_R11) & entered_RBT,
+    causal_RBT=(choice_BT >= depths_R11[:steps]) & entered_RBT,
     overflow_RBT=overflow_RBT,
     indices=indices,
     losses=_losses(config, logits_BTR, gates_BTR, choice_BT, real_BT),
-    extra_counts={'chosen_R': ((choice_BT == steps_R11) & real_BT).sum((1, 2))},
+    extra_counts={'chosen_R': ((choice_BT == depths_R11) & real_BT).sum((1, 2))},
   )
 
 
@@ -80,7 +82,7 @@ def finish(config: ModelConfig, x: jax.Array, h: jax.Array, gate: jax.Array) -> 
   return x + h
 
 
-def _run_masked(config, block, own_R, x_BTD, context, choice_BT, gate_BT1, routing, max_len, slack):
+def _run_masked(config, block, own_R, x_BTD, context, choice_BT, gate_BT1, routing, max_len, slack, steps):
   always_R = jnp.array([capacity == 1.0 for capacity in config.step_capacities])
   if routing == 'topk':
     limit_R = jnp.array(config.selected_tokens(x_BTD.shape[1]))
@@ -97,16 +99,17 @@ def _run_masked(config, block, own_R, x_BTD, context, choice_BT, gate_BT1, routi
 
   start = x_BTD, context.segments_BC > 0, None
   per_step = jnp.arange(config.recursions), limit_R, always_R, own_R
-  (h_BTD, _, _), decisions = recursion.scan_steps(config, step, start, per_step)
+  per_step = jax.tree.map(lambda leaf_R: leaf_R[:steps], per_step)
+  (h_BTD, _, _), decisions = recursion.scan_steps(config, step, start, per_step, steps)
   return h_BTD, decisions, None
 
 
-def _run_gathered(config, block, own_R, x_BTD, context, choice_BT, gate_BT1, routing, max_len, slack):
+def _run_gathered(config, block, own_R, x_BTD, context, choice_BT, gate_BT1, routing, max_len, slack, steps):
   del max_len, slack  # places are static sizes of the row here
   length = x_BTD.shape[1]
   starts_BT = _count_from(context, routing)
   h_BTD, active_BT, memory, decisions, indices = x_BTD, context.segments_BC > 0, None, [], []
-  for index, count in enumerate(config.selected_tokens(length)):
+  for index, count in enumerate(config.selected_tokens(length)[:steps]):
     entered_BT = active_BT
     own = jax.tree.map(lambda leaf, r=index: leaf[r], own_R)
     always = config.step_capacities[index] == 1.0

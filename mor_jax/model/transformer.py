@@ -63,6 +63,7 @@ class Transformer(nn.Module):
     slack: float | None = None,
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
+    max_recursions: int | None = None,
   ) -> ModelOutput:
     """Logits for every token.
 
@@ -73,11 +74,12 @@ class Transformer(nn.Module):
       slack: under threshold routing, places per token expected; default config.threshold_slack.
       segment_ids: (B, T) document of each token, 0 for padding; default: one document a row.
       positions: (B, T) position in the document; default: counted from the document's start.
+      max_recursions: recursions a token takes at most; default: R.
 
     Raises:
-      ValueError: unknown routing, or max_len shorter than the row.
+      ValueError: unknown routing, max_len shorter than the row, or max_recursions that the model cannot have.
     """
-    x_BTD, routed = self.hidden(tokens_BT, routing, max_len, slack, segment_ids, positions)
+    x_BTD, routed = self.hidden(tokens_BT, routing, max_len, slack, segment_ids, positions, max_recursions)
     return ModelOutput(self.logits(x_BTD), routed)
 
   def hidden(
@@ -88,6 +90,7 @@ class Transformer(nn.Module):
     slack: float | None = None,
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
+    max_recursions: int | None = None,
   ) -> tuple[jax.Array, RoutingOutput | None]:
     """Normed final states (B, T, D), to which `logits` applies the head; arguments as in `__call__`."""
     cfg = self.config
@@ -98,6 +101,11 @@ class Transformer(nn.Module):
     if max_len < length:
       raise ValueError(f'max_len={max_len} is shorter than the row of {length} tokens')
     slack = cfg.threshold_slack if slack is None else slack
+    steps = cfg.recursions if max_recursions is None else max_recursions
+    if not (1 <= steps < cfg.recursions and cfg.can_stop_early) and steps != cfg.recursions:
+      raise ValueError(
+        f'max_recursions={steps} cannot be had of {cfg.recursions} under sharing={cfg.sharing}'
+      )
     context = token_context(tokens_BT, segment_ids, positions)
     x_BTD = self.embedded(tokens_BT)
     routed = None
@@ -109,9 +117,9 @@ class Transformer(nn.Module):
       if cfg.kind == 'vanilla':
         x_BTD = recursion.share_memory(cfg, block, x_BTD, context)
       elif cfg.kind == 'recursive':
-        x_BTD = recursion.repeat(cfg, block, self.steps, x_BTD, context)
+        x_BTD = recursion.repeat(cfg, block, self.steps, x_BTD, context, steps)
       else:
-        x_BTD, routed = self._route(block, x_BTD, context, routing, max_len, slack)
+        x_BTD, routed = self._route(block, x_BTD, context, routing, max_len, slack, steps)
       x_BTD, _ = apply_stack(cfg, last, x_BTD, context)
     return self.final_norm(x_BTD), routed
 
@@ -126,13 +134,13 @@ class Transformer(nn.Module):
     x_BTD = axes.per_shard(look_up, [(), ('batch',)], ('batch',))(embedding_VD, tokens_BT)
     return axes.constrain(x_BTD, 'batch', 'length', 'width')
 
-  def _route(self, block, x_BTD, context, routing, max_len, slack):
+  def _route(self, block, x_BTD, context, routing, max_len, slack, steps):
     cfg = self.config
     zeros_R = jnp.zeros((cfg.recursions,))
     if cfg.router == 'token_choice':
       bias_R = self.routing_state['bias'].value if 'bias' in self.routing_state else zeros_R
       return token_choice.route(
-        cfg, block, self.router, self.steps, bias_R, x_BTD, context, routing, max_len, slack
+        cfg, block, self.router, self.steps, bias_R, x_BTD, context, routing, max_len, slack, steps
       )
     steps_R = {'own': self.steps, 'threshold': self.get_variable('routing', 'threshold', zeros_R)}
     if cfg.random_router:
@@ -142,6 +150,7 @@ class Transformer(nn.Module):
       steps_R['router'] = self.router
     if cfg.has_aux_router:
       steps_R['aux_router'] = self.aux_router
+    steps_R = jax.tree.map(lambda leaf_R: leaf_R[:steps], steps_R)
     if cfg.dispatch == 'gather' and routing == 'topk':
       return expert_choice.route_gathered(cfg, block, steps_R, x_BTD, context)
     return expert_choice.route_masked(cfg, block, steps_R, x_BTD, context, routing, max_len, slack)

@@ -14,7 +14,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from mor_jax.config import CheckpointConfig
+from mor_jax.config import CheckpointConfig, ConfigError
 from mor_jax.parallel import runtime
 from mor_jax.settings import RunError
 from mor_jax.training import integrity, retention
@@ -136,6 +136,23 @@ class Checkpoints:
         f'of them, or start over in another --workdir'
       )
     return None
+
+  def good(self, step: int) -> int:
+    """The step, if its checkpoint is there, or in the mirror, and its files are as they were written.
+
+    Raises:
+      ConfigError: there is no checkpoint of this step.
+      RunError: it cannot be used.
+    """
+    copies = self._mirror.steps if self._mirror else []
+    if step not in self.steps:
+      if step not in copies:
+        there = ', '.join(map(str, sorted({*self.steps, *copies}))) or 'none'
+        raise ConfigError(f'--step={step}: {self._folder} has no checkpoint of this step; there are {there}')
+      self._fetch(step)
+    if not self._is_good(step):
+      raise RunError(f'the checkpoint of --step={step} cannot be used; choose another')
+    return step
 
   def _is_good(self, step: int) -> bool:
     found = integrity.problems(self.path(step), jax.process_index(), jax.process_count())

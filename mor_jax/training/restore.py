@@ -16,7 +16,7 @@ from mor_jax.training.state import abstract_state, initializer
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
-  """A run's folder, config and model, and the variables of its newest checkpoint, made at `step`."""
+  """A run's folder, config and model, and the variables of a checkpoint, made at `step`."""
 
   folder: RunFolder
   config: Config
@@ -25,11 +25,12 @@ class LoadedRun:
   step: int
 
 
-def load_run(path: str | os.PathLike) -> LoadedRun:
-  """Reads the newest checkpoint of the run in a folder, onto the devices of this process.
+def load_run(path: str | os.PathLike, step: int | None = None) -> LoadedRun:
+  """Reads the newest checkpoint of the run in a folder, or that of a step, onto the devices of this process.
 
   Raises:
-    ConfigError: the folder is no run's, or the run has no checkpoint yet.
+    ConfigError: the folder is no run's, or the run has no checkpoint yet, or none of that step.
+    RunError: the checkpoints, or that of the step, cannot be used.
   """
   folder = RunFolder(Path(path))
   config = folder.read_config()
@@ -39,7 +40,7 @@ def load_run(path: str | os.PathLike) -> LoadedRun:
   mesh, model = mesh_lib.make_mesh(), Transformer(config.model)
   optimizer = make_optimizer(config.train, config.model.has_aux_router)
   with Checkpoints(checkpoint_folder, config.checkpoint, read_only=True, mirror=mirror) as checkpoints:
-    step = checkpoints.newest_good()
+    step = checkpoints.newest_good() if step is None else checkpoints.good(step)
     if step is None:
       raise ConfigError(f'the run {path} has no checkpoint yet')
     state = abstract_state(initializer(model, optimizer, mesh, config.data.seq_len), mesh)

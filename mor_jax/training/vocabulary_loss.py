@@ -80,12 +80,17 @@ def sum_over_tokens(
 def next_token_nll(logits_NV: jax.Array, targets_and_mask_N: tuple[jax.Array, jax.Array]) -> jax.Array:
   """Negative log-likelihood in nats, summed over the tokens of the mask: a `TokenLoss`."""
   targets_N, mask_N = targets_and_mask_N
+  return jnp.where(mask_N, token_nll(logits_NV, targets_N), 0).sum()
+
+
+def token_nll(logits_NV: jax.Array, targets_N: jax.Array) -> jax.Array:
+  """Negative log-likelihood of every target, in nats."""
   largest_N1 = jax.lax.stop_gradient(logits_NV.max(axis=-1, keepdims=True))
   normalizer_N = jnp.log(jnp.exp(logits_NV - largest_N1).sum(axis=-1)) + largest_N1[:, 0]
   # Compared, not gathered: a vocabulary that is split over devices then needs no logits of other devices.
   vocabulary_NV = jax.lax.broadcasted_iota(jnp.int32, logits_NV.shape, 1)
   target_logit_N = jnp.where(vocabulary_NV == targets_N[:, None], logits_NV, 0).sum(axis=-1)
-  return jnp.where(mask_N, normalizer_N - target_logit_N, 0).sum()
+  return normalizer_N - target_logit_N
 
 
 def _own_rows(token_loss, chunk, axes, x_BTD, kernel_DV, per_token, shared):

@@ -1,0 +1,155 @@
+"""Evaluates a trained model on held-out text: python -m mor_jax.evaluate --checkpoint=runs/tiny-mor
+
+Loss, perplexity and bits per byte under top-k routing, as in training, and under threshold routing, which is
+causal, and the gap between them; by recursion limit; by position; and what the routers did. The result is
+also written to RUN/evaluation.json.
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import jax
+from absl import flags
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mor_jax import cli
+from mor_jax.config import ConfigError, ModelConfig
+from mor_jax.data import loader
+from mor_jax.evaluation import held_out, tables
+from mor_jax.model.transformer import Transformer
+from mor_jax.parallel import mesh as mesh_lib
+from mor_jax.training.restore import LoadedRun, load_run
+from mor_jax.training.run_folder import write_atomically
+
+FLAGS = flags.FLAGS
+# Several entry points have flags of these names, and a process may import several of them.
+flags.DEFINE_string('checkpoint', None, 'folder of the run', allow_override=True)
+flags.DEFINE_integer('step', None, 'step of the checkpoint; default: the newest', allow_override=True)
+flags.DEFINE_string(
+  'data',
+  None,
+  "folder of a prepared dataset, or documents as in data.source; default: the run's own validation split",
+  allow_override=True,
+)
+flags.DEFINE_integer(
+  'rows', None, 'validation rows to use, 0: all; default: train.eval_rows of the run', allow_override=True
+)
+flags.DEFINE_integer(
+  'batch_size', None, 'rows computed together; default: 8 for each device', allow_override=True
+)
+flags.DEFINE_enum(
+  'dtype',
+  None,
+  ['float32', 'bfloat16'],
+  'of activations and matrix products; default: as trained',
+  allow_override=True,
+)
+flags.DEFINE_boolean(
+  'json', False, 'print the result as JSON, everything else to stderr', allow_override=True
+)
+flags.DEFINE_string(
+  'output', None, 'file for the result; default: evaluation.json in the run folder', allow_override=True
+)
+
+
+def main() -> None:
+  """Evaluates, prints and writes. Raises ConfigError for flags that cannot work."""
+  _check_flags()
+  run = _load()
+  cli.use_compilation_cache(run.config)
+  console = Console(stderr=FLAGS.json)
+  result = _held_out(console, run)
+  output = Path(FLAGS.output) if FLAGS.output else run.folder.path / 'evaluation.json'
+  _write(output, result)
+  if FLAGS.json:
+    print(json.dumps(result))
+  else:
+    tables.print_held_out(console, result)
+  console.print(f'written to {output}', highlight=False, markup=False, soft_wrap=True)
+
+
+def _check_flags() -> None:
+  if not FLAGS.checkpoint:
+    raise ConfigError(
+      '--checkpoint is missing: name the folder of a run, for example --checkpoint=runs/tiny-mor'
+    )
+  for name, least in (('rows', 0), ('batch_size', 1), ('step', 0)):
+    value = FLAGS[name].value
+    if value is not None and value < least:
+      raise ConfigError(f'--{name}={value} is not allowed: must be >= {least}')
+  devices = len(jax.devices())
+  if FLAGS.batch_size is not None and FLAGS.batch_size % devices:
+    raise ConfigError(f'--batch_size={FLAGS.batch_size} does not divide among {devices} devices')
+  if FLAGS.output and not Path(FLAGS.output).absolute().parent.is_dir():
+    raise ConfigError(f'--output={FLAGS.output}: there is no folder {Path(FLAGS.output).absolute().parent}')
+
+
+def _load() -> LoadedRun:
+  run = load_run(FLAGS.checkpoint, FLAGS.step)
+  if FLAGS.dtype is None:
+    return run
+  config = run.config.replace(model={'dtype': FLAGS.dtype})
+  return dataclasses.replace(run, config=config, model=Transformer(config.model))
+
+
+def _held_out(console: Console, run: LoadedRun) -> dict:
+  def report(line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+  dataset = held_out.open_data(run, FLAGS.data, report)
+  rows = run.config.train.eval_rows if FLAGS.rows is None else FLAGS.rows or None
+  batch_size = FLAGS.batch_size or 8 * len(jax.devices())
+  with Follow(console, run.config.model, dataset, rows) as follow:
+    return held_out.evaluate(
+      run, dataset, mesh_lib.make_mesh(), batch_size, rows, follow.begin, follow.advance
+    )
+
+
+def _write(path: Path, result: dict) -> None:
+  try:
+    write_atomically(path, json.dumps(result, indent=2) + '\n')
+  except OSError as error:
+    raise ConfigError(f'{path} cannot be written ({error.strerror}); choose another with --output') from None
+
+
+class Follow:
+  """Which way of running the model is being measured, and how far it is: a bar on a terminal, else lines."""
+
+  def __init__(self, console: Console, model: ModelConfig, dataset: loader.Dataset, max_rows: int | None):
+    rows = dataset.manifest.splits['validation'].rows
+    self._rows = rows if max_rows is None else min(max_rows, rows)
+    self._ways, self._routed = held_out.ways(model), model.kind == 'mor'
+    self._done, self._console = 0, console
+    columns = (TextColumn('{task.description}'), BarColumn(bar_width=None), TimeRemainingColumn())
+    self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    self._task = self._bar.add_task('compiling', total=self._rows * len(self._ways))
+    self._since = time.perf_counter()
+
+  def __enter__(self) -> 'Follow':
+    self._bar.start()
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self._bar.stop()
+
+  def begin(self, way: held_out.Way) -> None:
+    """The next way of running the model."""
+    self._done += 1
+    modes = {'topk': 'top-k routing, ', 'threshold': 'threshold routing, '}
+    mode = modes[way.routing] if self._routed else ''
+    limit = 'recursion' if way.max_recursions == 1 else 'recursions'
+    text = f'{self._done}/{len(self._ways)}: {mode}{way.max_recursions} {limit}'
+    self._bar.update(self._task, description=text)
+    if not self._console.is_terminal:
+      self._console.print(f'{text}, {self._rows:,} rows', highlight=False, soft_wrap=True)
+
+  def advance(self, rows: int) -> None:
+    """So many rows more are under way."""
+    self._bar.advance(self._task, rows)
+
+
+if __name__ == '__main__':
+  cli.run(main, __doc__, with_config=False)

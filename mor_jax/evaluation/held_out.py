@@ -1,0 +1,186 @@
+"""A trained model on held-out rows: its loss under both kinds of routing, by recursion limit and by position."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from mor_jax.config import ConfigError, ModelConfig
+from mor_jax.data import dataset as dataset_lib
+from mor_jax.data import loader
+from mor_jax.data.tokenizer import MADE_HERE, Tokenizer
+from mor_jax.evaluation import nll
+from mor_jax.training.meter import router_metrics
+from mor_jax.training.restore import LoadedRun
+
+Advance = Callable[[int], None]
+
+SHORT_BINS = 8  # share of the row, as a divisor, up to which bins of positions double in size
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+  """A way to run a model: routing mode, and the recursions that a token takes at most."""
+
+  routing: str
+  max_recursions: int
+
+
+def ways(model: ModelConfig) -> list[Way]:
+  """All ways to run a model, by routing and ascending limit, of each mode the last without one.
+
+  A model without router has one mode. Under `sequence` sharing, where every layer repeats by itself, and for
+  vanilla models there is no limit.
+  """
+  routings = ('topk', 'threshold') if model.kind == 'mor' else ('topk',)
+  limits = range(1 if model.can_stop_early else model.recursions, model.recursions + 1)
+  return [Way(routing, limit) for routing in routings for limit in limits]
+
+
+def open_data(
+  run: LoadedRun, source: str | None, report: Callable[[str], None] = lambda line: None
+) -> loader.Dataset:
+  """The dataset to evaluate a run on.
+
+  Args:
+    source: folder of a prepared dataset, or documents as `data.source` names them, which are prepared with the
+      run's tokenizer; None: the run's own data.
+
+  Raises:
+    ConfigError: it cannot be read, or has another tokenizer than the run.
+  """
+  data, path = run.config.data, run.folder.tokenizer
+  tokenizer = Tokenizer.load(path, data.separator)
+  folder = Path((source or '').removeprefix(dataset_lib.PREPARED)).expanduser()
+  if source is None:
+    if data.tokenizer not in MADE_HERE and not Path(data.tokenizer).exists():
+      data = dataclasses.replace(data, tokenizer=str(path))  # the run's copy outlives what it was made from
+    dataset = loader.open_dataset(data, report)
+  elif source.startswith(dataset_lib.PREPARED) or folder.is_dir():
+    dataset = dataset_lib.open_dataset(folder)
+  else:
+    dataset = loader.open_dataset(dataclasses.replace(data, source=source, tokenizer=str(path)), report)
+  if dataset.manifest.tokenizer_digest != tokenizer.digest:
+    raise ConfigError(
+      f'the data of {source or data.source} has another tokenizer than the run: {dataset.manifest.tokenizer} with '
+      f'{dataset.manifest.vocab_size} entries, where {path} has {tokenizer.vocab_size}, so that the same ids mean '
+      f'other text; name documents with --data=files:PATTERN, which are prepared with the tokenizer of the run'
+    )
+  return dataset
+
+
+def evaluate(
+  run: LoadedRun,
+  dataset: loader.Dataset,
+  mesh: Mesh,
+  batch_size: int,
+  max_rows: int | None = None,
+  begin: Callable[[Way], None] = lambda way: None,
+  advance: Advance = lambda rows: None,
+) -> dict[str, Any]:
+  """Everything that `python -m mor_jax.evaluate` shows, as JSON.
+
+  Args:
+    batch_size: rows computed together.
+    max_rows: validation rows to use; None: all.
+    begin: called before each of `ways`.
+    advance: called with the number of rows of every batch.
+
+  Returns:
+    'routing': by mode ('topk' and 'threshold', or 'none' for models without router) `summarize` of the whole
+    model, with 'recursion_limits', the same for every limit, and 'positions', of `by_position`; 'gap':
+    threshold minus top-k of loss, perplexity and bits per byte.
+  """
+  split = dataset.manifest.splits['validation']
+  model = run.config.model
+  found: dict[str, Any] = {}
+  for way in ways(model):
+    begin(way)
+    full = way.max_recursions == model.recursions
+    step = nll.make_nll_step(run.model, run.config, mesh, way.routing, way.max_recursions, by_position=full)
+    batches = _followed(loader.validation_batches(dataset, batch_size, max_rows), advance)
+    sums = nll.totals(step, run.variables, batches, mesh)
+    summary = {'max_recursions': way.max_recursions, **summarize(sums, split)}
+    mode = found.setdefault(way.routing if model.kind == 'mor' else 'none', {'recursion_limits': []})
+    mode['recursion_limits'].append(summary)
+    if full:
+      mode |= {**summary, 'positions': by_position(sums['position'])}
+  rows = split.rows if max_rows is None else min(max_rows, split.rows)
+  manifest = dataset.manifest
+  result = {
+    'run': str(run.folder.path),
+    'step': run.step,
+    'model': {'kind': model.kind, 'recursions': model.recursions, 'capacities': model.step_capacities},
+    'data': {
+      'source': manifest.source,
+      'documents_digest': manifest.documents_digest,
+      'seq_len': manifest.seq_len,
+      'rows': rows,
+      'bytes_per_token': split.bytes_per_token,
+    },
+    'routing': found,
+  }
+  if 'threshold' in found:
+    shown = ('nll', 'perplexity', 'bits_per_byte')
+    result['gap'] = {name: found['threshold'][name] - found['topk'][name] for name in shown}
+  return result
+
+
+def _followed(batches: Iterator[loader.Batch], advance: Advance) -> Iterator[loader.Batch]:
+  for batch in batches:
+    yield batch
+    advance(int((batch['segment_ids'] > 0).any(axis=1).sum()))
+
+
+def summarize(sums: dict[str, Any], split: dataset_lib.SplitCounts) -> dict[str, Any]:
+  """Loss in nats per predicted token, perplexity, bits per byte, and the metrics of `router.summarize`.
+
+  Beside them 'overflow_recursion_r', the share of all tokens that wanted to take recursion r = 1..R and found
+  no place. Bytes are those that a token of the whole split stands for.
+  """
+  loss = float(sums['nll'] / sums['targets'])
+  result = {
+    'nll': loss,
+    'perplexity': math.exp(min(loss, 700.0)),  # the largest that a float can hold
+    'bits_per_byte': nll.bits_per_byte(loss, split.tokens, split.bytes),
+    'predicted_tokens': int(sums['targets']),
+  }
+  if 'counts' in sums:
+    counts = sums['counts']
+    result |= router_metrics(counts)
+    shares_R = counts['overflow_R'] / max(counts['depth_R1'].sum(), 1)
+    result |= {f'overflow_recursion_{step}': float(share) for step, share in enumerate(shares_R, start=1)}
+  return result
+
+
+def by_position(sums_T: dict[str, np.ndarray]) -> list[dict[str, float]]:
+  """Loss, mean depth and overflow by the number of tokens of the document that came before.
+
+  Bins double in size up to an eighth of the row, and have that size from there on; empty ones are left out.
+  """
+  bins = []
+  edges = position_edges(len(sums_T['nll']))
+  for first, end in itertools.pairwise(edges):
+    of_bin = {name: float(values_T[first:end].sum()) for name, values_T in sums_T.items()}
+    if not of_bin['targets']:
+      continue
+    entry = {'first': int(first), 'last': int(end) - 1, 'predicted_tokens': int(of_bin['targets'])}
+    entry['nll'] = of_bin['nll'] / of_bin['targets']
+    if of_bin.get('tokens'):
+      entry['mean_depth'] = of_bin['depth'] / of_bin['tokens']
+      entry['overflow_ratio'] = of_bin['overflow'] / of_bin['tokens']
+    bins.append(entry)
+  return bins
+
+
+def position_edges(length: int) -> np.ndarray:
+  """Ascending first positions of bins of the positions 1 to T - 1, and T."""
+  short = length / SHORT_BINS
+  doubling = 2 ** np.arange(math.ceil(math.log2(max(short, 1))))
+  even = np.arange(1, SHORT_BINS + 1) * length // SHORT_BINS
+  return np.unique(np.concatenate([[1], doubling, even[even > 0]]))

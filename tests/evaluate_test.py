@@ -1,0 +1,94 @@
+"""The command: tables, JSON, and what it refuses."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from absl import flags as absl_flags
+from absl.testing import flagsaver
+
+from mor_jax import evaluate
+from mor_jax.config import ConfigError
+
+FLAGS = absl_flags.FLAGS
+
+
+def command(*flags):
+  program = [sys.executable, '-m', 'mor_jax.evaluate', *flags]
+  return subprocess.run(program, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope='module')
+def evaluated(finished_run, tmp_path_factory):
+  """A copy of a finished run, and what evaluating it printed as JSON."""
+  run = shutil.copytree(finished_run[1], tmp_path_factory.mktemp('evaluated') / 'run')
+  done = command(f'--checkpoint={run}', '--json')
+  assert done.returncode == 0, done.stderr
+  return run, json.loads(done.stdout), done
+
+
+def test_losses_agree_with_those_of_the_training(evaluated):
+  run, result, _ = evaluated
+  summary = json.loads((run / 'summary.json').read_text())
+  topk = result['routing']['topk']
+  assert topk['nll'] == pytest.approx(summary['validation/nll'], rel=1e-5)
+  for name in ('bits_per_byte', 'sampling_accuracy', 'dead_token_ratio', 'mean_depth', 'tokens_recursion_2'):
+    assert topk[name] == pytest.approx(summary[f'validation/{name}'], rel=1e-4, abs=1e-6)
+  assert result['step'] == 20
+  assert result['gap']['nll'] == pytest.approx(result['routing']['threshold']['nll'] - topk['nll'])
+  assert [limit['max_recursions'] for limit in topk['recursion_limits']] == [1, 2]
+  assert topk['recursion_limits'][1]['nll'] == topk['nll']
+  assert topk['recursion_limits'][0]['nll'] != topk['nll']
+  assert result['data']['rows'] == 12
+
+
+def test_result_is_kept_with_the_run(evaluated):
+  run, result, done = evaluated
+  assert json.loads((run / 'evaluation.json').read_text()) == result
+  assert str(run / 'evaluation.json') in done.stderr
+
+
+def test_tables(evaluated, tmp_path):
+  run, result, _ = evaluated
+  done = command(f'--checkpoint={run}', '--rows=4', '--step=18', f'--output={tmp_path}/other.json')
+  assert done.returncode == 0, done.stderr
+  other = json.loads((tmp_path / 'other.json').read_text())
+  assert (other['step'], other['data']['rows']) == (18, 4)
+  for text in ('bits per byte', 'gap', 'By recursion limit', 'By position', 'dead tokens', 'found no place'):
+    assert text in done.stdout
+  for mode in ('topk', 'threshold'):
+    assert f'{other["routing"][mode]["nll"]:.4f}' in done.stdout
+  assert json.loads((run / 'evaluation.json').read_text()) == result, '--output leaves that of the run alone'
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    ([], '--checkpoint is missing'),
+    (['--checkpoint=nowhere'], 'is not the folder of a run'),
+    (['--checkpoint=RUN', '--rows=-1'], '--rows=-1 is not allowed'),
+    (['--checkpoint=RUN', '--step=7'], '--step=7: '),
+    (['--checkpoint=RUN', '--data=prepared:nowhere'], 'there is no prepared dataset nowhere'),
+    (['--checkpoint=RUN', '--output=nowhere/else.json'], 'there is no folder'),
+    (['--checkpoint=EMPTY'], 'has no checkpoint yet'),
+  ],
+)
+def test_bad_input(evaluated, tmp_path, flags, message):
+  run = evaluated[0]
+  shutil.copy(run / 'config.json', tmp_path)
+  given = [flag.replace('RUN', str(run)).replace('EMPTY', str(tmp_path)) for flag in flags]
+  with flagsaver.flagsaver():
+    FLAGS(['evaluate', *given])
+    with pytest.raises(ConfigError, match=re.escape(message)):
+      evaluate.main()
+
+
+def test_a_folder_without_checkpoint_ends_the_command(evaluated, tmp_path):
+  shutil.copy(evaluated[0] / 'config.json', tmp_path)
+  done = command(f'--checkpoint={tmp_path}')
+  assert done.returncode == 2
+  assert done.stderr.startswith('error: ')
+  assert 'Traceback' not in done.stderr
