@@ -3,12 +3,17 @@
 Loss, perplexity and bits per byte under top-k routing, as in training, and under threshold routing, which is
 causal, and the gap between them; by recursion limit; by position; and what the routers did. The result is
 also written to RUN/evaluation.json.
+
+With --tasks=lambada_openai,hellaswag the tasks of lm-evaluation-harness are run instead, or those that YAML
+files in a folder of your own describe (--include_path): python -m mor_jax.evaluate --checkpoint=runs/tiny-mor
+--tasks=my_task --include_path=tasks --num_fewshot=5. The result is in the harness's own form, RUN/few_shot.json.
 """
 
 import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
@@ -18,7 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from mor_jax import cli
 from mor_jax.config import ConfigError, ModelConfig
 from mor_jax.data import loader
-from mor_jax.evaluation import held_out, tables
+from mor_jax.evaluation import few_shot, held_out, tables
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.training.restore import LoadedRun, load_run
@@ -51,21 +56,59 @@ flags.DEFINE_boolean(
   'json', False, 'print the result as JSON, everything else to stderr', allow_override=True
 )
 flags.DEFINE_string(
-  'output', None, 'file for the result; default: evaluation.json in the run folder', allow_override=True
+  'output',
+  None,
+  'file for the result; default: evaluation.json, or few_shot.json, in the run folder',
+  allow_override=True,
 )
+flags.DEFINE_list('tasks', None, 'tasks of lm-evaluation-harness to run', allow_override=True)
+flags.DEFINE_string(
+  'include_path', None, '--tasks: folder with YAML files of more tasks', allow_override=True
+)
+flags.DEFINE_integer(
+  'num_fewshot',
+  None,
+  '--tasks: examples before each question; default: as the task says',
+  allow_override=True,
+)
+flags.DEFINE_float(
+  'limit', None, '--tasks: examples of each task to use, below 1 a share of them', allow_override=True
+)
+flags.DEFINE_enum(
+  'routing',
+  None,
+  ['threshold', 'topk'],
+  '--tasks: threshold, which is causal, or topk, which looks at the whole text; default: threshold',
+  allow_override=True,
+)
+flags.DEFINE_integer(
+  'max_len', None, '--tasks: longest text in tokens; default: data.seq_len of the run', allow_override=True
+)
+flags.DEFINE_string(
+  'use_cache', None, '--tasks: file in which the harness keeps answers for the next time', allow_override=True
+)
+
+ONLY_TASKS = ('include_path', 'num_fewshot', 'limit', 'routing', 'max_len', 'use_cache')
+NOT_TASKS = ('data', 'rows')
 
 
 def main() -> None:
   """Evaluates, prints and writes. Raises ConfigError for flags that cannot work."""
   _check_flags()
+  if FLAGS.tasks:
+    few_shot.prepare()
+    tasks = few_shot.load(FLAGS.tasks, FLAGS.include_path)  # before the checkpoint, which may be large
   run = _load()
   cli.use_compilation_cache(run.config)
   console = Console(stderr=FLAGS.json)
-  result = _held_out(console, run)
-  output = Path(FLAGS.output) if FLAGS.output else run.folder.path / 'evaluation.json'
+  result = _few_shot(run, tasks) if FLAGS.tasks else _held_out(console, run)
+  name = 'few_shot.json' if FLAGS.tasks else 'evaluation.json'
+  output = Path(FLAGS.output) if FLAGS.output else run.folder.path / name
   _write(output, result)
   if FLAGS.json:
     print(json.dumps(result))
+  elif FLAGS.tasks:
+    tables.print_few_shot(console, result)
   else:
     tables.print_held_out(console, result)
   console.print(f'written to {output}', highlight=False, markup=False, soft_wrap=True)
@@ -76,10 +119,18 @@ def _check_flags() -> None:
     raise ConfigError(
       '--checkpoint is missing: name the folder of a run, for example --checkpoint=runs/tiny-mor'
     )
-  for name, least in (('rows', 0), ('batch_size', 1), ('step', 0)):
+  for name, least in (('rows', 0), ('batch_size', 1), ('step', 0), ('num_fewshot', 0), ('max_len', 2)):
     value = FLAGS[name].value
     if value is not None and value < least:
       raise ConfigError(f'--{name}={value} is not allowed: must be >= {least}')
+  for name in NOT_TASKS if FLAGS.tasks else ONLY_TASKS:
+    if FLAGS[name].value is not None:
+      given = 'is not used with --tasks' if FLAGS.tasks else 'is for --tasks, which is not given'
+      raise ConfigError(f'--{name}={FLAGS[name].value} {given}; leave one of them out')
+  if FLAGS.limit is not None and FLAGS.limit <= 0:
+    raise ConfigError(f'--limit={FLAGS.limit:g} is not allowed: must be > 0')
+  if FLAGS.limit is not None and FLAGS.limit > 1 and FLAGS.limit != int(FLAGS.limit):
+    raise ConfigError(f'--limit={FLAGS.limit:g} is not allowed: above 1 it must be a whole number')
   devices = len(jax.devices())
   if FLAGS.batch_size is not None and FLAGS.batch_size % devices:
     raise ConfigError(f'--batch_size={FLAGS.batch_size} does not divide among {devices} devices')
@@ -106,6 +157,17 @@ def _held_out(console: Console, run: LoadedRun) -> dict:
     return held_out.evaluate(
       run, dataset, mesh_lib.make_mesh(), batch_size, rows, follow.begin, follow.advance
     )
+
+
+def _few_shot(run: LoadedRun, tasks: Any) -> dict:
+  from mor_jax.evaluation.harness import HarnessModel  # lm_eval is an optional extra
+
+  batch_size = FLAGS.batch_size or 8 * len(jax.devices())
+  model = HarnessModel(run, batch_size, FLAGS.max_len, FLAGS.routing or 'threshold')
+  limit = int(FLAGS.limit) if FLAGS.limit is not None and FLAGS.limit >= 1 else FLAGS.limit
+  return few_shot.run(
+    model, FLAGS.tasks, tasks, num_fewshot=FLAGS.num_fewshot, limit=limit, use_cache=FLAGS.use_cache
+  )
 
 
 def _write(path: Path, result: dict) -> None:

@@ -1,4 +1,4 @@
-"""What an evaluation found, as tables for a terminal."""
+"""What an evaluation found, as tables for a terminal: held-out losses, and tasks beside those of the paper."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,6 +6,27 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+# Few-shot accuracy of models on 16.5e18 FLOPs at 360M (paper, Table 3), in per cent, in the order of BENCHMARKS.
+TABLE_3 = {
+  'vanilla, 315M': (32.0, 37.8, 65.6, 50.5, 39.6, 28.0),
+  'recursive, R = 2': (31.0, 37.1, 66.7, 52.3, 40.8, 27.5),
+  'recursive, R = 3': (29.8, 35.9, 65.0, 52.3, 39.0, 27.2),
+  'recursive, R = 4': (28.2, 35.4, 65.5, 52.5, 38.0, 26.8),
+  'MoR expert-choice, R = 2': (34.4, 39.3, 65.7, 51.2, 39.6, 28.1),
+  'MoR expert-choice, R = 3': (33.1, 37.9, 66.9, 52.1, 38.3, 27.4),
+  'MoR expert-choice, R = 4': (30.1, 37.3, 65.0, 51.1, 38.9, 27.4),
+  'MoR token-choice, R = 3': (27.6, 34.1, 63.8, 50.6, 37.4, 26.8),
+  'MoR expert-choice, R = 3, shared KV': (31.7, 37.2, 65.1, 51.0, 39.0, 27.1),
+}
+# Title, part of the names of its tasks, and whether the paper's accuracy is normalised by the answer's length.
+BENCHMARKS = (
+  ('LAMBADA', 'lambada', False),
+  ('HellaSwag', 'hellaswag', True),
+  ('PIQA', 'piqa', True),
+  ('WinoGrande', 'winogrande', False),
+  ('ARC', 'arc_', True),
+  ('MMLU', 'mmlu', False),
+)
 TITLES = {'topk': 'top-k', 'threshold': 'threshold', 'none': ''}
 
 
@@ -112,3 +133,60 @@ def _positions(modes: dict[str, Any]) -> Table:
 
 def _signed(value: float | None) -> str:
   return '' if value is None else f'{value:+.4f}'
+
+
+def print_few_shot(console: Console, result: dict[str, Any]) -> None:
+  """The results of lm-evaluation-harness, and beside them Table 3 of the paper where it has the benchmarks."""
+  table = Table('task', 'examples', 'shots', 'metric')
+  for column in ('value', 'standard error'):
+    table.add_column(column, justify='right')
+  for name, values in result['results'].items():
+    count = result.get('n-samples', {}).get(name, {}).get('effective')
+    label, examples, shots = (
+      values.get('alias', name),
+      '' if count is None else f'{count:,}',
+      result['n-shot'],
+    )
+    for metric, value, error in _metrics(values):
+      row = (label, examples, str(shots.get(name, '')), metric, f'{value:.4f}')
+      table.add_row(*row, f'{error:.4f}' if isinstance(error, float) else '')
+      label = examples = ''
+  console.print(table)
+  if columns := _of_the_paper(result):
+    _print(console, 'Accuracy in per cent, beside models of 360M in the paper (Table 3)', _beside(columns))
+
+
+def _metrics(values: dict[str, Any]) -> Iterator[tuple[str, float, Any]]:
+  """(metric, value, standard error) of a task's entry, whose keys are `metric,filter`."""
+  for key, value in values.items():
+    metric, _, how = key.partition(',')
+    if how and not metric.endswith('_stderr') and isinstance(value, int | float):
+      yield metric if how == 'none' else f'{metric} ({how})', value, values.get(f'{metric}_stderr,{how}')
+
+
+def _of_the_paper(result: dict[str, Any]) -> dict[str, float]:
+  """Accuracy in per cent of every benchmark of Table 3 that was run; of several tasks the mean."""
+  found = {}
+  for title, part, normalised in BENCHMARKS:
+    accuracies = []
+    # Of a group and its members the group counts.
+    members = {member for group in result.get('group_subtasks', {}).values() for member in group}
+    for name, values in result['results'].items():
+      keys = ('acc_norm,none', 'acc,none') if normalised else ('acc,none',)
+      known = [values[key] for key in keys if key in values]
+      if part in name and name not in members and known:
+        accuracies.append(100 * known[0])
+    if accuracies:
+      found[title] = sum(accuracies) / len(accuracies)
+  return found
+
+
+def _beside(columns: dict[str, float]) -> Table:
+  table = Table('model')
+  for title in columns:
+    table.add_column(title, justify='right')
+  table.add_row('this run', *(f'{value:.1f}' for value in columns.values()), style='bold')
+  for model, values in TABLE_3.items():
+    of_title = dict(zip((title for title, *_ in BENCHMARKS), values, strict=True))
+    table.add_row(model, *(f'{of_title[title]:.1f}' for title in columns))
+  return table

@@ -1,0 +1,180 @@
+"""A trained model as lm-evaluation-harness sees it (the optional package `lm_eval`).
+
+from lm_eval import simple_evaluate
+model = harness.HarnessModel(load_run('runs/tiny-mor'))
+simple_evaluate(model, tasks=['hellaswag'])
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from mor_jax.config import ConfigError
+from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.evaluation.scoring import Scorer
+from mor_jax.inference.engine import Engine
+from mor_jax.inference.requests import Request, RequestError
+from mor_jax.inference.scheduler import Scheduler
+from mor_jax.model import flops
+from mor_jax.training.restore import LoadedRun
+
+MAX_NEW_TOKENS = 256  # where a task does not say, as the harness has it
+
+
+class HarnessModel(TemplateLM):
+  """Scores and continues texts with a run's model. Routing is by threshold, hence causal, unless asked otherwise.
+
+  Tokens are those of the run's tokenizer, without any added at the beginning; a text without context follows
+  the token that ends documents, as in training. Texts longer than `max_len` lose their beginning.
+  """
+
+  def __init__(
+    self, run: LoadedRun, batch_size: int = 8, max_len: int | None = None, routing: str = 'threshold'
+  ):
+    """Takes a loaded run.
+
+    Args:
+      batch_size: texts computed together.
+      max_len: longest text in tokens; default: data.seq_len of the run.
+      routing: 'threshold', or 'topk' as in training, which looks at the whole text.
+    """
+    super().__init__()
+    self.run, self.routing = run, routing
+    self.max_length = max_len or run.config.data.seq_len
+    self.batch_size = batch_size
+    self._tokenizer = Tokenizer.load(run.folder.tokenizer, run.config.data.separator)
+    self._scorer = Scorer(run.model, run.variables, self.max_length, batch_size, routing)
+
+  # ---- what the harness asks about ----
+
+  @property
+  def eot_token_id(self) -> int:
+    """The token that ends documents."""
+    return self._tokenizer.end_of_text
+
+  @property
+  def tokenizer_name(self) -> str:
+    """Names the tokenizer in the harness's caches."""
+    return f'mor_jax-{self._tokenizer.digest[:16]}'
+
+  def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+    """Token ids; special tokens are neither added nor read from the text."""
+    return self._tokenizer.encode(string)
+
+  def get_model_info(self) -> dict[str, Any]:
+    """What the harness's JSON says about the model."""
+    config = self.run.config.model
+    return {
+      'model_run': str(self.run.folder.path),
+      'model_step': self.run.step,
+      'model_kind': config.kind,
+      'model_num_parameters': flops.count_parameters(config).total,
+      'model_dtype': config.dtype,
+      'model_routing': self.routing if config.kind == 'mor' else None,
+      'model_max_length': self.max_length,
+    }
+
+  # ---- scores ----
+
+  def _loglikelihood_tokens(
+    self,
+    requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
+    disable_tqdm: bool = False,
+    **kwargs,
+  ) -> list[tuple[float, bool]]:
+    with _bar(len(requests), 'log-likelihoods', disable_tqdm) as bar:
+      scores = self._scorer.score([(context, rest) for _, context, rest in requests], bar.update)
+    for (texts, _, _), score in zip(requests, scores, strict=True):
+      self.cache_hook.add_partial('loglikelihood', texts, score)
+    return scores
+
+  def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+    """Log-likelihood of whole texts, in windows of `max_len` that each predict what is new in them."""
+    texts = [request.args[0] for request in requests]
+    windows, owners = [], []
+    for owner, text in enumerate(texts):
+      rolling = get_rolling_token_windows(
+        self.tok_encode(text), prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+      )
+      windows += [make_disjoint_window(window) for window in rolling]
+      owners += [owner] * (len(windows) - len(owners))
+    with _bar(len(windows), 'windows of texts', disable_tqdm) as bar:
+      scores = self._scorer.score(windows, bar.update)
+    totals = [0.0] * len(texts)
+    for owner, (score, _) in zip(owners, scores, strict=True):
+      totals[owner] += score
+    for text, total in zip(texts, totals, strict=True):
+      self.cache_hook.add_partial('loglikelihood_rolling', (text,), total)
+    return totals
+
+  # ---- generation ----
+
+  def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    """Continuations, without the text that ended them, by depth-wise batching; routing is always by threshold.
+
+    Raises:
+      ConfigError: under top-k routing, or a task asks for a way of sampling that there is none of.
+    """
+    if self.routing == 'topk' and self.run.config.model.kind == 'mor':
+      raise ConfigError(
+        '--routing=topk looks at the whole text and cannot generate one, which these tasks ask for: use '
+        '--routing=threshold'
+      )
+    engine = Engine(
+      self.run.model, self.run.variables, slots=min(self.batch_size, len(requests)), max_len=self.max_length
+    )
+    scheduler = Scheduler(engine, self._tokenizer)
+    try:
+      results = [scheduler.submit(self._request(*request.args)) for request in requests]
+    except RequestError as error:
+      raise ConfigError(f'a task asks for what cannot be generated: {error}') from None
+    with _bar(len(requests), 'texts', disable_tqdm) as bar:
+      while scheduler.busy:
+        bar.update(len(scheduler.step()))
+    for request, result in zip(requests, results, strict=True):
+      self.cache_hook.add_partial('generate_until', request.args, result.text)
+    return [result.text for result in results]
+
+  def _request(self, context: str, wishes: dict[str, Any]) -> Request:
+    wishes = dict(normalize_gen_kwargs(wishes, MAX_NEW_TOKENS))
+    max_new_tokens, until = wishes.pop('max_gen_toks'), wishes.pop('until')
+    sampled = wishes.pop('do_sample')
+    temperature = wishes.pop('temperature', 1.0 if sampled else 0.0)
+    known = {name: wishes.pop(name) for name in ('top_k', 'top_p', 'repetition_penalty') if name in wishes}
+    if wishes:
+      name, value = next(iter(wishes.items()))
+      raise RequestError(
+        f'{name}={value} is not supported; known are do_sample, temperature, top_k, top_p, repetition_penalty, '
+        f'until and max_gen_toks'
+      )
+    room = self.max_length - max_new_tokens
+    if room < 1:
+      raise RequestError(
+        f'max_gen_toks={max_new_tokens} leaves no room for a prompt; raise --max_len={self.max_length}'
+      )
+    prompt = self.tok_encode(context)[-room:] or [self.prefix_token_id]
+    return Request(
+      tuple(prompt),
+      max_new_tokens=max_new_tokens,
+      temperature=float(temperature) if sampled else 0.0,
+      stop_tokens=(self.eot_token_id,),
+      stop_strings=tuple(stop for stop in until if stop),
+      **known,
+    )
+
+
+def _bar(total: int, unit: str, disable: bool) -> tqdm:
+  """A bar on a terminal; elsewhere a line every now and then."""
+  seconds = 0.1 if sys.stderr.isatty() else 30.0
+  return tqdm(
+    total=total,
+    desc=f'Scoring {unit}' if unit != 'texts' else 'Generating texts',
+    disable=disable,
+    mininterval=seconds,
+  )
