@@ -14,7 +14,7 @@ import runpy
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -38,6 +38,7 @@ def run(
   needs_config: bool = True,
   with_arguments: bool = False,
   several_processes: bool = False,
+  sections: Sequence[str] = (),
 ) -> NoReturn:
   """Parses the command line, calls main and exits with what it returns (None: 0).
 
@@ -48,17 +49,20 @@ def run(
     with_config: define --config, the settings and --workdir.
     needs_config: require --config; without, the settings start from their defaults.
     several_processes: define --coordinator and its kin, and connect the processes before main.
+    sections: without config, sections of settings to define nevertheless; `overrides` has what was given.
     with_arguments: main takes the words of the command line that are no flags, a list, as its last argument.
   """
   if with_config:
-    _define_config_flags()
+    flags.DEFINE_string('config', None, 'settings to start from, configs/NAME.py or configs/NAME.py:VARIANT')
+    flags.DEFINE_string('workdir', None, 'folder of the run; default: runs/NAME')
+  _define_settings(None if with_config else sections)
   if several_processes:
     _define_process_flags()
 
   def parse(argv: list[str]) -> list[Any]:
     if any(arg.startswith('-') and arg.lstrip('-') in HELP_FLAGS for arg in argv[1:]):
       signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
-      print(_help(main, doc, with_config, several_processes))
+      print(_help(main, doc, with_config, several_processes, sections))
       sys.exit(0)
     try:
       words = _parse_flags(argv)
@@ -174,10 +178,11 @@ class _SettingParser(flags.ArgumentParser):
       raise ValueError(f'must be {self._allowed}{" or none" if self._optional else ""}') from None
 
 
-def _define_config_flags() -> None:
-  flags.DEFINE_string('config', None, 'settings to start from, configs/NAME.py or configs/NAME.py:VARIANT')
-  flags.DEFINE_string('workdir', None, 'folder of the run; default: runs/NAME')
+def _define_settings(sections: Sequence[str] | None) -> None:
+  """A flag for every setting of some sections; None: of all."""
   for name, hint in config_lib.settings().items():
+    if sections is not None and name.partition('.')[0] not in sections:
+      continue
     flag = flags.Flag(
       _SettingParser(hint), None, f'config.{name}', None, 'overrides a setting', boolean=hint is bool
     )
@@ -221,7 +226,8 @@ def _load_config(needs_config: bool) -> Config:
 
 def overrides() -> dict[str, Any]:
   """Settings given on the command line, by dotted name: `{'train.steps': 10}`."""
-  flag_of = {name: FLAGS[f'config.{name}'] for name in config_lib.settings()}
+  known = [name for name in config_lib.settings() if f'config.{name}' in FLAGS]
+  flag_of = {name: FLAGS[f'config.{name}'] for name in known}
   return {name: flag.value for name, flag in flag_of.items() if flag.present}
 
 
@@ -294,7 +300,9 @@ def _check_arguments(called: Callable, arguments: list[Any], has_variant: bool) 
 # ---- help ----
 
 
-def _help(main: Callable, doc: str, with_config: bool, several_processes: bool) -> str:
+def _help(
+  main: Callable, doc: str, with_config: bool, several_processes: bool, sections: Sequence[str]
+) -> str:
   own = sys.argv[0] if main.__module__ == '__main__' else main.__module__
   names = [(flag.name, flag) for flag in FLAGS.get_flags_for_module(own)]
   if with_config:
@@ -307,4 +315,6 @@ def _help(main: Callable, doc: str, with_config: bool, several_processes: bool) 
     lines.append(f'  --{name}{default}  ({flag.flag_type()})\n      {flag.help}')
   if with_config:
     lines += ['', 'Settings, each overrides that of the config file:', config_lib.describe()]
+  elif sections:
+    lines += ['', 'Settings:', config_lib.describe(sections)]
   return '\n'.join(lines)

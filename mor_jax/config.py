@@ -15,6 +15,7 @@ Symbols used in code and docstrings all over the package, as suffixes of array n
 
 import dataclasses
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import config_dict
@@ -237,10 +238,12 @@ def resolve(settings: config_dict.ConfigDict | dict[str, Any]) -> Config:
   return config
 
 
-def describe() -> str:
-  """All settings with type, default and meaning, one a line: the body of `--help`."""
+def describe(sections: Sequence[str] | None = None) -> str:
+  """The settings, all or of some sections, with type, default and meaning, one a line: the body of `--help`."""
   lines = []
   for section in dataclasses.fields(Config):
+    if sections is not None and section.name not in sections:
+      continue
     value = getattr(Config(), section.name)
     if not dataclasses.is_dataclass(value):
       lines.append(describe_field(Config, section, value, 'config'))

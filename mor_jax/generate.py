@@ -6,12 +6,17 @@ together: each line is an object with "prompt" (text) or "tokens" (ids), and, wh
 flags, any of max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop_tokens, stop_strings,
 max_recursions, threshold_shift. --output has a line for each, in the same order: "text", "tokens", "depths",
 "finish" (length, stop_token or stop_string), or "error" where a line cannot be answered.
+
+One device is used, unless the settings below ask for all: --config.parallel.tensor=4 splits heads and matrices
+over four, texts are divided among the rest.
 """
 
 import sys
 from pathlib import Path
 
+import jax
 from absl import flags
+from jax.sharding import Mesh
 from rich.console import Console
 
 from mor_jax import cli
@@ -25,6 +30,7 @@ from mor_jax.inference.scheduler import Scheduler
 from mor_jax.inference.terminal import Writer, describe_statistics
 from mor_jax.model import cache
 from mor_jax.model.transformer import Transformer
+from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.training.restore import LoadedRun, load_run
 
 FLAGS = flags.FLAGS
@@ -51,7 +57,11 @@ flags.DEFINE_boolean('show_depth', False, 'colour every token by the recursions 
 flags.DEFINE_integer(
   'max_len', None, 'longest text in tokens, prompt included; default: data.seq_len of the run'
 )
-flags.DEFINE_integer('slots', None, 'texts generated together; default: --num_samples, or 16 in batch mode')
+flags.DEFINE_integer(
+  'slots',
+  None,
+  'texts generated together; default: --num_samples, or 16 in batch mode, and more if devices need it',
+)
 flags.DEFINE_float('slack', None, 'places of a recursion per token expected; default: model.threshold_slack')
 flags.DEFINE_enum(
   'cache_dtype', None, sorted(cache.DTYPES), 'keys and values; default: the dtype of the model'
@@ -64,7 +74,8 @@ DEFAULT_SLOTS = 16
 def main() -> int:
   """Generates, and returns the exit code. Raises ConfigError for flags that cannot work."""
   _check_flags()
-  run = load_run(FLAGS.checkpoint)
+  mesh = _mesh()
+  run = load_run(FLAGS.checkpoint, mesh=mesh)
   tokenizer = _tokenizer(run)
   template = _template(tokenizer)
   try:
@@ -72,7 +83,8 @@ def main() -> int:
   except RequestError as error:
     raise ConfigError(f'--{error}') from None
   cli.use_compilation_cache(run.config)
-  return _answer_file(run, tokenizer, template) if FLAGS.input else _stream(run, tokenizer, template)
+  answer = _answer_file if FLAGS.input else _stream
+  return answer(run, tokenizer, template, mesh)
 
 
 def _check_flags() -> None:
@@ -126,18 +138,29 @@ def _template(tokenizer: Tokenizer) -> Request:
   )
 
 
-def _engine(run: LoadedRun, slots: int) -> Engine:
+def _mesh() -> Mesh:
+  """All devices, if the flags say how; else the first."""
+  changes = cli.overrides()
+  if not changes:
+    return mesh_lib.make_mesh(devices=jax.devices()[:1])
+  return mesh_lib.make_mesh(cli.load_config(None, changes).parallel)
+
+
+def _engine(run: LoadedRun, wanted: int, mesh: Mesh) -> Engine:
+  """An engine with --slots slots, or at least `wanted`, as many on every part of the mesh."""
+  parts = mesh_lib.row_shards(mesh)
   config, variables = run.config, run.variables
   if FLAGS.capacities:
     config, variables = _calibrated(run)
   return Engine(
     Transformer(config.model),
     variables,
-    slots=slots,
+    slots=FLAGS.slots or -(-wanted // parts) * parts,
     max_len=config.data.seq_len if FLAGS.max_len is None else FLAGS.max_len,
     slack=FLAGS.slack,
     cache_dtype=FLAGS.cache_dtype,
     max_recursions=FLAGS.max_recursions,
+    mesh=mesh if mesh.size > 1 else None,
   )
 
 
@@ -161,13 +184,13 @@ def _calibrated(run: LoadedRun):
 # ---- one prompt, streamed ----
 
 
-def _stream(run: LoadedRun, tokenizer: Tokenizer, template: Request) -> int:
+def _stream(run: LoadedRun, tokenizer: Tokenizer, template: Request, mesh: Mesh) -> int:
   if run.config.model.kind != 'mor' and FLAGS.show_depth:
     raise ConfigError(
       f'--show_depth: this run has model.kind={run.config.model.kind}, whose tokens all take the same depth'
     )
   requests = batch.samples(template, tuple(tokenizer.encode(_prompt())), FLAGS.num_samples)
-  engine = _engine(run, FLAGS.slots or FLAGS.num_samples)
+  engine = _engine(run, FLAGS.num_samples, mesh)
   scheduler = Scheduler(engine, tokenizer, ticks_per_call=STREAMING_TICKS)
   try:
     results = [scheduler.submit(request) for request in requests]
@@ -201,13 +224,13 @@ def _prompt() -> str:
 # ---- many prompts ----
 
 
-def _answer_file(run: LoadedRun, tokenizer: Tokenizer, template: Request) -> int:
+def _answer_file(run: LoadedRun, tokenizer: Tokenizer, template: Request, mesh: Mesh) -> int:
   lines = batch.read(FLAGS.input)
   try:
     output = open(FLAGS.output, 'w', encoding='utf-8') if FLAGS.output else sys.stdout  # noqa: SIM115
   except OSError as error:
     raise ConfigError(f'--output={FLAGS.output} cannot be written: {error}') from None
-  scheduler = Scheduler(_engine(run, FLAGS.slots or min(DEFAULT_SLOTS, max(len(lines), 1))), tokenizer)
+  scheduler = Scheduler(_engine(run, min(DEFAULT_SLOTS, len(lines)), mesh), tokenizer)
   try:
     refused = batch.answer(scheduler, tokenizer, template, lines, output)
   finally:
@@ -220,4 +243,4 @@ def _answer_file(run: LoadedRun, tokenizer: Tokenizer, template: Request) -> int
 
 
 if __name__ == '__main__':
-  cli.run(main, __doc__, with_config=False)
+  cli.run(main, __doc__, with_config=False, sections=('parallel',))

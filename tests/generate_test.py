@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,10 @@ from mor_jax.inference.terminal import Writer
 from tests import tiny_engine
 
 
-def command(*flags):
+def command(*flags, devices=1):
   program = [sys.executable, '-m', 'mor_jax.generate', *flags]
-  return subprocess.run(program, capture_output=True, text=True, check=False)
+  env = os.environ | {'JAX_NUM_CPU_DEVICES': str(devices)}
+  return subprocess.run(program, env=env, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope='module')
@@ -68,6 +70,24 @@ def test_a_file_of_prompts_is_answered_line_by_line(finished_run, tmp_path):
   assert first['finish'] == 'length'
   assert second == {'error': 'the prompt is empty; give at least one token'}
   assert len(third['tokens']) == 3
+
+
+@pytest.mark.slow
+def test_a_mesh_prints_the_same_text(finished_run):
+  """Two texts on four devices, each with a slot of its own; and what cannot be divided."""
+  flags = f'--checkpoint={finished_run[1]}', '--prompt=The ', '--num_samples=2', '--max_new_tokens=12'
+  mesh = '--config.parallel.replica=2', '--config.parallel.fsdp=2'
+  one, four = command(*flags, devices=4), command(*flags, *mesh, devices=4)
+  assert four.returncode == 0, four.stderr
+  assert four.stdout == one.stdout
+  for more, message in (
+    ((*mesh, '--slots=3'), 'slots=3 cannot be divided among the 4 parts'),
+    (('--config.parallel.tensor=3',), 'cannot be laid out on 4 devices'),
+    (('--config.parallel.tensor=2',), 'model.num_kv_heads=1 cannot be split into parallel.tensor=2'),
+  ):
+    refused = command(*flags, *more, devices=4)
+    assert refused.returncode == 2
+    assert message in refused.stderr
 
 
 @pytest.mark.parametrize(

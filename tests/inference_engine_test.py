@@ -11,138 +11,23 @@ from mor_jax.config import ConfigError
 from mor_jax.inference.requests import Request, RequestError
 from mor_jax.model import flops
 from mor_jax.model.transformer import Transformer
-from tests import tiny, tiny_engine
-
-MAX_LEN = 216
-PROMPTS = (1, 14, 90, 5)  # none of it, less than a chunk, several chunks
-EXPERT = {'num_layers': 5, 'num_recursions': 3, 'router_alpha': 0.8}
-TOKEN = {'num_layers': 5, 'num_recursions': 3, 'router': 'token_choice'}
-RELAXED = {'lora_rank': 2, 'share_norms': False}
-
-# What to change in the model, its seed (for depths that are all in use), slack, and how the engine reads.
-CASES = {
-  'vanilla': ({'kind': 'vanilla'}, 0, 1.0, {'unroll': True, 'read': 'lanes'}),
-  'expert recursion-wise relaxed': (
-    {**EXPERT, **RELAXED, 'recursion_encoding': True},
-    7,
-    1.0,
-    {'read': 'lanes'},
-  ),
-  'expert shared': ({**EXPERT, 'kv': 'shared'}, 9, 0.8, {'read': 'gather', 'unroll': True}),
-  'expert hybrid auxiliary': (
-    {**EXPERT, 'kv': 'hybrid', 'causality': 'aux_router', 'router_head': 'mlp', 'gating': 'residual'},
-    0,
-    0.8,
-    {},
-  ),
-  'token recursion-wise': ({**TOKEN, 'token_capacity_factor': 1.0}, 1, 1.0, {'read': 'lanes'}),
-}
-MORE_CASES = {
-  'recursive sequence shared': (
-    {'kind': 'recursive', 'sharing': 'middle_sequence', 'kv': 'shared', **RELAXED},
-    0,
-    1.0,
-    {'read': 'gather'},
-  ),
-  'vanilla cycle': ({'kind': 'vanilla', 'sharing': 'cycle'}, 0, 1.0, {'read': 'gather'}),
-  'vanilla shared': ({'kind': 'vanilla', 'kv': 'shared'}, 0, 1.0, {'read': 'lanes'}),
-  'vanilla shared sequence': (
-    {'kind': 'vanilla', 'kv': 'shared', 'sharing': 'middle_sequence'},
-    0,
-    1.0,
-    {'unroll': True},
-  ),
-  'recursive': ({'kind': 'recursive'}, 0, 1.0, {'read': 'lanes'}),
-  'recursive relaxed': (
-    {'kind': 'recursive', **RELAXED, 'recursion_encoding': True},
-    0,
-    1.0,
-    {'unroll': True},
-  ),
-  'recursive shared': ({'kind': 'recursive', 'kv': 'shared'}, 0, 1.0, {'read': 'gather'}),
-  'recursive sequence': ({'kind': 'recursive', 'sharing': 'sequence', **RELAXED}, 0, 1.0, {'read': 'gather'}),
-  'expert': (EXPERT, 9, 0.8, {'unroll': True}),
-  'expert cycle additive': (
-    {'sharing': 'cycle', 'num_recursions': 3, 'gating': 'additive'},
-    0,
-    0.8,
-    {'read': 'gather'},
-  ),
-  'expert hybrid': ({**EXPERT, 'kv': 'hybrid'}, 9, 0.8, {'unroll': True}),
-  'expert moving threshold': (
-    {'num_layers': 8, 'num_recursions': 3, 'selection': 'ema_threshold', 'capacities': (0.8, 0.6, 0.5)},
-    1,
-    0.65,
-    {'read': 'lanes'},
-  ),
-  'expert random': ({**EXPERT, 'random_router': True, 'causality': 'none'}, 0, 0.55, {'read': 'gather'}),
-  'expert untied': (
-    {'num_layers': 8, 'num_recursions': 3, 'tie_embeddings': False, 'router_head': 'wide_mlp'},
-    3,
-    0.8,
-    {},
-  ),
-  'token without limit': (TOKEN, 10, 1.0, {'unroll': True}),
-  'token shared': ({**TOKEN, 'token_capacity_factor': 1.0, 'kv': 'shared'}, 1, 1.0, {'read': 'gather'}),
-  'token every step': (
-    {
-      **TOKEN,
-      'token_capacity_factor': 1.0,
-      'token_gating': 'every_step',
-      'balancing': 'loss_free',
-      **RELAXED,
-    },
-    1,
-    1.0,
-    {'read': 'lanes'},
-  ),
-}
-EVERY_CASE = [
-  *CASES,
-  *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_CASES),
-]
+from tests import decoding_cases, tiny, tiny_engine
+from tests.decoding_cases import EXPERT, TOKEN
 
 
-@pytest.mark.parametrize('name', EVERY_CASE)
+@pytest.mark.parametrize('name', decoding_cases.NAMES)
 def test_decoding_equals_the_full_forward(name):
   """Logits to 1e-4 in float32, equal depths: 200 tokens, prompts of mixed length, slots used again, full regions."""
-  change, seed, slack, options = {**CASES, **MORE_CASES}[name]
-  made, variables = tiny.model(seed=seed, **change)
-  variables = with_threshold(variables)
-  engine = tiny_engine.engine(
-    made, variables, max_len=MAX_LEN, slack=slack, lanes=2, boundary_lanes=2, keep_logits=True, **options
-  )
-  scheduler = tiny_engine.KeepingScheduler(engine, ticks_per_call=50)
-  results = scheduler.run(tiny_engine.requests(PROMPTS, max_new_tokens=MAX_LEN, temperature=1.0))
-  assert [len(result.tokens) for result in results] == [MAX_LEN - length for length in PROMPTS]
-  routings, computed_B = tiny_engine.assert_as_full_forward(
-    made, variables, scheduler, results, MAX_LEN, slack
-  )
+  case = decoding_cases.CASES[name]
+  made, variables = decoding_cases.build(case)
+  scheduler, rows = decoding_cases.decode(case, made, variables)
+  lengths = [len(row.result.tokens) for row in rows]
+  assert lengths == [decoding_cases.MAX_LEN - length for length in decoding_cases.PROMPTS]
+  tiny_engine.assert_as_full_forward(scheduler, rows)
   if made.config.kind == 'mor':
-    assert_every_depth_is_in_use(made.config, variables, routings, computed_B)
+    decoding_cases.assert_choices_show_something(case, made, variables, rows)
     if min(made.config.step_capacities) < 1:
       assert np.sum(scheduler.statistics.overflow) > 0, 'no region was full'
-
-
-def with_threshold(variables):
-  """Variables in which a moving threshold and a balancing bias are not 0."""
-  if not variables.get('routing'):
-    return variables
-  routing = {name: leaf + 0.02 * (1 + jnp.arange(len(leaf))) for name, leaf in variables['routing'].items()}
-  return {**variables, 'routing': routing}
-
-
-def assert_every_depth_is_in_use(config, variables, routings, computed_B):
-  depths = np.concatenate([r.depth_BT[0, :n] for r, n in zip(routings, computed_B, strict=True)])
-  shares = np.bincount(depths, minlength=config.recursions + 1) / len(depths)
-  possible = shares if config.step_capacities[0] < 1 else shares[1:]
-  assert possible.min() >= 0.1, f'shares of the depths: {shares}'
-  if config.router == 'expert_choice' and not config.random_router and not config.has_aux_router:
-    threshold_R = variables.get('routing', {}).get('threshold', np.zeros(config.recursions))
-    for routing, count in zip(routings, computed_B, strict=True):
-      distance_RT = np.abs(routing.logits_RBT[:, 0] - threshold_R[:, None])[:, :count]
-      limited = [capacity < 1 for capacity in config.step_capacities]
-      assert distance_RT[limited].min() > 1e-5, 'rounding could turn a choice'
 
 
 @pytest.mark.parametrize('dtype', [pytest.param('bfloat16', marks=pytest.mark.slow), 'int8'])
@@ -184,7 +69,8 @@ def test_fewer_recursions_are_those_of_a_shallower_model(kind):
     scheduler = tiny_engine.KeepingScheduler(engine)
     requests = tiny_engine.requests((3, 20), temperature=1.0, max_new_tokens=64, max_recursions=of_request)
     results = scheduler.run(requests)
-    tiny_engine.assert_as_full_forward(shallow, {'params': params}, scheduler, results, 64, 1.0)
+    rows = tiny_engine.rows(shallow, {'params': params}, results, 64, 1.0)
+    tiny_engine.assert_as_full_forward(scheduler, rows)
   assert engine.cache_bytes() > tiny_engine.engine(made, variables, max_recursions=2, slack=1.0).cache_bytes()
 
 

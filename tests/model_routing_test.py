@@ -11,27 +11,91 @@ from tests import tiny
 STRICT = {'num_layers': 5, 'num_recursions': 3, 'router_alpha': 0.8}
 
 
-def futures_replaced(made, variables, routing, draws=20, length=24):
+TOKEN = {**STRICT, 'router': 'token_choice', 'router_alpha': None}
+LIMITED = {**TOKEN, 'token_capacity_factor': 1.0}
+EXPERT_CHOICE = {
+  'aux loss, weighted': {},
+  'aux loss, additive': {'gating': 'additive'},
+  'aux loss, residual': {'gating': 'residual'},
+  'aux router, weighted': {'causality': 'aux_router'},
+  'aux router, additive': {'causality': 'aux_router', 'gating': 'additive', 'router_head': 'wide_mlp'},
+  'aux router, residual': {'causality': 'aux_router', 'gating': 'residual', 'router_head': 'mlp'},
+  'untaught, weighted': {'causality': 'none', 'router_head': 'mlp'},
+  'untaught, additive': {'causality': 'none', 'gating': 'additive'},
+  'untaught, residual': {'causality': 'none', 'gating': 'residual', 'router_temperature': 0.5},
+  'tanh': {'router_activation': 'tanh'},
+  'identity': {'router_activation': 'identity', 'router_alpha': 0.1},
+  'moving threshold': {'selection': 'ema_threshold'},
+  'shared': {'kv': 'shared'},
+  'hybrid': {'kv': 'hybrid', 'causality': 'aux_router'},
+}
+EXPERT_CHOICE = {name: {**STRICT, **change} for name, change in EXPERT_CHOICE.items()}
+# Who chooses without a look at the row is causal in training, too.
+CAUSAL = {
+  'token choice': TOKEN,
+  'token choice, places': LIMITED,
+  'token choice, every step': {**LIMITED, 'token_gating': 'every_step', 'balancing': 'loss_free'},
+  'token choice, shared': {**LIMITED, 'kv': 'shared', 'gating': 'additive'},
+  'random': {**STRICT, 'random_router': True, 'causality': 'none'},
+}
+IN_DEFAULT_SUITE = ('aux loss, weighted', 'aux router, residual', 'token choice, places')
+
+
+def futures_replaced(apply, variables, draws=20, rows=4, length=24, **options):
   """Largest change of logits up to a random t when all tokens after t are replaced, over many draws."""
-  apply = tiny.apply(made, routing)
   rng = np.random.default_rng(0)
-  worst = 0.0
-  for _ in range(draws):
-    before_BT = rng.integers(0, tiny.SHAPE['vocab_size'], (4, length))
-    cut = int(rng.integers(1, length - 1))
-    after_BT = before_BT.copy()
-    after_BT[:, cut:] = rng.integers(0, tiny.SHAPE['vocab_size'], (4, length - cut))
-    first, second = (apply(variables, jnp.asarray(t, jnp.int32)) for t in (before_BT, after_BT))
-    worst = max(worst, float(jnp.abs(first.logits[:, :cut] - second.logits[:, :cut]).max()))
-  return worst
+  shape = draws * rows, length
+  before_BT, other_BT = (rng.integers(0, tiny.SHAPE['vocab_size'], shape) for _ in range(2))
+  kept_BT = np.arange(length) < np.repeat(rng.integers(1, length - 1, draws), rows)[:, None]
+  after_BT = np.where(kept_BT, before_BT, other_BT)
+  first, second = (
+    apply(variables, jnp.asarray(tokens_BT, jnp.int32), **options).logits
+    for tokens_BT in (before_BT, after_BT)
+  )
+  return float(jnp.abs(first - second)[kept_BT].max())
 
 
-def test_threshold_routing_is_causal_and_top_k_is_not():
-  made, variables = tiny.model(**STRICT)
-  selected = tiny.apply(made, 'threshold')(variables, tiny.tokens(4, 24)).routing.counts['depth_R1']
-  assert (selected[1:] > 0).all(), 'every depth must be taken, or the test shows nothing'
-  assert futures_replaced(made, variables, 'threshold') < 1e-5
-  assert futures_replaced(made, variables, 'topk') > 1e-2
+def also_slow(names):
+  """Those of IN_DEFAULT_SUITE, the others among the slow tests."""
+  return [n if n in IN_DEFAULT_SUITE else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+def model_with_state(change):
+  """A model and variables, a moving threshold and a balancing bias not 0."""
+  made, variables = tiny.model(**change)
+  shift = {name: leaf + 0.05 for name, leaf in variables.get('routing', {}).items()}
+  return made, {**variables, 'routing': shift} if shift else variables
+
+
+@pytest.mark.parametrize('name', also_slow([*EXPERT_CHOICE, *CAUSAL]))
+def test_threshold_routing_is_causal_and_top_k_is_not(name):
+  """Of every router; the choice of the best tokens looks ahead, the others do not even in training."""
+  made, variables = model_with_state((EXPERT_CHOICE | CAUSAL)[name])
+  threshold = tiny.apply(made, 'threshold')
+  options = {'max_len': 24, 'slack': 0.8}
+  counts = threshold(variables, tiny.tokens(80, 24), **options).routing.counts
+  assert (counts['depth_R1'][1:] > 0).all(), 'every depth must be taken, or the test shows nothing'
+  if min(made.config.step_capacities) < 1:
+    assert counts['overflow_R'].sum() > 0, 'some regions must be full'
+  assert futures_replaced(threshold, variables, **options) < 1e-5
+  looked_ahead = futures_replaced(tiny.apply(made, 'topk'), variables)
+  assert looked_ahead < 1e-5 if name in CAUSAL else looked_ahead > 1e-2
+
+
+@pytest.mark.parametrize('change', [STRICT, pytest.param(LIMITED, marks=pytest.mark.slow)])
+def test_places_given_to_the_latest_would_be_noticed(change, monkeypatch):
+  """The test above fails for token-choice, too, once something in the future counts."""
+
+  def from_the_end(wants_BT, starts_BT, places):
+    del starts_BT
+    return jnp.cumsum(wants_BT[:, ::-1], axis=1)[:, ::-1] <= places
+
+  monkeypatch.setattr(router, 'has_place', from_the_end)
+  made, variables = tiny.model(**change)
+  apply = jax.jit(
+    lambda variables, tokens_BT: made.apply(variables, tokens_BT, routing='threshold', slack=0.5)
+  )
+  assert futures_replaced(apply, variables) > 1e-2
 
 
 @pytest.mark.parametrize('kind', ['vanilla', 'recursive', 'mor'])

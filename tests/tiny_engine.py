@@ -1,11 +1,14 @@
 """Engines of tiny models for tests, and what they computed beside the full forward pass."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.inference.engine import Engine
 from mor_jax.inference.requests import Request, Result
 from mor_jax.inference.scheduler import Scheduler
+from mor_jax.model.transformer import ModelOutput
 from tests import tiny
 
 
@@ -38,25 +41,37 @@ def requests(lengths: tuple[int, ...], **options) -> list[Request]:
   ]
 
 
-def rows(results: list[Result], max_len: int) -> tuple[np.ndarray, np.ndarray]:
-  """Prompts with their continuations (B, T), padded, and how many of each row's tokens were computed."""
-  tokens_BT, computed_B = np.zeros((len(results), max_len), np.int32), []
-  for row, result in enumerate(results):
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A request's answer beside the full forward pass (`ModelOutput`) of its tokens.
+
+  Attributes:
+    tokens_T: prompt and continuation, padded.
+    computed: tokens of it that the engine computed: all but the last.
+  """
+
+  result: Result
+  tokens_T: np.ndarray
+  computed: int
+  full: ModelOutput
+
+
+def rows(made, variables, results: list[Result], max_len: int, slack: float) -> list[Row]:
+  """The results with full forward passes, one by one, as a random router draws by place in the batch."""
+  apply, found = tiny.apply(made, 'threshold'), []
+  for result in results:
     tokens = (*result.request.prompt, *result.tokens)
-    tokens_BT[row, : len(tokens)] = tokens
-    computed_B.append(len(tokens) - 1)
-  return tokens_BT, np.array(computed_B)
+    tokens_T = np.zeros((max_len,), np.int32)
+    tokens_T[: len(tokens)] = tokens
+    full = apply(variables, jnp.asarray(tokens_T[None]), max_len=max_len, slack=slack)
+    found.append(Row(result, tokens_T, len(tokens) - 1, full))
+  return found
 
 
-def assert_as_full_forward(made, variables, scheduler, results, max_len, slack, atol=1e-4):
-  """Logits and depths of the engine against the full threshold forward; returns its RoutingOutput per row."""
-  tokens_BT, computed_B = rows(results, max_len)
-  apply, routings = tiny.apply(made, 'threshold'), []
-  for row, result in enumerate(results):  # one by one, as a random router draws by place in the batch
-    full = apply(variables, jnp.asarray(tokens_BT[row : row + 1]), max_len=max_len, slack=slack)
-    sampled = slice(len(result.request.prompt) - 1, computed_B[row])
-    np.testing.assert_allclose(scheduler.logits[result][sampled], full.logits[0, sampled], atol=atol)
-    if full.routing is not None:
-      np.testing.assert_array_equal(result.depths, full.routing.depth_BT[0, : computed_B[row]])
-    routings.append(full.routing)
-  return routings, computed_B
+def assert_as_full_forward(scheduler: KeepingScheduler, found: list[Row], atol=1e-4):
+  """Logits and depths of the engine are those of the full threshold forward."""
+  for row in found:
+    sampled = slice(len(row.result.request.prompt) - 1, row.computed)
+    np.testing.assert_allclose(scheduler.logits[row.result][sampled], row.full.logits[0, sampled], atol=atol)
+    if row.full.routing is not None:
+      np.testing.assert_array_equal(row.result.depths, row.full.routing.depth_BT[0, : row.computed])

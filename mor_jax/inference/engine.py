@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from mor_jax.config import ConfigError
 from mor_jax.inference import prefill as prefill_lib
+from mor_jax.inference import shards, ticks
 from mor_jax.inference import state as state_lib
-from mor_jax.inference import ticks
 from mor_jax.inference.prefill import Prefix
 from mor_jax.inference.requests import Request, RequestError
 from mor_jax.inference.sampling import SamplingRules
@@ -23,8 +23,10 @@ from mor_jax.inference.state import NO_TOKEN, STOP_TOKENS, DecodeState, Rules
 from mor_jax.model import cache as cache_lib
 from mor_jax.model import decode
 from mor_jax.model.transformer import Transformer
+from mor_jax.parallel import mesh as mesh_lib
 
 DEFAULT_CHUNKS = (16, 64, 256)
+NOTHING = Request((0,))  # in lanes without a prompt
 
 
 class Engine:
@@ -34,8 +36,9 @@ class Engine:
     slots: sequences that can be resident together.
     max_len: longest sequence, prompt included.
     steps: most recursions of a token.
-    batches: sizes of the batches of a tick.
+    batches: sizes of the batches of a tick, on each part of the mesh.
     prefill_lanes: prompts that are computed together.
+    parts: parts of the mesh, the first of which has the first slots and lanes, and so on.
   """
 
   def __init__(
@@ -54,6 +57,7 @@ class Engine:
     unroll: bool | None = None,
     read: str | None = None,
     keep_logits: bool = False,
+    mesh: Mesh | None = None,
   ):
     """Lays out the caches and brings the variables into the form that decoding reads.
 
@@ -69,19 +73,27 @@ class Engine:
       unroll: compile layers separately; default: on CPU.
       read: how the cache is read (`cached_attention`); default: 'lanes' on CPU, else 'gather'.
       keep_logits: keep the logits of every token in the state, for analysis.
+      mesh: devices to use (`shards`); sizes are those of all parts together. None: where the variables lie.
 
     Raises:
       ConfigError: a size that cannot work.
     """
     config, on_cpu = model.config, jax.default_backend() == 'cpu'
     lanes = slots if lanes is None else lanes
+    parts = shards.count(mesh)
+    slots_each, lanes_each = shards.share(mesh, 'slots', slots), shards.share(mesh, 'lanes', lanes)
     if boundary_lanes is None:
-      boundary_lanes = -(-lanes // 4) if on_cpu else lanes
-    prefill_lanes = min(4, slots) if prefill_lanes is None else prefill_lanes
+      boundary_lanes = (-(-lanes_each // 4) if on_cpu else lanes_each) * parts
+    if prefill_lanes is None:
+      prefill_lanes = min(4, slots_each) * parts
     sizes = {'slots': slots, 'lanes': lanes, 'boundary_lanes': boundary_lanes, 'prefill_lanes': prefill_lanes}
     for name, value in {**sizes, 'chunks': min(chunks)}.items():
       if value < 1:
         raise ConfigError(f'{name}={value} is not allowed: must be >= 1')
+    for name in ('boundary_lanes', 'prefill_lanes'):
+      shards.share(mesh, name, sizes[name])
+    if mesh is not None:
+      mesh_lib.check_split(mesh, config, ('tensor',))
     if max_len < 2:
       raise ConfigError(f'max_len={max_len} is not allowed: must be >= 2, a token and its successor')
     if max(lanes, boundary_lanes) > slots:
@@ -96,9 +108,10 @@ class Engine:
     steps = self._steps(config, max_recursions)
     layout = cache_lib.make_layout(config, max_len, slack, steps)
     self.cached = decode.CachedModel(config, layout, on_cpu if unroll is None else unroll, read)
-    self.params = decode.prepare(self.cached, variables)
+    self.params = shards.prepare(mesh, functools.partial(decode.prepare, self.cached), variables)
     self.slots, self.max_len, self.steps = slots, max_len, steps
-    self.batches = ticks.Batches(lanes, boundary_lanes)
+    self.parts, self._mesh = parts, mesh
+    self.batches = ticks.Batches(lanes_each, boundary_lanes // parts)
     self.prefill_lanes = prefill_lanes
     self._chunks = tuple(sorted({min(chunk, max_len) for chunk in chunks}))
     self._dtype, self._keep_logits = cache_dtype, keep_logits
@@ -124,21 +137,31 @@ class Engine:
 
   def init_state(self) -> DecodeState:
     """A state with all slots idle."""
-    return state_lib.init_state(self.cached, self.slots, self._dtype, self._keep_logits)
+    sizes = self.slots, self._dtype, self._keep_logits, self.parts
+    return shards.make(self._mesh, functools.partial(state_lib.init_state, self.cached, *sizes))
 
-  def prefill(self, requests: Sequence[Request]) -> Prefix:
-    """Computes the prompts of up to `prefill_lanes` requests together, each but for its last token."""
+  def part_of(self, slot: int) -> int:
+    """The part of the mesh that has a slot."""
+    return slot // (self.slots // self.parts)
+
+  def prefill(self, requests: Sequence[Request | None]) -> Prefix:
+    """Computes the prompts of up to `prefill_lanes` requests together, each but for its last token.
+
+    Args:
+      requests: those of the lanes, in order; None: nothing.
+    """
     lanes = self.prefill_lanes
     if len(requests) > lanes:
       raise ValueError(f'{len(requests)} prompts are more than the {lanes} lanes of prefill')
-    rules = [self.rules(request) for request in requests]
-    rules += [rules[0]] * (lanes - len(rules))
+    requests = [*requests, *[None] * (lanes - len(requests))]
+    rules = [self.rules(request or NOTHING) for request in requests]
     budget = (
       np.array([rule.recursions_N for rule in rules], np.int32),
       np.array([rule.shift_N for rule in rules], np.float32),
     )
-    left = [list(request.prompt[:-1]) for request in requests] + [[]] * (lanes - len(requests))
-    prefix = prefill_lib.empty(self.cached, lanes, self._dtype)
+    left = [list(request.prompt[:-1]) if request else [] for request in requests]
+    empty = functools.partial(prefill_lib.empty, self.cached, lanes, self._dtype, self.parts)
+    prefix = shards.make(self._mesh, empty)
     while longest := max(map(len, left)):
       size = next((chunk for chunk in self._chunks if chunk >= longest), self._chunks[-1])
       tokens_BC = np.zeros((lanes, size), np.int32)
@@ -146,27 +169,49 @@ class Engine:
       for row, tokens in enumerate(left):
         tokens_BC[row, : lengths_B[row]] = tokens[: lengths_B[row]]
       left = [tokens[size:] for tokens in left]
-      prefix, _ = prefill_lib.extend(self.cached, self.params, prefix, tokens_BC, lengths_B, budget)
+      prefix, _ = prefill_lib.extend(
+        self.cached, self._mesh, self.params, prefix, tokens_BC, lengths_B, budget
+      )
     return prefix
 
   def insert(
     self, state: DecodeState, prefix: Prefix | None, lane: int, slot: int, request: Request
   ) -> DecodeState:
-    """The state with a request in a slot; `prefix` holds its prompt in `lane`, None: nothing of it."""
+    """The state with a request in a slot; `prefix` holds its prompt in `lane`, None: nothing of it.
+
+    Raises:
+      ValueError: slot and lane are not of the same part of the mesh.
+    """
+    each, part = self.prefill_lanes // self.parts, self.part_of(slot)
+    if prefix is not None and lane // each != part:
+      raise ValueError(f'lane {lane} of prefill is not of part {part} of the mesh, as slot {slot} is')
     tokens_T = np.zeros((self.max_len,), np.int32)
     tokens_T[: len(request.prompt)] = request.prompt
-    return _insert(state, prefix, lane, slot, tokens_T, len(request.prompt), self.rules(request))
+    lanes_G = np.full((self.parts,), lane % each, np.int32)
+    of_all = jax.tree.map(
+      lambda leaf: np.repeat(leaf[None], self.parts, 0),
+      (tokens_T, np.int32(len(request.prompt)), self.rules(request)),
+    )
+    return _insert(self._mesh, state, prefix, lanes_G, self._slots(slot), *of_all)
 
   def generate(
     self, state: DecodeState, max_ticks: int, max_finished: int | None = None
   ) -> tuple[DecodeState, ticks.Tally]:
-    """Ticks until `max_ticks` are done or `max_finished` sequences (default: all) have ended."""
+    """Ticks until `max_ticks` are done or `max_finished` sequences (default: all) have ended, on each part."""
     finished = self.slots if max_finished is None else max_finished
-    return ticks.run(self.cached, self.batches, self.params, state, jnp.int32(max_ticks), jnp.int32(finished))
+    limits = np.int32(max_ticks), np.int32(finished)
+    return ticks.run(self.cached, self.batches, self._mesh, self.params, state, *limits)
 
   def release(self, state: DecodeState, slot: int) -> DecodeState:
     """The state with a slot free again, whatever it did."""
-    return _release(state, slot)
+    return _release(self._mesh, state, self._slots(slot))
+
+  def _slots(self, slot: int) -> np.ndarray:
+    """What each part of the mesh is told when a slot is meant: its own number, or one beyond its last."""
+    each = self.slots // self.parts
+    slots_G = np.full((self.parts,), each, np.int32)
+    slots_G[self.part_of(slot)] = slot % each
+    return slots_G
 
   # ---- requests ----
 
@@ -214,9 +259,14 @@ class Engine:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes.replace(versions=None)))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _insert(state, prefix, lane, slot, tokens_T, known, rules):
-  return state_lib.insert(state, prefix, lane, slot, tokens_T, known, rules)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _insert(mesh, state, prefix, lanes_G, slots_G, tokens_GT, known_G, rules_G):
+  def local(_, state, *rest):
+    return state_lib.insert(state, *rest), ()
+
+  return shards.run(mesh, local, (), state, prefix, lanes_G, slots_G, tokens_GT, known_G, rules_G)[0]
 
 
-_release = jax.jit(state_lib.release, donate_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _release(mesh, state, slots_G):
+  return shards.run(mesh, lambda _, *rest: (state_lib.release(*rest), ()), (), state, slots_G)[0]

@@ -5,7 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh
 
+from mor_jax.inference import shards
 from mor_jax.model import cache as cache_lib
 from mor_jax.model import decode, lane_routing
 from mor_jax.model.cache import Cache
@@ -22,18 +24,18 @@ class Prefix:
     lengths_B: tokens computed.
     counts_BP: places taken of each recursion step.
     depths_BT: recursions that each token took.
-    overflow_P: tokens of all lanes that found no place at a step.
+    overflow_GP: tokens that found no place at a step, in each of the G parts of a mesh (`shards`).
   """
 
   cache: Cache
   lengths_B: jax.Array
   counts_BP: jax.Array
   depths_BT: jax.Array
-  overflow_P: jax.Array
+  overflow_GP: jax.Array
 
 
-def empty(cached: CachedModel, lanes: int, dtype: str) -> Prefix:
-  """A prefix without tokens."""
+def empty(cached: CachedModel, lanes: int, dtype: str, parts: int = 1) -> Prefix:
+  """A prefix without tokens, in the lanes of all `parts` of a mesh together."""
   layout = cached.layout
   steps = len(layout.places)
   return Prefix(
@@ -41,13 +43,14 @@ def empty(cached: CachedModel, lanes: int, dtype: str) -> Prefix:
     jnp.zeros((lanes,), jnp.int32),
     jnp.zeros((lanes, steps), jnp.int32),
     jnp.zeros((lanes, layout.max_len), jnp.int8),
-    jnp.zeros((steps,), jnp.int32),
+    jnp.zeros((parts, steps), jnp.int32),
   )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(0, 1, 7), donate_argnums=3)
 def extend(
   cached: CachedModel,
+  mesh: Mesh | None,
   params: DecodeParams,
   prefix: Prefix,
   tokens_BC: jax.Array,
@@ -58,11 +61,17 @@ def extend(
   """The prefix with up to C more tokens in each lane.
 
   Args:
+    mesh: over which lanes are split; None: one device.
     tokens_BC: token ids.
     lengths_B: how many of each lane's are real.
     rules: most recursions, and shift of the thresholds, of each lane (B,).
     with_logits: also return the logits (B, C, V) after every token.
   """
+  local = functools.partial(_extend, cached, with_logits)
+  return shards.run(mesh, local, params, prefix, tokens_BC, lengths_B, rules)
+
+
+def _extend(cached, with_logits, params, prefix, tokens_BC, lengths_B, rules):
   steps = len(cached.layout.places)
   columns_1C = jnp.arange(tokens_BC.shape[1])[None]
   real_BC = columns_1C < lengths_B[:, None]
@@ -101,7 +110,7 @@ def extend(
     prefix.lengths_B + lengths_B,
     counts_BP,
     depths_BT,
-    prefix.overflow_P + overflow_P,
+    prefix.overflow_GP + overflow_P,
   )
   if not with_logits:
     return longer, None

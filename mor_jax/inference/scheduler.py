@@ -20,7 +20,7 @@ class Statistics:
 
   Attributes:
     seconds: spent in `Scheduler.step`, of which `prefill_seconds` in computing prompts.
-    slots, lanes: sizes of the engine.
+    slots, lanes: sizes of the engine, all parts of a mesh together.
     ticks, boundaries, block_lanes, boundary_lanes, resident, tokens, passes, sampled, overflow: as in
       `ticks.Tally`; overflow has an entry for each step, prompts included.
     first_token_seconds: of each request, from submission to its first token.
@@ -98,7 +98,7 @@ class Scheduler:
     """
     self.engine = engine
     batches = engine.batches
-    self.statistics = Statistics(engine.slots, batches.block, batches.boundary)
+    self.statistics = Statistics(engine.slots, batches.block * engine.parts, batches.boundary)
     self._tokenizer = tokenizer
     self._ticks = ticks_per_call
     self._state = engine.init_state()
@@ -152,8 +152,9 @@ class Scheduler:
     self._admit()
     ended = []
     if self._resident:
-      # With somebody waiting for a slot, the first that is free counts.
-      max_finished = 1 if self._queue else None
+      # With somebody waiting for a slot, the first that is free counts; but several parts of a mesh, which do
+      # not know of each other, would wait for the last of them.
+      max_finished = 1 if self._queue and self.engine.parts == 1 else None
       self._state, tally = self.engine.generate(self._state, self._ticks, max_finished)
       ended = self._collect()
       self._count(jax.device_get(tally))
@@ -163,20 +164,36 @@ class Scheduler:
   # ---- between the ticks ----
 
   def _admit(self) -> None:
-    free = [slot for slot in range(self.engine.slots) if slot not in self._resident]
     begin = time.perf_counter()
-    while free and self._queue:
-      chosen = [self._queue.popleft() for _ in range(min(len(free), len(self._queue)))]
-      for group in _groups(chosen, self.engine.prefill_lanes):
-        prefix = None
-        if len(group[0].request.prompt) > 1:
-          prefix = self.engine.prefill([result.request for result in group])
-          self.statistics.overflow = self.statistics.overflow + np.asarray(prefix.overflow_P)
-        for lane, result in enumerate(group):
-          slot = free.pop(0)
-          self._state = self.engine.insert(self._state, prefix, lane, slot, result.request)
-          self._resident[slot] = result
+    free = self._free_slots()
+    admitted = [(slot, self._queue.popleft()) for slot in free[: len(self._queue)]]
+    for slot, result in admitted:
+      if len(result.request.prompt) == 1:
+        self._insert(None, 0, slot, result)
+    for lanes in _lanes([entry for entry in admitted if len(entry[1].request.prompt) > 1], self.engine):
+      prefix = self.engine.prefill([entry and entry[1].request for entry in lanes])
+      self.statistics.overflow = self.statistics.overflow + np.asarray(prefix.overflow_GP).sum(axis=0)
+      for lane, entry in enumerate(lanes):
+        if entry:
+          self._insert(prefix, lane, *entry)
     self.statistics.prefill_seconds += time.perf_counter() - begin
+
+  def _free_slots(self) -> list[int]:
+    """Slots without a request, first of those parts of the mesh that have most of them."""
+    free, parts = collections.defaultdict(list), self.engine.part_of
+    for slot in range(self.engine.slots):
+      if slot not in self._resident:
+        free[parts(slot)].append(slot)
+    return [
+      slots[-left]
+      for left in range(self.engine.slots, 0, -1)
+      for slots in free.values()
+      if left <= len(slots)
+    ]
+
+  def _insert(self, prefix, lane: int, slot: int, result: Result) -> None:
+    self._state = self.engine.insert(self._state, prefix, lane, slot, result.request)
+    self._resident[slot] = result
 
   def _collect(self) -> list[Result]:
     """Fetches new tokens and ends what has ended."""
@@ -229,24 +246,21 @@ class Scheduler:
       self.statistics.token_seconds.append(seconds)
 
   def _count(self, tally) -> None:
-    for name in (
-      'ticks',
-      'boundaries',
-      'block_lanes',
-      'boundary_lanes',
-      'resident',
-      'tokens',
-      'passes',
-      'sampled',
-    ):
-      setattr(self.statistics, name, getattr(self.statistics, name) + int(getattr(tally, name)))
-    self.statistics.overflow = self.statistics.overflow + np.asarray(tally.overflow_P)
+    sums = 'boundaries', 'block_lanes', 'boundary_lanes', 'resident', 'tokens', 'passes', 'sampled'
+    for name in sums:
+      setattr(self.statistics, name, getattr(self.statistics, name) + int(getattr(tally, name).sum()))
+    self.statistics.ticks += int(tally.ticks.max())  # parts of a mesh that have ended wait for the others
+    self.statistics.overflow = self.statistics.overflow + tally.overflow_GP.sum(axis=0)
 
 
-def _groups(results: list[Result], size: int) -> Iterator[list[Result]]:
-  """Requests that are computed together: those of one-token prompts need no prefill and come first."""
-  short = [result for result in results if len(result.request.prompt) == 1]
-  long = [result for result in results if len(result.request.prompt) > 1]
-  for part in (short, long):
-    for start in range(0, len(part), size):
-      yield part[start : start + size]
+def _lanes(admitted: list[tuple[int, Result]], engine: Engine) -> Iterator[list[tuple[int, Result] | None]]:
+  """Prompts to be computed together, each with its slot, in lanes of the part of the mesh that has the slot."""
+  each, waiting = engine.prefill_lanes // engine.parts, collections.defaultdict(list)
+  for slot, result in admitted:
+    waiting[engine.part_of(slot)].append((slot, result))
+  for start in range(0, max(map(len, waiting.values()), default=0), each):
+    lanes = []
+    for part in range(engine.parts):
+      some = waiting[part][start : start + each]
+      lanes += [*some, *[None] * (each - len(some))]
+    yield lanes

@@ -55,7 +55,7 @@ class DecodeState:
     counts_NP: places that the sequence has taken of each step.
     x_ND, score_N, choice_N, start_ND: the token's `Walk`.
     rules: what the requests ask for.
-    clock: ticks so far.
+    clock_G: ticks so far, of each of the G parts of a mesh (`shards`); a part sees its own.
     logits_NTV: logits after every token, where they are kept; else None.
   """
 
@@ -74,7 +74,7 @@ class DecodeState:
   choice_N: jax.Array
   start_ND: jax.Array | None
   rules: Rules
-  clock: jax.Array
+  clock_G: jax.Array
   logits_NTV: jax.Array | None
 
   def walk(self, slots_B: jax.Array) -> Walk:
@@ -99,8 +99,10 @@ class DecodeState:
     )
 
 
-def init_state(cached: CachedModel, slots: int, dtype: str, keep_logits: bool = False) -> DecodeState:
-  """All slots idle."""
+def init_state(
+  cached: CachedModel, slots: int, dtype: str, keep_logits: bool = False, parts: int = 1
+) -> DecodeState:
+  """All slots idle, of all `parts` of a mesh together."""
   config, layout = cached.config, cached.layout
   activations = jnp.dtype(config.dtype)
 
@@ -133,7 +135,7 @@ def init_state(cached: CachedModel, slots: int, dtype: str, keep_logits: bool = 
     choice_N=integers(),
     start_ND=start_ND,
     rules=rules,
-    clock=jnp.int32(0),
+    clock_G=jnp.zeros((parts,), jnp.int32),
     logits_NTV=jnp.zeros((slots, layout.max_len, config.vocab_size)) if keep_logits else None,
   )
 
@@ -141,43 +143,43 @@ def init_state(cached: CachedModel, slots: int, dtype: str, keep_logits: bool = 
 def insert(
   state: DecodeState,
   prefix: Prefix | None,
-  lane: jax.Array,
-  slot: jax.Array,
-  tokens_T: jax.Array,
-  known: jax.Array,
-  rules: Rules,
+  lanes_B: jax.Array,
+  slots_B: jax.Array,
+  tokens_BT: jax.Array,
+  known_B: jax.Array,
+  rules_B: Rules,
 ) -> DecodeState:
-  """The state with a sequence in a slot, its first tokens computed already.
+  """The state with sequences in slots, their first tokens computed already; slots beyond the last are dropped.
 
   Args:
-    prefix: what is computed, of the sequence in `lane`; None: nothing. At least one token must be left.
-    tokens_T: the known tokens, filled up to max_len.
-    known: how many they are.
-    rules: what the request asks for, without the slots' axis.
+    prefix: what is computed, of the sequences in `lanes_B`; None: nothing. At least one token must be left.
+    tokens_BT: the known tokens, filled up to max_len.
+    known_B: how many they are.
+    rules_B: what the requests ask for.
   """
 
   def put(leaf, value):
-    return leaf.at[slot].set(value)
+    return leaf.at[slots_B].set(value, mode='drop')
 
-  computed = 0 if prefix is None else prefix.lengths_B[lane]
+  computed_B = 0 if prefix is None else prefix.lengths_B[lanes_B]
   if prefix is not None:
     state = state.replace(
-      cache=cache_lib.copy_slot(state.cache, slot, prefix.cache, lane),
-      counts_NP=put(state.counts_NP, prefix.counts_BP[lane]),
-      depths_NT=put(state.depths_NT, prefix.depths_BT[lane]),
+      cache=cache_lib.copy_slots(state.cache, slots_B, prefix.cache, lanes_B),
+      counts_NP=put(state.counts_NP, prefix.counts_BP[lanes_B]),
+      depths_NT=put(state.depths_NT, prefix.depths_BT[lanes_B]),
     )
   else:
     state = state.replace(counts_NP=put(state.counts_NP, 0), depths_NT=put(state.depths_NT, 0))
   return state.replace(
-    tokens_NT=put(state.tokens_NT, tokens_T),
-    known_N=put(state.known_N, known),
-    position_N=put(state.position_N, computed - 1),
+    tokens_NT=put(state.tokens_NT, tokens_BT),
+    known_N=put(state.known_N, known_B),
+    position_N=put(state.position_N, computed_B - 1),
     phase_N=put(state.phase_N, ENTRY),
-    since_N=put(state.since_N, state.clock),
-    rules=jax.tree.map(put, state.rules, rules),
+    since_N=put(state.since_N, state.clock_G[0]),
+    rules=jax.tree.map(put, state.rules, rules_B),
   )
 
 
-def release(state: DecodeState, slot: jax.Array) -> DecodeState:
-  """The state with a slot idle, whatever it did."""
-  return state.replace(phase_N=state.phase_N.at[slot].set(IDLE))
+def release(state: DecodeState, slots_B: jax.Array) -> DecodeState:
+  """The state with slots idle, whatever they did; those beyond the last are dropped."""
+  return state.replace(phase_N=state.phase_N.at[slots_B].set(IDLE, mode='drop'))

@@ -13,7 +13,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh
 
+from mor_jax.inference import shards
 from mor_jax.inference.sampling import sample
 from mor_jax.inference.state import BLOCK, ENTRY, EXIT, IDLE, DecodeState
 from mor_jax.model import decode, lane_routing
@@ -31,7 +33,7 @@ class Batches:
 
 @struct.dataclass
 class Tally:
-  """What some ticks did, in numbers that can be added.
+  """What some ticks did, in numbers that can be added, one for each of the G parts of a mesh (`shards`).
 
   Attributes:
     ticks: applications of the shared block.
@@ -40,7 +42,7 @@ class Tally:
     resident: sum over ticks of the slots in use.
     tokens: tokens that left the recursions, and passes through the block that they took.
     sampled: tokens that were sampled.
-    overflow_P: tokens that wanted a step and found no place in its region.
+    overflow_GP: tokens that wanted a step and found no place in its region.
   """
 
   ticks: jax.Array
@@ -51,7 +53,7 @@ class Tally:
   tokens: jax.Array
   passes: jax.Array
   sampled: jax.Array
-  overflow_P: jax.Array
+  overflow_GP: jax.Array
 
   def add(self, **more: jax.Array) -> 'Tally':
     """The sum with some of the numbers."""
@@ -59,27 +61,38 @@ class Tally:
 
 
 def empty_tally(steps: int) -> Tally:
-  """Nothing done."""
-  zero = jnp.int32(0)
-  return Tally(*(zero,) * 8, jnp.zeros((steps,), jnp.int32))
+  """Nothing done, on one part."""
+  return Tally(*(jnp.zeros((1,), jnp.int32),) * 8, jnp.zeros((1, steps), jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def run(
   cached: CachedModel,
   batches: Batches,
+  mesh: Mesh | None,
   params: DecodeParams,
   state: DecodeState,
   max_ticks: jax.Array,
   max_finished: jax.Array,
 ) -> tuple[DecodeState, Tally]:
-  """Ticks until `max_ticks` are done, `max_finished` sequences have ended, or all have."""
+  """Ticks until `max_ticks` are done, `max_finished` sequences have ended, or all have; each part by itself.
+
+  Args:
+    batches: of each part.
+    mesh: over which slots are split (`shards`); None: one device.
+  """
+  local = functools.partial(_run, cached, batches)
+  return shards.run(mesh, local, (params, max_ticks, max_finished), state)
+
+
+def _run(cached, batches, whole, state):
+  params, max_ticks, max_finished = whole
   active = (state.phase_N != IDLE).sum()
 
   def goes_on(carry):
     state, tally = carry
     left = (state.phase_N != IDLE).sum()
-    return (left > 0) & (active - left < max_finished) & (tally.ticks < max_ticks)
+    return (left > 0) & (active - left < max_finished) & (tally.ticks[0] < max_ticks)
 
   def tick(carry):
     carry = jax.lax.while_loop(
@@ -135,7 +148,7 @@ def _offer(cached, params, state, slots_B, walk, steps_B, positions_B, active_B)
   one_BP = (selected_B[:, None] & (steps_P == steps_B[:, None])).astype(jnp.int32)
   state = state.with_walk(writes_B, walk).replace(
     phase_N=put(state.phase_N, jnp.where(selected_B, BLOCK, EXIT)),
-    since_N=put(state.since_N, state.clock),
+    since_N=put(state.since_N, state.clock_G),
     step_N=put(state.step_N, steps_B),
     place_N=put(state.place_N, offered.places_BC[:, 0]),
     position_N=put(state.position_N, positions_B),
@@ -156,9 +169,9 @@ def _apply_block(cached, batches, params, carry):
     cached, params, state.cache, state.walk(slots_B), slots_B, steps_B, positions_B[:, None], admitted
   )
   tally = tally.add(ticks=1, block_lanes=active_B.sum(), resident=(state.phase_N != IDLE).sum())
-  state = state.replace(cache=cache, clock=state.clock + 1)
+  state = state.replace(cache=cache, clock_G=state.clock_G + 1)
   state, overflow_P = _offer(cached, params, state, slots_B, walk, steps_B + 1, positions_B, active_B)
-  return state, tally.add(passes=active_B.sum(), overflow_P=overflow_P)
+  return state, tally.add(passes=active_B.sum(), overflow_GP=overflow_P)
 
 
 def _pass_boundary(cached, batches, params, carry):
@@ -190,7 +203,7 @@ def _pass_boundary(cached, batches, params, carry):
     boundaries=1, boundary_lanes=active_B.sum(), tokens=leaving_B.sum(), sampled=sampled_B.sum()
   )
   state, overflow_P = _enter(cached, params, state, slots_B, token_B, next_B, going_B)
-  return state, tally.add(overflow_P=overflow_P)
+  return state, tally.add(overflow_GP=overflow_P)
 
 
 def _leave(cached, params, state, slots_B, leaving_B):

@@ -15,10 +15,12 @@ import numpy as np
 from flax import struct
 
 from mor_jax.config import ModelConfig
-from mor_jax.model import recursion
+from mor_jax.model import axes, recursion
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'int8': jnp.int8}
 LARGEST_INT8 = 127
+POOL_AXES = ('layers', 'batch', 'kv_heads')  # logical names of the first axes of a pool's leaves
+POOL_LEAVES = ('keys', 'values', 'key_scales', 'value_scales')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +147,7 @@ def write(
 
   def put(leaf: jax.Array, new_BCK: jax.Array) -> jax.Array:
     places = leaf.at[layer, slots_B[:, None], :, entries_BC]
-    return places.set(new_BCK.astype(leaf.dtype), mode='drop')
+    return axes.constrain(places.set(new_BCK.astype(leaf.dtype), mode='drop'), *POOL_AXES)
 
   if pool.key_scales is None:
     return pool.replace(keys=put(pool.keys, k_BCKE), values=put(pool.values, v_BCKE))
@@ -166,18 +168,16 @@ def quantize(x_BCKE: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.round(x_BCKE / scale_BCK[..., None]), scale_BCK
 
 
-def copy_slot(cache: Cache, slot: int | jax.Array, source: Cache, lane: int | jax.Array) -> Cache:
-  """The cache with what `lane` of another cache of the same layout holds in `slot`."""
+def copy_slots(cache: Cache, slots_B: jax.Array, source: Cache, lanes_B: jax.Array) -> Cache:
+  """The cache with what lanes of another cache of the same layout hold in slots; those beyond the last are dropped."""
 
-  def put(axis: int):
-    def one(leaf: jax.Array, other: jax.Array) -> jax.Array:
-      moved = jax.lax.dynamic_slice_in_dim(other, lane, 1, axis)
-      return jax.lax.dynamic_update_slice_in_dim(leaf, moved, slot, axis)
-
-    return one
+  def put(leaf: jax.Array, other: jax.Array) -> jax.Array:
+    return leaf.at[:, slots_B].set(other[:, lanes_B], mode='drop')
 
   pools = [
-    jax.tree.map(put(1), getattr(cache, name), getattr(source, name)) for name in ('first', 'block', 'last')
+    jax.tree.map(put, getattr(cache, name), getattr(source, name)) for name in ('first', 'block', 'last')
   ]
-  versions = None if cache.versions is None else put(0)(cache.versions, source.versions)
+  versions = cache.versions
+  if versions is not None:
+    versions = versions.at[slots_B].set(source.versions[lanes_B], mode='drop')
   return Cache(*pools, versions)

@@ -18,6 +18,7 @@ from mor_jax.model import attention, axes
 
 AXES = ('replica', 'fsdp', 'tensor')
 BATCH_AXES = ('replica', 'fsdp')
+SPLIT_SIZES = {'tensor': ('num_heads', 'num_kv_heads', 'mlp_dim', 'vocab_size'), 'fsdp': ('d_model',)}
 
 
 def make_mesh(parallel: ParallelConfig | None = None, devices: list[jax.Device] | None = None) -> Mesh:
@@ -118,13 +119,14 @@ def check_model(mesh: Mesh, model: ModelConfig) -> None:
   reason = attention.unfit(model.attention, platform, model.dtype, model.head_width)
   if reason:
     raise ConfigError(f'model.attention={model.attention} {reason}')
-  split = {
-    'tensor': ('num_heads', 'num_kv_heads', 'mlp_dim', 'vocab_size'),
-    'fsdp': ('d_model',),
-  }
-  for axis, names in split.items():
+  check_split(mesh, model, tuple(SPLIT_SIZES))
+
+
+def check_split(mesh: Mesh, model: ModelConfig, over: tuple[str, ...]) -> None:
+  """Raises ConfigError unless the sizes that these mesh axes split divide evenly."""
+  for axis in over:
     parts = mesh.shape[axis]
-    for name in names:
+    for name in SPLIT_SIZES[axis]:
       size = getattr(model, name)
       if size is not None and size % parts:
         raise ConfigError(

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from mor_jax.config import Config, ConfigError
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
@@ -25,8 +27,8 @@ class LoadedRun:
   step: int
 
 
-def load_run(path: str | os.PathLike, step: int | None = None) -> LoadedRun:
-  """Reads the newest checkpoint of the run in a folder, or that of a step, onto the devices of this process.
+def load_run(path: str | os.PathLike, step: int | None = None, mesh: Mesh | None = None) -> LoadedRun:
+  """Reads the newest checkpoint of the run in a folder, or that of a step, onto a mesh; default: whole on all devices.
 
   Raises:
     ConfigError: the folder is no run's, or the run has no checkpoint yet, or none of that step.
@@ -37,7 +39,7 @@ def load_run(path: str | os.PathLike, step: int | None = None) -> LoadedRun:
   checkpoint_folder, mirror = folder.checkpoint_folder(config), folder.mirror(config)
   if not ever_finished(checkpoint_folder, mirror):
     raise ConfigError(f'the run {path} has no checkpoint yet')
-  mesh, model = mesh_lib.make_mesh(), Transformer(config.model)
+  mesh, model = mesh or mesh_lib.make_mesh(), Transformer(config.model)
   optimizer = make_optimizer(config.train, config.model.has_aux_router)
   with Checkpoints(checkpoint_folder, config.checkpoint, read_only=True, mirror=mirror) as checkpoints:
     step = checkpoints.newest_good() if step is None else checkpoints.good(step)
