@@ -1,7 +1,8 @@
 """How long a checkpoint holds the training up: python -m benchmarks.checkpoint [--megabytes=1000] [--rounds=5]
 
 Saves a state of that size while steps go on, and compares the time that `save` takes before it returns with
-the time until the checkpoint is complete, digested and published. Writes benchmarks/results/checkpoint.*.
+the time until the checkpoint is complete, digested and published; and the steps taken meanwhile with steps
+beside which nothing is written. Writes benchmarks/results/checkpoint.*.
 """
 
 import statistics
@@ -37,29 +38,42 @@ def main() -> None:
   size = FLAGS.megabytes * 250_000 // leaves
   params = {f'layer_{i}': jax.random.normal(jax.random.key(i), (size,)) for i in range(leaves)}
   state = step(TrainState(jnp.int32(0), params, ()))
-  blocked, complete = [], []
+  blocked, complete, alone, meanwhile = [], [], [], []
+
+  def timed_step() -> float:
+    nonlocal state
+    begin = time.perf_counter()
+    state = jax.block_until_ready(step(state))
+    return time.perf_counter() - begin
+
   with (
     tempfile.TemporaryDirectory(dir=FLAGS.folder) as folder,
     Checkpoints(Path(folder) / 'checkpoints', CheckpointConfig(keep=1)) as checkpoints,
   ):
     for number in range(1, FLAGS.rounds + 2):
-      state = jax.block_until_ready(step(state))
+      alone += [timed_step() for _ in range(5)]
       begin = time.perf_counter()
       checkpoints.save(number, state)
       blocked.append(time.perf_counter() - begin)
-      checkpoints.wait()
+      while checkpoints.latest_step != number:
+        meanwhile.append(timed_step())
       complete.append(time.perf_counter() - begin)
+      checkpoints.wait()
     read = time.perf_counter()
     checkpoints.newest_good()
     read = time.perf_counter() - read
   blocked, complete = blocked[1:], complete[1:]  # the first one warms up
   share = statistics.median(a / b for a, b in zip(blocked, complete, strict=True))
-  columns = ['state, MB', 'save returns after, s', 'complete after, s', 'blocked', 'verified in, s']
+  columns = ['state, MB', 'save returns after, s', 'complete after, s', 'blocked']
+  columns += ['steps meanwhile', 'ms each', 'ms alone', 'verified in, s']
   row = [
     FLAGS.megabytes,
     f'{statistics.median(blocked):.3f}',
     f'{statistics.median(complete):.2f}',
     f'{share:.1%}',
+    f'{len(meanwhile) / (FLAGS.rounds + 1):.0f}',
+    f'{1e3 * statistics.median(meanwhile):.0f}',
+    f'{1e3 * statistics.median(alone):.0f}',
     f'{read:.2f}',
   ]
   print(results.keep('checkpoint', columns, [row], {'rounds': FLAGS.rounds}))
