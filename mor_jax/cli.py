@@ -178,6 +178,16 @@ class _SettingParser(flags.ArgumentParser):
       raise ValueError(f'must be {self._allowed}{" or none" if self._optional else ""}') from None
 
 
+def parse_setting(name: str, text: str) -> Any:
+  """The value of a setting from text, as its flag has it. Raises ConfigError for an unknown name or wrong text."""
+  if name not in config_lib.settings():
+    raise ConfigError(f'unknown setting {name} (--help of mor_jax.train lists all settings)')
+  try:
+    return _SettingParser(config_lib.settings()[name]).parse(text)
+  except ValueError as error:
+    raise ConfigError(f'{name}={text} {error}') from None
+
+
 def _define_settings(sections: Sequence[str] | None) -> None:
   """A flag for every setting of some sections; None: of all."""
   for name, hint in config_lib.settings().items():

@@ -141,6 +141,7 @@ def _run(
     ledger.resume(done)
     with ledger.measure(goodput.COMPILE):
       programs = _compile(console, config, optimizer, mesh, (abstract, abstract_theirs), teacher, done)
+      ledger.note_memory(max((summary.device_bytes(step) for _, step in programs), default=0))
       theirs = tuple(distillation.load_parameters(spec, teacher_source.weights) for spec in abstract_theirs)
       train_step = phases.PhasedStep(programs, done, theirs)
 

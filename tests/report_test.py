@@ -11,7 +11,7 @@ from absl.testing import flagsaver
 from mor_jax import report
 from mor_jax.config import ConfigError
 from mor_jax.evaluation import nll
-from mor_jax.reporting import plots, runs
+from mor_jax.reporting import plots, runs, sections
 
 
 @pytest.fixture(scope='module')
@@ -46,7 +46,14 @@ def test_page_needs_no_network(page):
 def test_every_plot_has_a_picture_beside_the_page(page):
   text, folder = page
   names = set(re.findall(r'role="img" aria-label="([^"]+)"', text))
-  assert {'train_loss_by_tokens', 'validation_loss_by_flops', 'mean_depth', 'depth_by_position'} <= names
+  expected = {
+    'train_loss_by_tokens',
+    'validation_loss_by_flops',
+    'mean_depth',
+    'depth_by_position',
+    'goodput',
+  }
+  assert expected <= names
   pictures = {path.stem for path in (folder / 'page_plots').glob('*.png')}
   assert names == pictures
 
@@ -128,6 +135,51 @@ def test_settings_that_differ_are_listed_with_both_values(finished_run, copied_r
   before = str(finished_run[0].train.learning_rate)
   assert runs.differing_settings(shown) == [('train.learning_rate', [before, '0.25'])]
   assert [run.label for run in shown] == ['finished', 'copied']
+
+
+def test_memory_of_the_compiled_step_is_shown(page, finished_run):
+  (run,) = runs.read([str(finished_run[1])])
+  assert run.device_bytes > 12 * run.summary['parameters']
+  assert f'<td>{run.device_bytes / 1e6:,.1f} MB</td>' in page[0]
+
+
+def test_wall_time_of_an_unfinished_run_is_shown(copied_run, tmp_path):
+  (copied_run / 'summary.json').unlink()
+  (run,) = runs.read([str(copied_run)])
+  assert sections._ledger(run)['steps'] > 0
+  assert 'aria-label="goodput"' in write(tmp_path / 'page.html', str(copied_run), tokens=0)
+
+
+def test_gap_of_an_evaluation_is_shown_and_a_broken_one_told(copied_run, tmp_path):
+  modes = {'topk': {'nll': 2.0, 'bits_per_byte': 3.0}, 'threshold': {'nll': 2.25, 'bits_per_byte': 3.5}}
+  (copied_run / 'evaluation.json').write_text(json.dumps({'step': 20, 'routing': modes}))
+  text = write(tmp_path / 'page.html', str(copied_run), tokens=0)
+  assert '<td>2.0000</td><td>2.2500</td><td>+0.2500</td>' in text
+  (copied_run / 'evaluation.json').write_text('{')
+  assert 'evaluation.json cannot be read' in write(tmp_path / 'page.html', str(copied_run), tokens=0)
+
+
+def test_page_that_cannot_be_written_is_refused(copied_run, tmp_path):
+  with pytest.raises(ConfigError, match=r'--output=.* cannot be written'):
+    write(tmp_path, str(copied_run), tokens=0)
+
+
+def test_page_of_a_long_run_is_below_5_MB(copied_run, tmp_path):
+  lines = (copied_run / 'metrics.jsonl').read_text().splitlines()
+  records = [json.loads(line) for line in lines]
+  rng = np.random.default_rng(0)
+  long = [
+    {name: value + rng.normal() * 0.01 for name, value in records[step % len(records)].items()}
+    | {'step': step + 1}
+    for step in range(10_000)
+  ]
+  (copied_run / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, long)) + '\n')
+  assert len(write(tmp_path / 'page.html', str(copied_run))) < 5e6
+
+
+def test_colours_tell_many_runs_apart():
+  for count in (1, 8, 9, 45):
+    assert len({plots.colour_of(index, count) for index in range(count)}) == count
 
 
 def test_long_runs_make_small_pages():

@@ -1,10 +1,12 @@
 """Stands in for mor_jax.train in tests of sweeps: quick, and leaves the files that a sweep looks at.
 
 Takes 20 steps of --step_seconds, resumes after the last line of metrics.jsonl, ends with 143 on SIGTERM after
-saving, and fails at step 5 if the run's learning rate is 1e9. Every start appends a line to `starts`.
+saving, and fails at step 5 if the run's learning rate is 1e9. With --best_rate its loss grows with the distance
+of the learning rate from it. Every start appends a line to `starts`.
 """
 
 import json
+import math
 import os
 import pathlib
 import signal
@@ -37,6 +39,8 @@ def main(words: list[str]) -> int:
       return 143
   (folder / 'data.json').write_text(json.dumps({'tokenizer_digest': flags['config.name'].partition(',')[0]}))
   nll = 2.0 + float(flags.get('config.train.seed', 0))
+  if 'best_rate' in flags:
+    nll += math.log2(float(flags['config.train.learning_rate']) / float(flags['best_rate'])) ** 2
   result = {'validation/nll': nll, 'validation/bits_per_byte': nll, 'tokens': 1, 'train_flops': 1}
   result |= {'parameters': 1, 'non_embedding_parameters': 1, 'goodput': {'step': 3.0, 'compile': 1.0}}
   (folder / 'summary.json').write_text(json.dumps(result))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mor_jax import cli
-from mor_jax.config import ConfigError, settings
+from mor_jax.config import ConfigError
 from mor_jax.model import flops
 from mor_jax.sweeping import axes, plan
 from mor_jax.training.run_folder import RunFolder
@@ -101,7 +101,7 @@ def test_overrides_of_all_forms_arrive_and_pass_the_command_line(read):
   for run in made.runs:
     given = dict(word.removeprefix('--config.').split('=', 1) for word in run.words[2:])
     assert given['train.log_every'] == '5'
-    parsed = {name: cli._SettingParser(settings()[name]).parse(text) for name, text in given.items()}
+    parsed = {name: cli.parse_setting(name, text) for name, text in given.items()}
     config = cli.load_config(TINY, parsed)
     assert config.replace(train={'steps': run.config.train.steps}) == run.config
 

@@ -31,6 +31,7 @@ def write_page(paths: Sequence[str], output: Path, tokens: int, report: Callable
     [
       sections.overview(shown),
       sections.losses(shown, figures),
+      sections.evaluations(shown),
       sections.routers(shown, figures),
       sections.tokens(shown, measured, figures),
       sections.training(shown, figures),

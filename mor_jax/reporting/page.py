@@ -13,10 +13,10 @@ STYLES = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
 body { margin: 0; background: #f4f5f7; color: #22272e; font: 15px/1.5 system-ui, -apple-system, 'Segoe UI', sans-serif; }
-header { background: #1f2a3a; color: #fff; padding: 28px max(24px, calc(50vw - 540px)); }
+header { background: #1f2a3a; color: #fff; padding: 28px max(24px, calc(50vw - 566px)); }
 header h1 { margin: 0; font-size: 24px; font-weight: 650; }
-header p { margin: 4px 0 0; color: #b9c4d3; }
-main { max-width: 1080px; margin: 0 auto; padding: 8px 24px 60px; }
+header p { margin: 4px 0 0; color: #b9c4d3; max-height: 4.5em; overflow: hidden; }
+main { max-width: 1180px; margin: 0 auto; padding: 8px 24px 60px; }
 section { background: #fff; border: 1px solid #e2e5ea; border-radius: 8px; padding: 18px 22px; margin-top: 18px; }
 h2 { margin: 0 0 4px; font-size: 17px; }
 h3 { margin: 16px 0 4px; font-size: 14px; color: #3c434d; }
@@ -25,6 +25,8 @@ p.note { background: #fff7e0; border-left: 3px solid #e0a800; margin: 8px 0; pad
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13.5px; }
 .scroll { overflow-x: auto; }
 th, td { padding: 4px 14px 4px 0; text-align: right; white-space: nowrap; border-bottom: 1px solid #eef0f3; }
+thead th { white-space: normal; vertical-align: bottom; line-height: 1.25; }
+tbody tr:hover { background: #f7f9fc; }
 th:first-child, td:first-child { text-align: left; }
 th { color: #5d6570; font-weight: 600; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 0 36px; }
@@ -34,7 +36,7 @@ th { color: #5d6570; font-weight: 600; }
 .tabs > input:checked + label { background: #1f2a3a; color: #fff; }
 .tabs > input:focus-visible + label { outline: 2px solid #3b6fb6; }
 .tabs > div { display: none; padding-top: 8px; }
-svg { display: block; max-width: 800px; height: auto; }
+svg { display: block; max-width: 1000px; height: auto; }
 .text { font: 14px/1.9 ui-monospace, 'SF Mono', Menlo, Consolas, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
   border: 1px solid #eef0f3; border-radius: 6px; padding: 10px 14px; max-height: 460px; overflow-y: auto; }
 .text span { border-radius: 2px; cursor: default; }
@@ -65,6 +67,11 @@ def section(title: str, lead: str, *parts: str) -> str:
 def heading(text: str) -> str:
   """A heading within a section."""
   return f'<h3>{html.escape(text)}</h3>'
+
+
+def paragraph(*sentences: str) -> str:
+  """Sentences, each on a line of its own."""
+  return ''.join(f'<p class="lead">{html.escape(text)}</p>' for text in sentences if text)
 
 
 def notes(texts: Iterable[str]) -> str:

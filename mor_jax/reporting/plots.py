@@ -2,7 +2,8 @@
 
 import io
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib
 
@@ -35,7 +36,16 @@ STYLE = {
   'figure.constrained_layout.use': True,
 }
 
+FEW = 8  # runs that a legend within the plot and colours of their own can tell apart
+
 Get = Callable[[Run], Curve | None]
+
+
+def colour_of(index: int, count: int) -> Any:
+  """Colour of a run among `count` runs, the same in all plots of a page."""
+  if count <= FEW:
+    return COLOURS[index % len(COLOURS)]
+  return plt.get_cmap('turbo')(0.03 + 0.94 * index / (count - 1))
 
 
 def curves(
@@ -47,9 +57,9 @@ def curves(
   if not drawn:
     return None
   with plt.rc_context(STYLE):
-    figure, ax = plt.subplots(figsize=(7.4, 3.5))
+    figure, ax = plt.subplots(figsize=(9.2, 3.9))
     for index, run, curve in drawn:
-      colour = COLOURS[index % len(COLOURS)]
+      colour = colour_of(index, len(runs))
       x, y = run.at(axis, curve.steps), curve.values
       if smooth and len(y) > 20:
         ax.plot(*_thin(x, y), color=colour, alpha=0.25, linewidth=0.8)
@@ -74,14 +84,15 @@ def stacked_depths(run: Run) -> Figure | None:
   if not shares:
     return None
   with plt.rc_context(STYLE):
-    figure, ax = plt.subplots(figsize=(7.4, 2.6))
+    figure, ax = plt.subplots(figsize=(9.2, 2.9))
     x = run.at('tokens', shares[0].steps)
-    thinned = [_thin(x, _smoothed(share.values)) for share in shares]
+    taken = [depth for depth, share in enumerate(shares) if share.values.any()]
+    thinned = [_thin(x, _smoothed(shares[depth].values)) for depth in taken]
     ax.stackplot(
       thinned[0][0],
       [y for _, y in thinned],
-      colors=DEPTH_COLOURS,
-      labels=[f'{depth} recursion{"" if depth == 1 else "s"}' for depth in range(len(shares))],
+      colors=[DEPTH_COLOURS[depth % len(DEPTH_COLOURS)] for depth in taken],
+      labels=[f'{depth} recursion{"" if depth == 1 else "s"}' for depth in taken],
     )
     ax.set_ylim(0, 1)
     ax.margins(x=0)
@@ -91,30 +102,30 @@ def stacked_depths(run: Run) -> Figure | None:
     return figure
 
 
-def depth_by_position(profiles: Iterable[tuple[int, str, np.ndarray, np.ndarray]]) -> Figure:
-  """Mean depth along the row. Args: (number of the run, label, places (N,), depth (N,)) of each run."""
+def depth_by_position(profiles: Sequence[tuple[Any, str, np.ndarray, np.ndarray]]) -> Figure:
+  """Mean depth along the row. Args: (colour, label, places (N,), depth (N,)) of each run."""
   with plt.rc_context(STYLE):
-    figure, ax = plt.subplots(figsize=(7.4, 2.8))
-    for index, label, x, y in profiles:
-      ax.plot(x, y, color=COLOURS[index % len(COLOURS)], linewidth=1.7, label=label)
+    figure, ax = plt.subplots(figsize=(9.2, 2.9))
+    for colour, label, x, y in profiles:
+      ax.plot(x, y, color=colour, linewidth=1.7, label=label)
     ax.set_ylim(bottom=0)
     _finish(ax, 'place in the row', 'mean recursions')
     return figure
 
 
-def bars(groups: list[tuple[int, str, list[tuple[str, float]]]], ylabel: str) -> Figure:
-  """Grouped bars. Args: (number of the run, label, [(name, value), ...]) of each run, names in one order."""
+def bars(groups: list[tuple[Any, str, list[tuple[str, float]]]], ylabel: str) -> Figure:
+  """Grouped bars. Args: (colour, label, [(name, value), ...]) of each run, names in one order."""
   names = list(dict.fromkeys(name for *_, pairs in groups for name, _ in pairs))
   with plt.rc_context(STYLE):
-    figure, ax = plt.subplots(figsize=(7.4, 2.8))
+    figure, ax = plt.subplots(figsize=(9.2, 2.9))
     width = 0.75 / len(groups)
-    for place, (index, label, pairs) in enumerate(groups):
+    for place, (colour, label, pairs) in enumerate(groups):
       heights = dict(pairs)
       x = np.arange(len(names)) + (place - (len(groups) - 1) / 2) * width
       drawn = ax.bar(x, [heights.get(name, 0) for name in names], width * 0.92, label=label)
       for bar in drawn:
-        bar.set_color(COLOURS[index % len(COLOURS)])
-      ax.bar_label(drawn, fmt='%.3g', fontsize=7.5, color='#5d6570')
+        bar.set_color(colour)
+      ax.bar_label(drawn, fmt='%.2f', fontsize=7.5, color='#5d6570')
     ax.set_xticks(np.arange(len(names)), names)
     ax.grid(axis='x', visible=False)
     _finish(ax, '', ylabel)
@@ -125,7 +136,7 @@ def goodput(runs: list[tuple[str, dict[str, float]]]) -> Figure:
   """Where wall time went. Args: (label, seconds by what they were spent on) of each run."""
   kinds = list(dict.fromkeys(kind for _, seconds in runs for kind in seconds))
   with plt.rc_context(STYLE):
-    figure, ax = plt.subplots(figsize=(7.4, 0.9 + 0.5 * len(runs)))
+    figure, ax = plt.subplots(figsize=(9.2, 1.1 + 0.32 * len(runs)))
     left = np.zeros(len(runs))
     for index, kind in enumerate(kinds):
       widths = np.array([100 * seconds.get(kind, 0) / sum(seconds.values()) for _, seconds in runs])
@@ -161,7 +172,16 @@ def _finish(ax, xlabel: str, ylabel: str) -> None:
   ax.set_xlabel(xlabel)
   ax.set_ylabel(ylabel)
   ax.set_axisbelow(True)
-  if ax.get_legend_handles_labels()[0]:
+  labels = ax.get_legend_handles_labels()[1]
+  if len(labels) > FEW:
+    ax.legend(
+      loc='upper left',
+      bbox_to_anchor=(1.0, 1.02),
+      fontsize=6.5,
+      ncols=-(-len(labels) // 24),
+      labelspacing=0.3,
+    )
+  elif labels:
     ax.legend()
 
 

@@ -37,6 +37,8 @@ class Run:
     label: name in plots and tables, unique among the runs of a report.
     records: lines of metrics.jsonl.
     summary: the result, None for a run that has not finished.
+    device_bytes: what the compiled train step took of a device; None where the backend does not tell.
+    evaluation: what `python -m mor_jax.evaluate` found, None if it has not run.
     data: counts of the dataset and digest of the tokenizer (data.json).
     notes: what a reader should know about these files.
   """
@@ -46,6 +48,8 @@ class Run:
   config: Config
   records: list[dict[str, Any]]
   summary: dict[str, Any] | None
+  device_bytes: int | None
+  evaluation: dict[str, Any] | None
   data: dict[str, Any]
   notes: tuple[str, ...]
 
@@ -122,7 +126,22 @@ def _read(path: str, label: str) -> Run:
   summary = folder.read_summary()
   if summary is None:
     notes.append(f'not finished: step {records[-1]["step"]:,} of {config.train.steps:,}')
-  return Run(label, folder, config, records, summary, folder.read_data(), tuple(notes))
+  processes = _read_json(folder.goodput) or []
+  device_bytes = max((process.get('device_bytes', 0) for process in processes), default=0) or None
+  evaluation = _read_json(folder.path / 'evaluation.json')
+  if evaluation is None and (folder.path / 'evaluation.json').exists():
+    notes.append('evaluation.json cannot be read, so it is not shown')
+  return Run(
+    label, folder, config, records, summary, device_bytes, evaluation, folder.read_data(), tuple(notes)
+  )
+
+
+def _read_json(path: Path) -> Any:
+  """The content of a file that the page can do without; None where it is missing or damaged."""
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError):
+    return None
 
 
 def differing_settings(runs: list[Run]) -> list[tuple[str, list[str]]]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,7 +11,7 @@ from mor_jax.model import flops
 from mor_jax.reporting import page, plots
 from mor_jax.reporting.depths import Depths, mean_depth
 from mor_jax.reporting.runs import AXES, Curve, Run, differing_settings, same_tokenizer
-from mor_jax.units import quantity
+from mor_jax.units import megabytes, quantity
 
 ROUTER_METRICS = {
   'mean_depth': 'mean recursions per token',
@@ -114,25 +113,51 @@ def training(runs: list[Run], figures: Plots) -> str:
 def routers(runs: list[Run], figures: Plots) -> str:
   """What the routers did over training."""
   parts = [_metric_tabs('router', runs, figures, ROUTER_METRICS)]
-  for run in runs:
-    svg = figures.add(f'depths_{_slug(run.label)}', plots.stacked_depths(run))
-    parts += [page.heading(f'Depth of the tokens, {run.label}'), svg] if svg else []
+  shares = {
+    run.label: figures.add(f'depths_{number}_{_slug(run.label)}', plots.stacked_depths(run))
+    for number, run in enumerate(runs)
+  }
+  shares = {label: svg for label, svg in shares.items() if svg}
+  if shares:
+    lead = '' if len(shares) > 1 else f', {next(iter(shares))}'
+    parts += [page.heading(f'Tokens by depth{lead}'), page.tabs('depths', shares)]
   return page.section('Routers over training', '', *parts)
+
+
+def evaluations(runs: list[Run]) -> str:
+  """Losses under top-k and threshold routing, of runs that `python -m mor_jax.evaluate` was given."""
+  unit, scale = ('nll', 'nats per token') if same_tokenizer(runs) else ('bits_per_byte', 'bits per byte')
+  rows = []
+  for run in runs:
+    modes = (run.evaluation or {}).get('routing', {})
+    alone = modes.get('none')
+    losses = [modes.get(mode, alone) for mode in ('topk', 'threshold')]
+    if all(losses):
+      top_k, threshold = (loss[unit] for loss in losses)
+      gap = '-' if alone else f'{threshold - top_k:+.4f}'
+      rows.append([run.label, f'{run.evaluation["step"]:,}', f'{top_k:.4f}', f'{threshold:.4f}', gap])
+  if not rows:
+    return ''
+  columns = ['run', 'step', f'top-k, {scale}', 'threshold', 'gap']
+  lead = 'Top-k routing sees the future; threshold routing does not, as when generating (mor_jax.evaluate).'
+  return page.section('What causality costs', lead, page.table(columns, rows))
 
 
 def tokens(runs: list[Run], measured: list[tuple[Depths | None, str]], figures: Plots) -> str:
   """A text coloured by depth, depth by place, and which words go deep."""
   found = [(index, run, depths) for index, (run, (depths, _)) in enumerate(zip(runs, measured, strict=True))]
-  found = [(index, run, depths) for index, run, depths in found if depths is not None]
+  found = [
+    (plots.colour_of(index, len(runs)), run, depths) for index, run, depths in found if depths is not None
+  ]
   remarks = page.notes(why for _, why in measured if why and not why.endswith('same depth.'))
   if not found:
     return page.section('How deep tokens go', '', remarks)
   panels = {run.label: _text(run, depths) for _, run, depths in found}
-  profiles = [(index, run.label, *depth.depth_by_position(depths.rows)) for index, run, depths in found]
+  profiles = [(colour, run.label, *depth.depth_by_position(depths.rows)) for colour, run, depths in found]
   kinds = []
-  for index, run, depths in found:
+  for colour, run, depths in found:
     means = depth.mean_by_kind(depths.words)
-    kinds.append((index, run.label, [(kind, means[kind][0]) for kind in sorted(means)]))
+    kinds.append((colour, run.label, [(kind, means[kind][0]) for kind in sorted(means)]))
   return page.section(
     'How deep tokens go',
     'Validation text under threshold routing, as when generating. Hover over a token for its scores.',
@@ -142,6 +167,7 @@ def tokens(runs: list[Run], measured: list[tuple[Depths | None, str]], figures: 
     figures.add('depth_by_position', plots.depth_by_position(profiles)),
     page.heading('Depth by kind of word'),
     figures.add('depth_by_kind_of_word', plots.bars(kinds, 'mean recursions')),
+    page.paragraph(*(_content_against_function(run, depths) for _, run, depths in found)),
     page.tabs('words', {run.label: _extremes(depths) for _, run, depths in found}),
   )
 
@@ -158,12 +184,20 @@ def costs(runs: list[Run], figures: Plots) -> str:
         run.label,
         f'{4 * parameters / 1e6:,.1f} MB',
         f'{12 * parameters / 1e6:,.1f} MB',
+        '-' if run.device_bytes is None else megabytes(run.device_bytes),
         f'{flops.kv_cache_bytes(model, length) / 1e6:,.2f} MB',
         '-' if speed is None else f'{sorted(speed.values)[len(speed.values) // 2]:,.0f}',
       ]
     )
-  header = ['run', 'parameters, float32', 'with AdamW', 'KV cache of a row, bf16', 'median tokens/s']
-  spent = [(run.label, ledger) for run in runs if (ledger := _ledger(run.summary))]
+  header = [
+    'run',
+    'parameters, float32',
+    'with AdamW',
+    'train step, a device',
+    'KV cache of a row, bf16',
+    'median tokens/s',
+  ]
+  spent = [(run.label, ledger) for run in runs if (ledger := _ledger(run))]
   goodput = figures.add('goodput', plots.goodput(spent)) if spent else ''
   heading = page.heading('Wall time') if spent else ''
   return page.section('Memory and goodput', '', page.table(header, rows), heading, goodput)
@@ -211,15 +245,31 @@ def _extremes(depths: Depths, shown: int = 15) -> str:
   )
 
 
-def _ledger(summary: dict[str, Any] | None) -> dict[str, float]:
-  """Seconds by what they were spent on; {} for a run that has not finished."""
-  prefix = 'goodput/'
-  entries = (summary or {}).items()
-  return {
-    name.removeprefix(prefix).removesuffix('_seconds').replace('_', ' '): value
-    for name, value in entries
-    if name.startswith(prefix) and name.endswith('_seconds') and value > 0
-  }
+def _content_against_function(run: Run, depths: Depths) -> str:
+  """A sentence on what the paper claims: that words of content go deeper than those of grammar."""
+  means = depth.mean_by_kind(depths.words)
+  if not {'content word', 'function word'} <= means.keys():
+    return ''
+  (content, contents), (function, functions) = means['content word'], means['function word']
+  verdict = 'as the paper has it' if content > function else 'not as the paper has it'
+  return (
+    f'{run.label}: {contents:,} content words take {content:.2f} recursions, {functions:,} function words '
+    f'{function:.2f}, {verdict}, which says that content words go deeper.'
+  )
+
+
+def _ledger(run: Run) -> dict[str, float]:
+  """Seconds by what they were spent on; {} for a run that has not said."""
+  spent = (run.summary or {}).get('goodput')
+  if spent is None:  # not finished: what the last line that knows says
+    prefix = 'goodput/'
+    known = (record for record in reversed(run.records) if f'{prefix}steps' in record)
+    spent = {
+      name.removeprefix(prefix): value
+      for name, value in next(known, {}).items()
+      if name.startswith(prefix) and name != f'{prefix}share'
+    }
+  return {kind.replace('_', ' '): seconds for kind, seconds in spent.items() if seconds > 0}
 
 
 def _number(curve: Curve | None, form: str) -> str:

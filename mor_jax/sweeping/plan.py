@@ -97,20 +97,35 @@ def read(config_spec: str, flags: dict[str, Any], sweep_spec: str, workdir: str 
   Raises:
     ConfigError: the sweep cannot work; names the run.
   """
+  base = _base(config_spec, flags)
+  folder = Path(workdir or f'runs/sweep-{Path(sweep_spec.partition(":")[0]).stem}')
+  return make(config_spec, flags, _entries(sweep_spec, base), sweep_spec, folder)
+
+
+def _base(config_spec: str, flags: dict[str, Any]) -> Config:
   if 'name' in flags:
     raise ConfigError(
       f'--config.name={flags["name"]} cannot hold for all runs of a sweep, which names them; choose their '
       f'folder with --workdir'
     )
-  base = cli.load_config(config_spec, flags)
-  entries = [_overrides(entry, sweep_spec) for entry in _entries(sweep_spec, base)]
+  return cli.load_config(config_spec, flags)
+
+
+def make(config_spec: str, flags: dict[str, Any], listed: list[Any], sweep_spec: str, folder: Path) -> Plan:
+  """The plan of listed overrides, as `read` has it.
+
+  Args:
+    listed: overrides of each run.
+    sweep_spec: what the sweep is called, in messages.
+    folder: of the sweep.
+  """
+  entries = [_overrides(entry, sweep_spec) for entry in listed]
   for entry in entries:
     for name in sorted(entry.keys() & flags.keys()):
       raise ConfigError(
         f'--config.{name}={flags[name]} is given, and --sweep={sweep_spec} sets it to {entry[name]}; '
         f'leave out the flag or change the sweep'
       )
-  folder = Path(workdir or f'runs/sweep-{Path(sweep_spec.partition(":")[0]).stem}')
   names, groups = _names(entries), _names(entries, without=SEEDS)
   _refuse_repeated(names, sweep_spec)
   runs = []

@@ -60,6 +60,10 @@ class Ledger:
     notes = [*self._earlier, self._own]
     return {kind: sum(note['seconds'][kind] for note in notes) for kind in KINDS}
 
+  def note_memory(self, device_bytes: int) -> None:
+    """Keeps what a compiled step takes of a device, the most of all programs, for the report."""
+    self._own['device_bytes'] = max(device_bytes, self._own.get('device_bytes', 0))
+
   def record(self) -> dict[str, float]:
     """`goodput/KIND`: seconds, and `goodput/share`: that of the steps in all of them."""
     seconds = self.seconds()

@@ -130,13 +130,20 @@ def describe_compiled(compiled: Any, seconds: float) -> Row:
   memory = compiled.memory_analysis()
   if memory is None:  # not every backend tells
     return 'compiled', f'in {seconds:.1f} s'
-  arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+  return 'compiled', (
+    f'in {seconds:.1f} s; memory per device {megabytes(device_bytes(compiled))}: '
+    f'state and batch {megabytes(memory.argument_size_in_bytes)}, temporaries {megabytes(memory.temp_size_in_bytes)}'
+  )
+
+
+def device_bytes(compiled: Any) -> int:
+  """Memory per device that a compiled step takes; 0 where the backend does not tell."""
+  memory = compiled.memory_analysis()
+  if memory is None:
+    return 0
   # Donated outputs live in the arguments' memory.
   outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  return 'compiled', (
-    f'in {seconds:.1f} s; memory per device {megabytes(arguments + temporaries + outputs)}: '
-    f'state and batch {megabytes(arguments)}, temporaries {megabytes(temporaries)}'
-  )
+  return memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs
 
 
 def describe_result(summary: dict[str, Any], run_path: Path) -> list[Row]:

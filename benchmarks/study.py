@@ -1,0 +1,286 @@
+"""The small-scale study: python -m benchmarks.study --source='files:CORPUS/**/*.txt' [--workdir=runs/study] [--parallel=2]
+
+Vanilla, recursive and MoR models (configs/study.py, two and three recursions) at equal FLOPs and at equal
+tokens: the learning rate of each is tuned over at least four values, with more beside the best until it lies
+inside the range; then further seeds train at it, and MoR also with the EMA threshold in place of the auxiliary
+loss. Losses of MoR are taken
+under top-k and under threshold routing. The same command goes on where it was stopped.
+
+Rows are kept in benchmarks/results/study.*, with plots beside them. HOURS
+"""
+
+import collections
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from rich.console import Console
+
+from benchmarks import results
+from mor_jax import cli
+from mor_jax.config import ConfigError
+from mor_jax.model import flops
+from mor_jax.settings import RunError
+from mor_jax.sweeping import plan as plan_lib
+from mor_jax.sweeping import results as tables
+from mor_jax.sweeping.plan import Plan, PlannedRun
+from mor_jax.sweeping.runner import Runner
+from mor_jax.sweeping.status import Display
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string('source', None, 'data.source: English text')
+flags.DEFINE_string('workdir', 'runs/study', 'folder of the study', allow_override=True)
+flags.DEFINE_integer('parallel', 2, 'runs at a time', allow_override=True)
+flags.DEFINE_integer(
+  'steps', 1000, 'steps of the vanilla model, which set tokens and FLOPs of all', allow_override=True
+)
+flags.DEFINE_list('rates', ['1e-3', '2e-3', '4e-3', '8e-3'], 'peak learning rates to begin with, rising')
+flags.DEFINE_integer('seeds', 3, 'seeds of the final runs')
+flags.DEFINE_list(
+  'settings', [], 'further settings of all runs, such as model.d_model=64', allow_override=True
+)
+
+CONFIG = 'configs/study.py:vanilla'
+MOST_EXTENSIONS = 4  # of the range of learning rates, to either side
+COLUMNS = [
+  'model',
+  'equal',
+  'parameters, M',
+  'tokens, M',
+  'FLOPs, e12',
+  'learning rate',
+  'NLL, top-k',
+  'NLL, threshold',
+  'gap',
+  'bits per byte',
+  'seeds',
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """One line of the study: a kind of model, and what it has in common with the vanilla one."""
+
+  kind: str
+  recursions: int
+  equal: str  # 'tokens' or 'flops'; the same thing for vanilla and recursive models
+  selection: str = 'top_k'
+
+  @property
+  def name(self) -> str:
+    """Of the runs, without learning rate and seed."""
+    name = self.kind if self.kind == 'vanilla' else f'{self.kind}_r{self.recursions}'
+    ema = '_ema' if self.selection == 'ema_threshold' else ''
+    return f'{name}{ema}_{self.equal}' if self.kind == 'mor' else name
+
+  @property
+  def title(self) -> str:
+    """In the table."""
+    if self.kind == 'vanilla':
+      return 'vanilla'
+    ema = ', EMA threshold' if self.selection == 'ema_threshold' else ''
+    return f'{"MoR" if self.kind == "mor" else self.kind} R={self.recursions}{ema}'
+
+
+MODELS = (
+  Model('vanilla', 1, 'tokens'),
+  *(Model('recursive', recursions, 'tokens') for recursions in (2, 3)),
+  *(Model('mor', recursions, equal) for equal in ('flops', 'tokens') for recursions in (2, 3)),
+)
+EMA_MODELS = tuple(
+  dataclasses.replace(model, selection='ema_threshold') for model in MODELS if model.equal == 'flops'
+)
+
+
+class Study:
+  """The runs that have been asked for, and those that are to be trained next."""
+
+  def __init__(self, console: Console, settings: dict[str, Any]):
+    self._console, self._settings = console, settings
+    self.runs: dict[tuple[Model, float, int], PlannedRun] = {}
+
+  def train(self, wanted: list[tuple[Model, float, int]]) -> None:
+    """Trains models with a learning rate and a seed, unless they have finished.
+
+    Raises:
+      RunError: a run failed, or a signal ended it.
+    """
+    keys = list(dict.fromkeys([*self.runs, *wanted]))
+    made = self._plan(keys)
+    self.runs = dict(zip(keys, made.runs, strict=True))
+    runner = Runner(made, Display(self._console, made), FLAGS.parallel)
+    ended_by = runner.run()
+    if ended_by:
+      raise RunError('stopped; the same command goes on')
+    failed = [run for run in made.runs if runner.status[run.name].state != 'finished']
+    if failed:
+      raise RunError(f'{failed[0].name} failed: {runner.status[failed[0].name].error}')
+    tables.write(made, runner.status)
+
+  def _plan(self, keys: list[tuple[Model, float, int]]) -> Plan:
+    base = cli.load_config(CONFIG, self._settings)
+    tokens = base.train.steps * base.train.global_batch * base.data.seq_len
+    budget = tokens * flops.paper_flops_per_token(base.model, base.data.seq_len)
+    entries = []
+    for model, rate, seed in keys:
+      overrides = {'model.kind': model.kind, 'model.num_recursions': max(2, model.recursions)}
+      if model.selection == 'ema_threshold':  # in place of what else teaches routers to do without the future
+        overrides |= {'model.selection': model.selection, 'model.causality': 'none'}
+      overrides |= {'train.learning_rate': rate}
+      overrides |= {'train.seed': seed, 'data.seed': seed}
+      if model.equal == 'flops':
+        overrides['train.flops_budget'] = budget
+      entries.append({'name': f'{model.name},rate={rate:g},seed={seed}', **overrides})
+    return plan_lib.make(CONFIG, self._settings, entries, 'benchmarks.study', Path(FLAGS.workdir))
+
+  def loss(self, model: Model, rate: float, seed: int = 0) -> float:
+    """Validation NLL under top-k routing."""
+    return self.runs[model, rate, seed].folder.read_summary()['validation/nll']
+
+  def rates(self, model: Model) -> list[float]:
+    """Learning rates that the model was trained with, rising."""
+    return sorted({rate for trained, rate, _ in self.runs if trained == model})
+
+  def best_rate(self, model: Model) -> float:
+    """That of the least loss, of seed 0."""
+    return min(self.rates(model), key=lambda rate: self.loss(model, rate))
+
+  def missing_rates(self, model: Model) -> list[float]:
+    """The next learning rate beyond the best one, if that is the first or last of the range."""
+    rates, best = self.rates(model), self.best_rate(model)
+    return [best / 2] * (best == rates[0]) + [best * 2] * (best == rates[-1])
+
+
+def main() -> None:
+  """Trains what is missing, evaluates, and writes tables and plots."""
+  rates = _check_flags()
+  settings = {'data.source': FLAGS.source, 'train.steps': FLAGS.steps}
+  for entry in FLAGS.settings:
+    name, _, text = entry.partition('=')
+    settings[name] = cli.parse_setting(name, text)
+  study = Study(Console(), settings)
+  study.train([(model, rate, 0) for model in MODELS for rate in rates])
+  for _ in range(MOST_EXTENSIONS):
+    wanted = [(model, rate, 0) for model in MODELS for rate in study.missing_rates(model)]
+    if not wanted:
+      break
+    study.train(wanted)
+  best = {model: study.best_rate(model) for model in MODELS}
+  # Not tuned again: routers are a thousandth of the parameters, and the auxiliary loss has that weight.
+  best |= {ema: best[dataclasses.replace(ema, selection='top_k')] for ema in EMA_MODELS}
+  final = [(model, rate, seed) for seed in range(FLAGS.seeds) for model, rate in best.items()]
+  study.train(final)
+  evaluated = {key: _evaluate(study.runs[key]) for key in final}
+  print(_keep(study, best, evaluated))
+  _plot(study)
+
+
+def _check_flags() -> list[float]:
+  if not FLAGS.source:
+    raise ConfigError("--source is missing, for example --source='files:corpus/**/*.txt'")
+  rates = [float(rate) for rate in FLAGS.rates]
+  if len(rates) < 4 or rates != sorted(set(rates)):
+    raise ConfigError(f'--rates={",".join(FLAGS.rates)} must be at least four, rising')
+  for name in ('seeds', 'steps', 'parallel'):
+    if FLAGS[name].value < 1:
+      raise ConfigError(f'--{name}={FLAGS[name].value} is not allowed: must be >= 1')
+  return rates
+
+
+def _evaluate(run: PlannedRun) -> dict[str, Any]:
+  """The result of `python -m mor_jax.evaluate`, made unless it is there."""
+  path = run.folder.path / 'evaluation.json'
+  if not path.exists():
+    command = [sys.executable, '-m', 'mor_jax.evaluate', f'--checkpoint={run.folder.path}']
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+      raise RunError(f'evaluation of {run.name} failed: {done.stderr[-2000:]}')
+  return json.loads(path.read_text())
+
+
+def _keep(study: Study, best: dict[Model, float], evaluated: dict[tuple, dict[str, Any]]) -> str:
+  """The table: means and deviations over seeds."""
+  losses = collections.defaultdict(lambda: collections.defaultdict(list))
+  for (model, _, _), result in evaluated.items():
+    modes = result['routing']
+    top_k = modes.get('none') or modes['topk']
+    losses[model]['top_k'].append(top_k['nll'])
+    losses[model]['bits_per_byte'].append(top_k['bits_per_byte'])
+    if 'threshold' in modes:
+      losses[model]['threshold'].append(modes['threshold']['nll'])
+      losses[model]['gap'].append(result['gap']['nll'])
+  rows = []
+  for model, rate in best.items():
+    run = study.runs[model, rate, 0]
+    summary, found = run.folder.read_summary(), losses[model]
+    equal = 'FLOPs' if model.equal == 'flops' else 'tokens' if model.kind == 'mor' else 'both'
+    rows.append(
+      [
+        model.title,
+        equal,
+        round(summary['parameters'] / 1e6, 2),
+        round(run.tokens / 1e6, 2),
+        round(run.work / 1e12, 2),
+        f'{rate:g}',
+        *(_spread(found[name]) for name in ('top_k', 'threshold', 'gap', 'bits_per_byte')),
+        len(found['top_k']),
+      ]
+    )
+  inside = {model.name: not study.missing_rates(model) for model in MODELS}
+  about = {
+    'losses': 'nats per token on the validation split; mean ± sample standard deviation over seeds',
+    'FLOPs': 'forward, as the paper counts them',
+    'learning rates': f'tuned on seed 0; best one inside its range: {inside}',
+    'EMA threshold': 'without auxiliary loss, at the learning rate tuned with it',
+    'steps of the vanilla model': FLAGS.steps,
+  }
+  tuned = {
+    model.name: {f'{rate:g}': study.loss(model, rate) for rate in study.rates(model)} for model in MODELS
+  }
+  return results.keep('study', COLUMNS, rows, about, tuned=tuned)
+
+
+def _spread(values: list[float]) -> str:
+  if not values:
+    return '-'
+  mean = f'{statistics.fmean(values):.4f}'
+  return mean if len(values) < 2 else f'{mean} ± {statistics.stdev(values):.4f}'
+
+
+def _plot(study: Study) -> None:
+  """Loss by learning rate, and at the best one by tokens and by FLOPs: benchmarks/results/study_*.png."""
+  import matplotlib
+
+  matplotlib.use('Agg')
+  import matplotlib.pyplot as plt
+
+  from mor_jax.reporting import plots, runs
+
+  results.FOLDER.mkdir(exist_ok=True)
+  with plt.rc_context(plots.STYLE):
+    figure, ax = plt.subplots(figsize=(7.4, 4))
+    for index, model in enumerate(MODELS):
+      rates = study.rates(model)
+      colour = plots.colour_of(index, len(MODELS))
+      losses = [study.loss(model, rate) for rate in rates]
+      ax.plot(rates, losses, marker='o', color=colour, label=model.name.replace('_', ' '))
+    ax.set_xscale('log', base=2)
+    ax.set_xlabel('peak learning rate')
+    ax.set_ylabel('validation NLL, nats per token')
+    ax.legend()
+    figure.savefig(results.FOLDER / 'study_rates.png', dpi=150)
+    plt.close(figure)
+  best = [study.runs[model, study.best_rate(model), 0] for model in MODELS]
+  shown = runs.read([str(run.folder.path) for run in best])
+  for axis in ('tokens', 'flops'):
+    figure = plots.curves(shown, lambda run: run.curve('validation/nll'), axis, 'nats per token')
+    figure.savefig(results.FOLDER / f'study_loss_by_{axis}.png', dpi=150)
+
+
+if __name__ == '__main__':
+  cli.run(main, __doc__, with_config=False)
