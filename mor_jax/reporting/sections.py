@@ -176,7 +176,7 @@ def costs(runs: list[Run], figures: Plots) -> str:
   """Memory, speed and where the wall time went."""
   rows = []
   for run in runs:
-    speed = run.curve('train/tokens_per_second')
+    stepping, last = _ledger(run).get('steps'), np.array([run.records[-1]['step']])
     model, length = run.config.model, run.config.data.seq_len
     parameters = flops.count_parameters(model).total
     rows.append(
@@ -186,7 +186,7 @@ def costs(runs: list[Run], figures: Plots) -> str:
         f'{12 * parameters / 1e6:,.1f} MB',
         '-' if run.device_bytes is None else megabytes(run.device_bytes),
         f'{flops.kv_cache_bytes(model, length) / 1e6:,.2f} MB',
-        '-' if speed is None else f'{sorted(speed.values)[len(speed.values) // 2]:,.0f}',
+        '-' if stepping is None else f'{run.at("tokens", last)[0] / stepping:,.0f}',
       ]
     )
   header = [
@@ -195,7 +195,7 @@ def costs(runs: list[Run], figures: Plots) -> str:
     'with AdamW',
     'train step, a device',
     'KV cache of a row, bf16',
-    'median tokens/s',
+    'tokens/s of steps',
   ]
   spent = [(run.label, ledger) for run in runs if (ledger := _ledger(run))]
   goodput = figures.add('goodput', plots.goodput(spent)) if spent else ''
