@@ -42,9 +42,7 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_list('rates', ['1e-3', '2e-3', '4e-3', '8e-3'], 'peak learning rates to begin with, rising')
 flags.DEFINE_integer('seeds', 3, 'seeds of the final runs')
-flags.DEFINE_list(
-  'settings', [], 'further settings of all runs, such as model.d_model=64', allow_override=True
-)
+flags.DEFINE_list('overrides', [], 'further settings of all runs, such as model.d_model=64')
 
 CONFIG = 'configs/study.py:vanilla'
 MOST_EXTENSIONS = 4  # of the range of learning rates, to either side
@@ -161,7 +159,7 @@ def main() -> None:
   """Trains what is missing, evaluates, and writes tables and plots."""
   rates = _check_flags()
   settings = {'data.source': FLAGS.source, 'train.steps': FLAGS.steps}
-  for entry in FLAGS.settings:
+  for entry in FLAGS.overrides:
     name, _, text = entry.partition('=')
     settings[name] = cli.parse_setting(name, text)
   study = Study(Console(), settings)
