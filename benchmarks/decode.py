@@ -42,7 +42,7 @@ flags.DEFINE_integer('vocab_size', 9216, 'vocabulary: as large beside the layers
 flags.DEFINE_integer('slots', 32, 'sequences that the vanilla model holds')
 flags.DEFINE_integer('max_len', 512, 'longest sequence')
 flags.DEFINE_integer('ticks', 120, 'ticks of the vanilla model in a round; the others get the same time')
-flags.DEFINE_integer('rounds', 5, 'rounds that are timed', allow_override=True)
+flags.DEFINE_integer('rounds', 5, 'rounds that are timed')
 flags.DEFINE_list('shares', None, 'shares of the tokens that take 1, 2, 3 recursions, for R = 3 alone')
 flags.DEFINE_boolean('unroll', True, 'compile layers separately; compiling takes minutes')
 

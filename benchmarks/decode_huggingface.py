@@ -26,8 +26,8 @@ from mor_jax.config import ConfigError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum('side', None, ['mor_jax', 'transformers'], 'internal: be the process of this side')
-flags.DEFINE_integer('new_tokens', 64, 'tokens that both generate', allow_override=True)
-flags.DEFINE_integer('rounds', 7, 'turns that are timed', allow_override=True)
+flags.DEFINE_integer('new_tokens', 64, 'tokens that both generate')
+flags.DEFINE_integer('rounds', 7, 'turns that are timed')
 
 BATCHES = (1, 16)
 PROMPT = 16
@@ -104,7 +104,8 @@ def _prompt() -> np.ndarray:
 
 
 def _ours() -> tuple[dict[str, str], Callable[[int], None]]:
-  from benchmarks.decode import random_variables
+  import jax
+
   from mor_jax.config import Config
   from mor_jax.inference.engine import Engine
   from mor_jax.inference.requests import Request
@@ -122,7 +123,7 @@ def _ours() -> tuple[dict[str, str], Callable[[int], None]]:
     'dtype': 'float32',
   }
   model = Transformer(Config().replace(model=settings).model)
-  variables = random_variables(model)
+  variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), np.int32))
   options = {'max_len': PROMPT + FLAGS.new_tokens, 'chunks': (PROMPT,)}
   engines = {size: Engine(model, variables, slots=size, boundary_lanes=size, **options) for size in BATCHES}
   request = Request(tuple(_prompt().tolist()), max_new_tokens=FLAGS.new_tokens)

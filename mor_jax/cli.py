@@ -180,12 +180,18 @@ class _SettingParser(flags.ArgumentParser):
 
 def parse_setting(name: str, text: str) -> Any:
   """The value of a setting from text, as its flag has it. Raises ConfigError for an unknown name or wrong text."""
-  if name not in config_lib.settings():
-    raise ConfigError(f'unknown setting {name} (--help of mor_jax.train lists all settings)')
+  _check_known(name)
   try:
     return _SettingParser(config_lib.settings()[name]).parse(text)
   except ValueError as error:
     raise ConfigError(f'{name}={text} {error}') from None
+
+
+def _check_known(name: str) -> None:
+  if name not in config_lib.settings():
+    close = difflib.get_close_matches(name, config_lib.settings(), n=1)
+    hint = f'; did you mean {close[0]}?' if close else ''
+    raise ConfigError(f'unknown setting {name}{hint} (--help of mor_jax.train lists all settings)')
 
 
 def _define_settings(sections: Sequence[str] | None) -> None:
@@ -248,11 +254,8 @@ def load_config(spec: str | None, changes: dict[str, Any]) -> Config:
     ConfigError: the file, a name or a value cannot work.
   """
   settings = _read_config_file(spec) if spec else config_lib.default()
-  unknown = [name for name in changes if name not in config_lib.settings()]
-  if unknown:
-    close = difflib.get_close_matches(unknown[0], config_lib.settings(), n=1)
-    hint = f'; did you mean {close[0]}?' if close else ''
-    raise ConfigError(f'unknown setting {unknown[0]}{hint} (--help lists all settings)')
+  for name in changes:
+    _check_known(name)
   # A file may build a ConfigDict by hand, with sections left out; resolve() checks names and types.
   with settings.unlocked(), settings.ignore_type():
     for section in {name.partition('.')[0] for name in changes if '.' in name} - set(settings):

@@ -30,63 +30,34 @@ from mor_jax.training.restore import LoadedRun, load_run
 from mor_jax.training.run_folder import write_atomically
 
 FLAGS = flags.FLAGS
-# Several entry points have flags of these names, and a process may import several of them.
-flags.DEFINE_string('checkpoint', None, 'folder of the run', allow_override=True)
-flags.DEFINE_integer('step', None, 'step of the checkpoint; default: the newest', allow_override=True)
+flags.DEFINE_string('checkpoint', None, 'folder of the run')
+flags.DEFINE_integer('step', None, 'step of the checkpoint; default: the newest')
 flags.DEFINE_string(
   'data',
   None,
   "folder of a prepared dataset, or documents as in data.source; default: the run's own validation split",
-  allow_override=True,
 )
-flags.DEFINE_integer(
-  'rows', None, 'validation rows to use, 0: all; default: train.eval_rows of the run', allow_override=True
-)
-flags.DEFINE_integer(
-  'batch_size', None, 'rows computed together; default: 8 for each device', allow_override=True
-)
+flags.DEFINE_integer('rows', None, 'validation rows to use, 0: all; default: train.eval_rows of the run')
+flags.DEFINE_integer('batch_size', None, 'rows computed together; default: 8 for each device')
 flags.DEFINE_enum(
-  'dtype',
-  None,
-  ['float32', 'bfloat16'],
-  'of activations and matrix products; default: as trained',
-  allow_override=True,
+  'dtype', None, ['float32', 'bfloat16'], 'of activations and matrix products; default: as trained'
 )
-flags.DEFINE_boolean(
-  'json', False, 'print the result as JSON, everything else to stderr', allow_override=True
-)
+flags.DEFINE_boolean('json', False, 'print the result as JSON, everything else to stderr')
 flags.DEFINE_string(
-  'output',
-  None,
-  'file for the result; default: evaluation.json, or few_shot.json, in the run folder',
-  allow_override=True,
+  'output', None, 'file for the result; default: evaluation.json, or few_shot.json, in the run folder'
 )
-flags.DEFINE_list('tasks', None, 'tasks of lm-evaluation-harness to run', allow_override=True)
-flags.DEFINE_string(
-  'include_path', None, '--tasks: folder with YAML files of more tasks', allow_override=True
-)
-flags.DEFINE_integer(
-  'num_fewshot',
-  None,
-  '--tasks: examples before each question; default: as the task says',
-  allow_override=True,
-)
-flags.DEFINE_float(
-  'limit', None, '--tasks: examples of each task to use, below 1 a share of them', allow_override=True
-)
+flags.DEFINE_list('tasks', None, 'tasks of lm-evaluation-harness to run')
+flags.DEFINE_string('include_path', None, '--tasks: folder with YAML files of more tasks')
+flags.DEFINE_integer('num_fewshot', None, '--tasks: examples before each question; default: as the task says')
+flags.DEFINE_float('limit', None, '--tasks: examples of each task to use, below 1 a share of them')
 flags.DEFINE_enum(
   'routing',
   None,
   ['threshold', 'topk'],
   '--tasks: threshold, which is causal, or topk, which looks at the whole text; default: threshold',
-  allow_override=True,
 )
-flags.DEFINE_integer(
-  'max_len', None, '--tasks: longest text in tokens; default: data.seq_len of the run', allow_override=True
-)
-flags.DEFINE_string(
-  'use_cache', None, '--tasks: file in which the harness keeps answers for the next time', allow_override=True
-)
+flags.DEFINE_integer('max_len', None, '--tasks: longest text in tokens; default: data.seq_len of the run')
+flags.DEFINE_string('use_cache', None, '--tasks: file in which the harness keeps answers for the next time')
 
 ONLY_TASKS = ('include_path', 'num_fewshot', 'limit', 'routing', 'max_len', 'use_cache')
 NOT_TASKS = ('data', 'rows')

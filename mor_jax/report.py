@@ -15,12 +15,7 @@ from mor_jax import cli
 from mor_jax.config import ConfigError
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string(
-  'output',
-  None,
-  'the page; default: report.html in the folder of the first run',
-  allow_override=True,  # other entry points have one too, and a process may import several
-)
+flags.DEFINE_string('output', None, 'the page; default: report.html in the folder of the first run')
 flags.DEFINE_integer('tokens', 16384, 'validation tokens whose depths are looked at; 0: none')
 
 

@@ -84,6 +84,10 @@ def _run(
 ) -> int:
   console = Console(quiet=not runtime.is_main())
   config = budget.with_budgeted_steps(config)
+  if profiled and profiled.start > config.train.steps:
+    raise ConfigError(
+      f'--profile={profiled.start}:{profiled.stop} begins after the last step, {config.train.steps}'
+    )
   folder = RunFolder(Path(workdir or f'runs/{config.name}'))
 
   ledger = Ledger(folder.goodput if runtime.is_main() else None)
@@ -146,6 +150,8 @@ def _run(
       train_step = phases.PhasedStep(programs, done, theirs)
 
     # ---- state: the newest good checkpoint, else a model to begin from, else random weights ----
+    if profiled and done >= profiled.start:
+      _print(console, f'--profile: step {profiled.start} was trained before, so nothing is traced')
     if done:
       state = checkpoints.restore(done, abstract)
       _print(console, f'\nresuming after step {done} from {checkpoints.path(done)}')

@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import entry_points
 import jax
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ import tiny
 from absl import flags
 from absl.testing import flagsaver
 
-from mor_jax import convert
 from mor_jax.config import Config, ConfigError, DataConfig
 from mor_jax.data import tokenizer as tokenizer_lib
 from mor_jax.interop import huggingface, official, tensors
@@ -32,6 +32,8 @@ def tokenizer():
 @pytest.fixture
 def run_convert():
   """Runs the program with flags, the others at their defaults; raises as it does."""
+
+  convert = entry_points.load('mor_jax.convert')
 
   def run(**values):
     with flagsaver.flagsaver():

@@ -6,14 +6,12 @@ import shutil
 import subprocess
 import sys
 
+import entry_points
 import pytest
 from absl import flags as absl_flags
 from absl.testing import flagsaver
 
-from mor_jax import evaluate
 from mor_jax.config import ConfigError
-
-FLAGS = absl_flags.FLAGS
 
 
 def command(*flags):
@@ -80,8 +78,9 @@ def test_bad_input(evaluated, tmp_path, flags, message):
   run = evaluated[0]
   shutil.copy(run / 'config.json', tmp_path)
   given = [flag.replace('RUN', str(run)).replace('EMPTY', str(tmp_path)) for flag in flags]
+  evaluate = entry_points.load('mor_jax.evaluate')
   with flagsaver.flagsaver():
-    FLAGS(['evaluate', *given])
+    absl_flags.FLAGS(['evaluate', *given])
     with pytest.raises(ConfigError, match=re.escape(message)):
       evaluate.main()
 

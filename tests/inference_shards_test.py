@@ -1,12 +1,8 @@
 """Decoding on a mesh of 8 devices: the tokens of one device, and nothing of a sequence leaves its devices."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import programs
 import pytest
 from jax.sharding import AbstractMesh
 
@@ -40,16 +36,7 @@ def measured(name: str) -> dict:
   meshes = (ONE, *MESHES[name])
   options = {'read': 'gather'} if name in ('shared', 'hybrid') else {'unroll': name == 'token_choice'}
   cases = [{'model': MODELS[name], 'mesh': mesh, 'options': options} for mesh in meshes]
-  program = Path(__file__).with_name('decode_mesh_check.py')
-  result = subprocess.run(
-    [sys.executable, program, json.dumps(cases)],
-    env=os.environ | {'PYTHONPATH': str(program.parents[1])},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert result.returncode == 0, result.stderr[-3000:]
-  return dict(zip(meshes, map(json.loads, result.stdout.splitlines()), strict=True))
+  return dict(zip(meshes, programs.measure('decode_mesh_check', cases), strict=True))
 
 
 MODELS_BY_SPEED = [n if n in IN_DEFAULT_SUITE else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]

@@ -1,13 +1,9 @@
 import functools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import mesh_check
+import programs
 import pytest
 import tiny
 from flax import linen as nn
@@ -37,21 +33,7 @@ MODELS = {
 def on_all_meshes(name: str) -> list[dict]:
   """Results for MESHES, and one for SPLIT in which routing is left to the compiler."""
   cases = [{'model': MODELS[name], 'mesh': mesh, 'chunk': CHUNK} for mesh in MESHES]
-  return measure([*cases, cases[MESHES.index(SPLIT)] | {'local': False, 'init': True}])
-
-
-def measure(cases: list[dict]) -> list[dict]:
-  """What mesh_check.py prints for the cases."""
-  program = Path(__file__).with_name('mesh_check.py')
-  result = subprocess.run(
-    [sys.executable, program, json.dumps(cases)],
-    env=os.environ | {'PYTHONPATH': str(program.parents[1])},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert result.returncode == 0, result.stderr[-3000:]
-  return [json.loads(line) for line in result.stdout.splitlines()]
+  return programs.measure('mesh_check', [*cases, cases[MESHES.index(SPLIT)] | {'local': False, 'init': True}])
 
 
 def state_shapes(model, aux_router: bool = False) -> TrainState:

@@ -4,11 +4,11 @@ import json
 import re
 import shutil
 
+import entry_points
 import numpy as np
 import pytest
 from absl.testing import flagsaver
 
-from mor_jax import report
 from mor_jax.config import ConfigError
 from mor_jax.evaluation import nll
 from mor_jax.reporting import plots, runs, sections
@@ -22,8 +22,7 @@ def page(finished_run, tmp_path_factory):
 
 
 def write(output, *folders: str, tokens: int = 64) -> str:
-  if not report.FLAGS.is_parsed():
-    report.FLAGS(['test'])
+  report = entry_points.load('mor_jax.report')
   with flagsaver.flagsaver(output=str(output), tokens=tokens):
     report.main(list(folders))
   return output.read_text()
@@ -207,4 +206,4 @@ def test_run_without_metrics_is_refused(copied_run, contents):
 
 def test_command_without_a_run_says_what_to_do():
   with pytest.raises(ConfigError, match='name the folder of at least one run'):
-    report.main([])
+    entry_points.load('mor_jax.report').main([])

@@ -4,11 +4,11 @@ import functools
 import sys
 from pathlib import Path
 
+import entry_points
 import pytest
 from absl.testing import flagsaver
 from rich.console import Console
 
-from benchmarks import study
 from mor_jax.config import ConfigError
 from mor_jax.model import flops
 from mor_jax.sweeping.runner import Runner
@@ -17,17 +17,20 @@ STAND_IN = str(Path(__file__).parent / 'stand_in_train.py')
 
 
 @pytest.fixture
-def made(tmp_path, monkeypatch):
+def study():
+  return entry_points.load('benchmarks.study')
+
+
+@pytest.fixture
+def made(study, tmp_path, monkeypatch):
   """A study whose models learn best at 0.016, beyond the range that it begins with."""
   train = (sys.executable, STAND_IN, '--step_seconds=0', '--best_rate=0.016')
   monkeypatch.setattr(study, 'Runner', functools.partial(Runner, train=train))
-  if not study.FLAGS.is_parsed():
-    study.FLAGS(['test'])
   with flagsaver.flagsaver(workdir=str(tmp_path / 'study'), parallel=2):
     yield study.Study(Console(quiet=True), {'data.source': 'files:*.txt'})
 
 
-def test_range_of_learning_rates_grows_until_the_best_lies_inside(made):
+def test_range_of_learning_rates_grows_until_the_best_lies_inside(made, study):
   models = study.MODELS[:1] + study.MODELS[3:4]
   made.train([(model, rate, 0) for model in models for rate in (1e-3, 2e-3, 4e-3, 8e-3)])
   assert [made.missing_rates(model) for model in models] == [[0.016], [0.016]]
@@ -39,7 +42,7 @@ def test_range_of_learning_rates_grows_until_the_best_lies_inside(made):
     assert made.best_rate(model) == 0.016
 
 
-def test_models_are_equal_in_what_they_say(made):
+def test_models_are_equal_in_what_they_say(made, study):
   made.train([(model, 4e-3, 0) for model in study.MODELS + study.EMA_MODELS])
   runs = {model: run for (model, _, _), run in made.runs.items()}
   vanilla = runs[study.MODELS[0]]
@@ -64,8 +67,6 @@ def test_models_are_equal_in_what_they_say(made):
     ({'source': 'x', 'seeds': 0}, '--seeds=0 is not allowed'),
   ],
 )
-def test_flags_that_cannot_work_are_refused(given, message):
-  if not study.FLAGS.is_parsed():
-    study.FLAGS(['test'])
+def test_flags_that_cannot_work_are_refused(study, given, message):
   with flagsaver.flagsaver(**given), pytest.raises(ConfigError, match=message):
     study.main()

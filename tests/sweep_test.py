@@ -8,11 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import entry_points
 import pytest
 import tiny_run
 from absl.testing import flagsaver
 
-from mor_jax import sweep
 from mor_jax.config import Config, ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -69,8 +69,7 @@ def command(files: dict[str, str], *more: str) -> list[str]:
   ],
 )
 def test_flags_that_cannot_work_are_refused(given, message):
-  if not sweep.FLAGS.is_parsed():
-    sweep.FLAGS(['test'])
+  sweep = entry_points.load('mor_jax.sweep')
   with flagsaver.flagsaver(**given), pytest.raises(ConfigError, match=message):
     sweep.main(Config(), None)
 

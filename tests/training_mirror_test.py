@@ -127,6 +127,17 @@ def test_nothing_good_is_no_new_beginning(saved, local, remote):
     shutil.rmtree(local)
 
 
+def test_a_first_copy_that_was_cut_off_is_no_checkpoint(local, remote, state):
+  (epath.Path(remote) / '1').mkdir(parents=True)
+  (epath.Path(remote) / '1' / 'left over').write_text('')
+  with opened(local, remote) as checkpoints:
+    assert checkpoints.newest_good() is None
+    checkpoints.save(1, state)
+    checkpoints.wait()
+  assert Mirror(remote, local).steps == [1]
+  assert not (epath.Path(remote) / '1' / 'left over').exists()
+
+
 def test_a_copy_that_fails_is_reported_and_what_was_there_stays(saved, local, remote, state, monkeypatch):
   copy_file = mirror._copy_file
 

@@ -88,7 +88,7 @@ class HarnessModel(TemplateLM):
     disable_tqdm: bool = False,
     **kwargs,
   ) -> list[tuple[float, bool]]:
-    with _bar(len(requests), 'log-likelihoods', disable_tqdm) as bar:
+    with _bar(len(requests), 'Scoring log-likelihoods', disable_tqdm) as bar:
       scores = self._scorer.score([(context, rest) for _, context, rest in requests], bar.update)
     for (texts, _, _), score in zip(requests, scores, strict=True):
       self.cache_hook.add_partial('loglikelihood', texts, score)
@@ -104,7 +104,7 @@ class HarnessModel(TemplateLM):
       )
       windows += [make_disjoint_window(window) for window in rolling]
       owners += [owner] * (len(windows) - len(owners))
-    with _bar(len(windows), 'windows of texts', disable_tqdm) as bar:
+    with _bar(len(windows), 'Scoring windows of texts', disable_tqdm) as bar:
       scores = self._scorer.score(windows, bar.update)
     totals = [0.0] * len(texts)
     for owner, (score, _) in zip(owners, scores, strict=True):
@@ -134,7 +134,7 @@ class HarnessModel(TemplateLM):
       results = [scheduler.submit(self._request(*request.args)) for request in requests]
     except RequestError as error:
       raise ConfigError(f'a task asks for what cannot be generated: {error}') from None
-    with _bar(len(requests), 'texts', disable_tqdm) as bar:
+    with _bar(len(requests), 'Generating texts', disable_tqdm) as bar:
       while scheduler.busy:
         bar.update(len(scheduler.step()))
     for request, result in zip(requests, results, strict=True):
@@ -169,12 +169,7 @@ class HarnessModel(TemplateLM):
     )
 
 
-def _bar(total: int, unit: str, disable: bool) -> tqdm:
+def _bar(total: int, description: str, disable: bool) -> tqdm:
   """A bar on a terminal; elsewhere a line every now and then."""
   seconds = 0.1 if sys.stderr.isatty() else 30.0
-  return tqdm(
-    total=total,
-    desc=f'Scoring {unit}' if unit != 'texts' else 'Generating texts',
-    disable=disable,
-    mininterval=seconds,
-  )
+  return tqdm(total=total, desc=description, disable=disable, mininterval=seconds)

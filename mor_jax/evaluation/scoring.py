@@ -6,7 +6,6 @@ the row's length, a score depends on its own text alone.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -169,7 +168,6 @@ def _collect(queued, totals: np.ndarray, greedy: np.ndarray, done: Callable[[int
   done(finished)
 
 
-@functools.cache
 def row_length(length: int) -> int:
   """Length of the row for a text: at most an eighth more, so that there are few programs."""
   step = max(LEAST_STEP, 2 ** (max(length - 1, 1).bit_length() - 4))

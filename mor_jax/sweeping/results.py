@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from mor_jax.sweeping.plan import SEEDS, Plan, PlannedRun, value_of
@@ -172,9 +172,3 @@ def _shown(column: str, value: Any) -> str:
   if column in FORMS:
     return FORMS[column](value)
   return quantity(value) if column in RESULTS else str(value)
-
-
-def best(plan: Plan, count: int) -> Sequence[PlannedRun]:
-  """The finished runs of the fewest bits per byte, best first."""
-  finished = [run for run in plan.runs if _result(run)]
-  return sorted(finished, key=lambda run: _result(run)['bits_per_byte'])[:count]

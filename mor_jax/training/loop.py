@@ -117,9 +117,7 @@ def train(
     try:
       while done < steps and not stop.signal:
         hold()
-        if guards.profiler.starts_or_stops(done + 1):
-          note(meter.drain())  # the trace holds whole steps
-        guards.profiler.before(done + 1)
+        guards.profiler.before(done + 1, lambda: note(meter.drain()))
         watchdog.beat(f'step {done + 1}')
         begin = time.perf_counter()
         # A stream is first read up to where it was left, which may take long.

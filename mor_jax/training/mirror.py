@@ -20,7 +20,7 @@ AT_ONCE = 16  # files copied; object stores answer slowly, and many at a time
 PIECE = 2**24  # bytes in memory for each of them
 DIRECT = 'gs'  # the scheme that Orbax writes to itself
 _PACKAGES = {'gs': "'mor_jax[cloud]'", 's3': 's3fs', 'az': 'adlfs', 'hf': 'huggingface_hub'}
-_DAMAGED = '.damaged'
+_SET_ASIDE = f'{integrity.MANIFEST}.damaged'  # name of the manifest of a damaged copy
 
 
 class Mirror:
@@ -47,12 +47,17 @@ class Mirror:
     return self._folder / str(step)
 
   def ever_finished(self) -> bool:
-    """Whether there is a copy, even one that turned out to be damaged."""
-    return self._folder.is_dir() and any(path.name.isdigit() for path in self._folder.iterdir())
+    """Whether a copy was ever complete, even one that turned out to be damaged."""
+    if not self._folder.is_dir():
+      return False
+    manifests = (integrity.MANIFEST, _SET_ASIDE)
+    folders = [path for path in self._folder.iterdir() if path.name.isdigit()]
+    return any((folder / name).exists() for folder in folders for name in manifests)
 
   def upload(self, step: int) -> None:
     """Copies a finished checkpoint. Raises what the file system raises; the copy is then incomplete."""
     source, target = self._original / str(step), self.path(step)
+    self.remove(step)  # what an earlier attempt left
     files = [path for path in _files(source) if path.name != integrity.MANIFEST]
     _copy(source, target, files)
     _copy(source, target, [source / integrity.MANIFEST])
@@ -75,7 +80,7 @@ class Mirror:
   def set_aside(self, step: int) -> None:
     """A damaged copy counts as complete no more, and none is renamed: object stores copy for that."""
     manifest = self.path(step) / integrity.MANIFEST
-    (manifest.with_name(f'{manifest.name}{_DAMAGED}')).write_bytes(manifest.read_bytes())
+    manifest.with_name(_SET_ASIDE).write_bytes(manifest.read_bytes())
     manifest.unlink()
 
   def remove(self, step: int) -> None:

@@ -46,15 +46,13 @@ class Profiler:
   def __exit__(self, *_) -> None:
     self._stop()
 
-  def starts_or_stops(self, step: int) -> bool:
-    """Whether `before` will do something; all steps dispatched earlier should have ended by then."""
-    return bool(self._span) and (step == self._span.start or (self._traces and step == self._span.stop))
-
-  def before(self, step: int) -> None:
-    """To be called before a step is dispatched."""
+  def before(self, step: int, drain: Callable[[], None]) -> None:
+    """To be called before a step is dispatched; `drain` waits for those before it, so that a trace has whole steps."""
     if self._traces and step >= self._span.stop:
+      drain()
       self._stop()
-    elif not self._traces and self._span and step == self._span.start:
+    elif self._span and step == self._span.start:
+      drain()
       with jax.transfer_guard('allow'):
         jax.profiler.start_trace(self._folder)
       self._traces = True

@@ -1,0 +1,21 @@
+"""Entry points in the process of the tests, one after another: several have flags of the same names."""
+
+import importlib
+import sys
+from types import ModuleType
+
+from absl import flags
+
+OURS = ('mor_jax.', 'benchmarks.')
+
+
+def load(name: str) -> ModuleType:
+  """An entry point, imported anew; its flags, at their defaults, take the place of those of the one before."""
+  for module, defined in flags.FLAGS.flags_by_module_dict().copy().items():
+    for flag in defined.copy() if module.startswith(OURS) else ():
+      delattr(flags.FLAGS, flag.name)
+  sys.modules.pop(name, None)
+  loaded = importlib.import_module(name)
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS(['test'])
+  return loaded
