@@ -4,12 +4,12 @@ import dataclasses
 import json
 import shutil
 
+import entry_points
 import jax
 import numpy as np
 import pytest
 import tiny
 import tiny_run
-from absl import flags
 
 from mor_jax import cli, pretrained, train
 from mor_jax.config import Config, ConfigError, DataConfig
@@ -113,7 +113,7 @@ def test_the_flag_is_the_setting(config, llama):
     pretrained.with_source(upper, None)
   with pytest.raises(ConfigError, match='differ; give one of them'):
     pretrained.with_source(config, 'elsewhere')
-  assert 'init_from' in flags.FLAGS
+  assert 'init_from' in entry_points.load('mor_jax.train').FLAGS
   same = none.replace(data={'tokenizer': 'source'})
   assert pretrained.with_source(same, str(llama)).data.tokenizer == str(llama / 'tokenizer.json')
   with pytest.raises(ConfigError, match=r'data\.tokenizer=source .* not set: give --init_from'):
