@@ -34,7 +34,7 @@ def get_config(variant: str = 'mor'):
   config.data.seq_len = 256
 
   config.train.steps = 1000
-  config.train.global_batch = 4
+  config.train.global_batch = 2
   config.train.learning_rate = 4e-3
   config.train.warmup_steps = 50
   config.train.decay_fraction = 0.4

@@ -22,6 +22,7 @@ from ml_collections import config_dict
 
 from mor_jax import config as config_lib
 from mor_jax.config import Config, ConfigError
+from mor_jax.parallel import host_memory
 from mor_jax.settings import RunError, unwrap_optional
 
 FLAGS = flags.FLAGS
@@ -76,6 +77,7 @@ def run(
       _refuse(error)
 
   def guarded_main(arguments: list[Any]) -> int | None:
+    host_memory.keep_freed()
     try:
       if several_processes and _join_processes():
         return _run_among_others(main, arguments)

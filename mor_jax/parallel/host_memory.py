@@ -1,0 +1,40 @@
+"""Memory that a CPU program gives back and asks for again at every step, kept instead.
+
+XLA allocates the temporaries of a step when it begins and frees them when it ends. The C library returns
+blocks of that size to the kernel at once, and the kernel clears every page again on its next use: on two
+cores a quarter of the time of a small training step.
+"""
+
+import ctypes
+import glob
+import os
+import platform
+
+# mallopt(3): parameters of the GNU C library's allocator.
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+_KEPT = 2**31 - 1  # bytes free at the end of the heap that are not returned; mallopt takes an int
+
+_ACCELERATORS = ('/dev/nvidia[0-9]*', '/dev/kfd', '/dev/accel*', '/dev/vfio/[0-9]*')
+
+
+def keep_freed() -> bool:
+  """Lets this process keep up to 2 GB of freed memory, where it computes on the CPU; before JAX has devices.
+
+  Nothing happens beside an accelerator, with another C library, or where the user tunes the allocator by MALLOC_*
+  or GLIBC_TUNABLES.
+
+  Returns:
+    Whether the allocator was told so.
+  """
+  tuned = any(name == 'GLIBC_TUNABLES' or name.startswith('MALLOC_') for name in os.environ)
+  if tuned or platform.libc_ver()[0] != 'glibc' or not _on_cpu():
+    return False
+  mallopt = ctypes.CDLL(None).mallopt
+  # One arena, since only the first one can hold blocks of more than 64 MB without asking the kernel for each.
+  settings = {_ARENA_MAX: 1, _MMAP_MAX: 0, _TRIM_THRESHOLD: _KEPT}
+  return all(mallopt(parameter, value) for parameter, value in settings.items())
+
+
+def _on_cpu() -> bool:
+  wanted = os.environ.get('JAX_PLATFORMS')
+  return wanted == 'cpu' if wanted else not any(glob.glob(pattern) for pattern in _ACCELERATORS)
