@@ -15,8 +15,8 @@ import resource, sys
 from mor_jax.parallel import host_memory
 assert host_memory.keep_freed() == (sys.argv[1] == 'True')
 import jax, jax.numpy as jnp
-step = jax.jit(lambda x: jax.lax.optimization_barrier(x + 1).sum())
-x = jnp.ones(2**24)
+step = jax.jit(lambda x: (x @ x.T) @ x)
+x = jnp.ones((2**12, 2))
 def faults():
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
   step(x).block_until_ready()
