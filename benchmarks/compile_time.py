@@ -1,6 +1,6 @@
 """How long the train step takes to compile: MoR against vanilla, and that depth does not matter.
 
-  python -m benchmarks.compile_time [--size=360m] [--topologies=v5e:4x4,cpu:1] [--again]
+  python -m benchmarks.compile_time [--size=360m] [--topologies=v5e:4x4,cpu:1] [--depths=32,62] [--again]
 
 Process CPU seconds of tracing, lowering and compiling, which other work on the machine changes little.
 results/compile_time.json is written after each program, and a second run goes on from there.
@@ -14,10 +14,10 @@ from mor_jax import cli
 FLAGS = flags.FLAGS
 flags.DEFINE_string('size', '360m', 'config')
 flags.DEFINE_list('topologies', ['v5e:4x4', 'cpu:1'], 'machines')
+flags.DEFINE_list('depths', ['32', '62'], 'layers, which two and three recursions divide: 2 + 30 and 2 + 60')
 flags.DEFINE_boolean('fast', False, 'let the compiler optimise little')
 flags.DEFINE_boolean('again', False, 'repeat what is in results/ already')
 
-DEPTHS = (32, 62)  # 2 + 30 and 2 + 60, which two and three recursions divide
 BATCH = ['--config.train.global_batch=16', '--config.train.accumulation=1']
 
 
@@ -25,7 +25,7 @@ def main() -> None:
   """Compiles and writes the table."""
   programs = {}
   for topology in FLAGS.topologies:
-    for depth in DEPTHS:
+    for depth in FLAGS.depths:
       for model in ahead.MODELS:
         flag_list = [*ahead.model_flags(FLAGS.size, model), f'--topology={topology}', *BATCH]
         flag_list += [f'--config.model.num_layers={depth}', *(['--fast'] if FLAGS.fast else [])]
@@ -38,13 +38,13 @@ def main() -> None:
 
 
 def _table(programs: dict[str, ahead.Compiled]):
-  columns = ('machine', 'layers', 'model', 'CPU s', 'of vanilla', f'of {DEPTHS[0]} layers')
+  columns = ('machine', 'layers', 'model', 'CPU s', 'of vanilla', f'of {FLAGS.depths[0]} layers')
   rows = []
   for label, one in programs.items():
     topology, depth, model = label.split(', ')
     seconds = one['compile_cpu_seconds']
     others = [
-      programs.get(f'{topology}, {other}') for other in (f'{depth}, vanilla', f'{DEPTHS[0]}, {model}')
+      programs.get(f'{topology}, {other}') for other in (f'{depth}, vanilla', f'{FLAGS.depths[0]}, {model}')
     ]
     ratios = [f'{seconds / other["compile_cpu_seconds"]:.2f}' if other else '' for other in others]
     rows.append([topology, depth, model, f'{seconds:.0f}', *ratios])

@@ -1,14 +1,16 @@
 """Memory of the train step on a TPU, MoR against vanilla at equal settings, compiled ahead of time.
 
-  python -m benchmarks.memory [--sizes=360m] [--remats=none,dots,block,full,offload] [--attentions=auto,xla]
-      [--loss_chunks=none,0] [--fast] [--again]
+  python -m benchmarks.memory --fast [--sizes=360m] [--remats=full,dots,none,block] [--attentions=auto,xla]
+      [--loss_chunks=none,0] [--at=full,none] [--again]
 
-8 x 2048 tokens on one chip of v5p, AdamW, float32 parameters, bfloat16 compute. The settings of the
-configs are the first of each list. A program takes minutes; results/memory.json is written after each,
-and a second run goes on from there.
+8 x 2048 tokens on one chip of v5p, AdamW, float32 parameters, bfloat16 compute. The first of each list is what
+the configs ship. Every remat is compiled with the shipped attention and loss; every other attention and loss
+with the remats of --at. Recursive KV sharing is compiled with these, under every attention: its `auto` is our
+Pallas kernel. A program takes minutes; results/memory.json is written after each, and a second run goes on
+from there.
 """
 
-import itertools
+from collections.abc import Iterator
 
 from absl import flags
 
@@ -19,36 +21,54 @@ from mor_jax.units import megabytes
 FLAGS = flags.FLAGS
 flags.DEFINE_list('sizes', ['360m', '1p7b'], 'configs')
 flags.DEFINE_list('models', list(ahead.MODELS), 'models to compile')
-flags.DEFINE_list('remats', ['full', 'dots', 'none', 'block', 'offload'], 'values of model.remat')
+flags.DEFINE_list('remats', ['full', 'dots', 'none', 'block'], 'values of model.remat')
 flags.DEFINE_list('attentions', ['auto', 'xla'], 'values of model.attention')
 flags.DEFINE_list('loss_chunks', ['none', '0'], 'values of train.loss_chunk')
+flags.DEFINE_list(
+  'at', ['full', 'none'], 'values of model.remat with which other attentions and losses are compiled'
+)
+flags.DEFINE_boolean('shared', True, 'compile recursive KV sharing, too')
 flags.DEFINE_string('topology', 'v5p:1x1x1', 'one chip')
 flags.DEFINE_integer('rows', 8, 'rows of 2048 tokens')
 flags.DEFINE_boolean('fast', False, 'let the compiler optimise little')
 flags.DEFINE_boolean('again', False, 'repeat what is in results/ already')
 
+SHARED = 'mor R=2 shared kv'
+
 
 def main() -> None:
   """Compiles and writes the table."""
   programs = {}
-  settings = list(itertools.product(FLAGS.attentions, FLAGS.loss_chunks, FLAGS.remats))
-  for size, setting, model in itertools.product(FLAGS.sizes, settings, FLAGS.models):
-    attention, chunk, remat = setting
-    programs[f'{size}, {remat}, {attention}, {chunk}, {model}'] = [
-      *ahead.model_flags(size, model),
-      f'--topology={FLAGS.topology}',
-      f'--config.train.global_batch={FLAGS.rows}',
-      '--config.train.accumulation=1',
-      f'--config.model.remat={remat}',
-      f'--config.model.attention={attention}',
-      f'--config.train.loss_chunk={chunk}',
-      *(['--fast'] if FLAGS.fast else []),
-    ]
+  for size in FLAGS.sizes:
+    for remat, attention, chunk, model in _star():
+      of_model = ahead.model_flags(size, 'mor R=2' if model == SHARED else model)
+      programs[f'{size}, {remat}, {attention}, {chunk}, {model}'] = [
+        *of_model,
+        *(['--config.model.kv=shared'] if model == SHARED else []),
+        f'--topology={FLAGS.topology}',
+        f'--config.train.global_batch={FLAGS.rows}',
+        '--config.train.accumulation=1',
+        f'--config.model.remat={remat}',
+        f'--config.model.attention={attention}',
+        f'--config.train.loss_chunk={chunk}',
+        *(['--fast'] if FLAGS.fast else []),
+      ]
   about = {
     'step': f'{FLAGS.rows} x 2048 tokens, one device of {FLAGS.topology}',
     'compiler': 'little optimisation' if FLAGS.fast else 'as in training',
   }
   ahead.compile_all('memory', programs, _table, about, FLAGS.again)
+
+
+def _star() -> Iterator[tuple[str, str, str, str]]:
+  """(remat, attention, loss chunk, model) of what is compiled."""
+  (attention, *attentions), (chunk, *chunks) = FLAGS.attentions, FLAGS.loss_chunks
+  beams = [(remat, attention, chunk) for remat in FLAGS.remats]
+  beams += [(remat, attention, other) for other in chunks for remat in FLAGS.at]
+  beams += [(remat, other, chunk) for other in attentions for remat in FLAGS.at]
+  yield from ((*beam, model) for beam in beams for model in FLAGS.models)
+  if FLAGS.shared:
+    yield from ((remat, one, chunk, SHARED) for one in FLAGS.attentions for remat in FLAGS.at)
 
 
 def _table(programs: dict[str, ahead.Compiled]):
