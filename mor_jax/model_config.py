@@ -86,7 +86,7 @@ class ModelConfig:
     ('top_k', 'ema_threshold'),
   )
   ema_decay: float = setting(0.99, 'decay of that moving average')
-  random_router: bool = setting(False, 'choose at random: uniform scores, as an ablation (expert_choice)')
+  random_router: bool = setting(False, 'choose at random: uniform scores, as an ablation')
   capacity_warmup_steps: int = setting(
     0, 'optimiser steps in which capacities fall from 1 to their values, in at most 8 sizes (expert_choice)'
   )

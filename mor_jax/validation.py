@@ -231,10 +231,14 @@ def _validate_token_choice(model: ModelConfig) -> None:
       f'model.capacity_warmup_steps={model.capacity_warmup_steps} is for model.router=expert_choice; '
       f'with token_choice set model.balance_warmup_steps'
     )
-  if model.selection != 'top_k' or model.random_router:
+  if model.selection != 'top_k':
     raise ConfigError(
-      f'model.selection={model.selection} and model.random_router={model.random_router} are for '
-      f'model.router=expert_choice; with token_choice leave them at top_k and False'
+      f'model.selection={model.selection} is for model.router=expert_choice; with token_choice leave it at top_k'
+    )
+  if model.random_router and model.balancing != 'none':
+    raise ConfigError(
+      f'model.balancing={model.balancing} has nothing to balance with model.random_router=True, which chooses '
+      f'all depths equally often; set model.balancing=none'
     )
   if model.capacities is not None:
     raise ConfigError(

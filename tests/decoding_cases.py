@@ -87,6 +87,7 @@ CASES = {
   'token shared': Case({**TOKEN, 'kv': 'shared'}, 10, 1.0, GATHER),
   'token limited': Case(LIMITED, 1, 1.0, LANES, is_slow=False),
   'token limited shared': Case({**LIMITED, 'kv': 'shared'}, 3, 1.0, GATHER),
+  'token random': Case({**LIMITED, 'random_router': True, 'balancing': 'none'}, 1, 1.0, LANES, is_slow=False),
   'token every step': Case(
     {**LIMITED, 'token_gating': 'every_step', 'balancing': 'loss_free', **RELAXED}, 1, 1.0, LANES
   ),

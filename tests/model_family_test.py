@@ -204,8 +204,9 @@ def test_auxiliary_router_does_not_disturb_the_model():
   assert set(norms.values()) == {0.0}
 
 
-def test_random_router_draws_anew_for_every_key():
-  model, variables = tiny.model(random_router=True, causality='none', num_layers=5, num_recursions=3)
+@pytest.mark.parametrize('change', [{'causality': 'none'}, {'router': 'token_choice', 'balancing': 'none'}])
+def test_random_router_draws_anew_for_every_key(change):
+  model, variables = tiny.model(random_router=True, num_layers=5, num_recursions=3, **change)
   apply = tiny.apply(model)
   selected = [
     apply(variables, TOKENS, segment_ids=SEGMENTS, rngs={'routing': jax.random.key(seed)}).routing
@@ -308,7 +309,8 @@ def test_parameter_count_is_the_size_of_the_tree(change):
     ({'router': 'token_choice', 'kv': 'hybrid'}, 'needs model.kind=mor and model.router=expert_choice'),
     ({'router': 'token_choice', 'gating': 'residual'}, 'use weighted or additive'),
     ({'router': 'token_choice', 'gating': 'additive', 'token_gating': 'every_step'}, 'no gate to apply'),
-    ({'router': 'token_choice', 'selection': 'ema_threshold'}, 'leave them at top_k and False'),
+    ({'router': 'token_choice', 'selection': 'ema_threshold'}, 'leave it at top_k'),
+    ({'router': 'token_choice', 'random_router': True}, 'set model.balancing=none'),
     ({'selection': 'ema_threshold', 'causality': 'aux_router'}, 'both decide'),
     ({'random_router': True}, 'set model.causality=none'),
     ({'token_capacity_factor': 1.5}, 'set model.capacities'),

@@ -36,6 +36,7 @@ CAUSAL = {
   'token choice, places': LIMITED,
   'token choice, every step': {**LIMITED, 'token_gating': 'every_step', 'balancing': 'loss_free'},
   'token choice, shared': {**LIMITED, 'kv': 'shared', 'gating': 'additive'},
+  'token choice, random': {**LIMITED, 'random_router': True, 'balancing': 'none'},
   'random': {**STRICT, 'random_router': True, 'causality': 'none'},
 }
 IN_DEFAULT_SUITE = ('aux loss, weighted', 'aux router, residual', 'token choice, places')

@@ -13,7 +13,7 @@ from mor_jax.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / 'configs' / 'tiny.py')
-RUNS = {'sharing': 11, 'router': 18, 'token_choice': 12, 'kv': 23, 'isoflop': 27, 'learning_rate': 45}
+RUNS = {'sharing': 11, 'router': 18, 'token_choice': 13, 'kv': 23, 'isoflop': 27, 'learning_rate': 45}
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny_run
 
 from mor_jax.training import optimizer, phases
@@ -97,8 +98,9 @@ def test_auxiliary_routers_are_a_group_of_their_own():
   np.testing.assert_allclose(ratio, 10.0, rtol=1e-5)
 
 
-def test_a_random_router_is_drawn_anew_in_every_step():
-  states, metrics = train(CONFIG.replace(model={'random_router': True, 'causality': 'none'}), steps=2)
+@pytest.mark.parametrize('change', [{'causality': 'none'}, {'router': 'token_choice', 'balancing': 'none'}])
+def test_a_random_router_is_drawn_anew_in_every_step(change):
+  states, metrics = train(CONFIG.replace(model={'random_router': True, **change}), steps=2)
   assert 'router' not in states[0].params
   first, second = (values['counts']['last_step_selected_T'] for values in metrics)
   assert (first != second).any()

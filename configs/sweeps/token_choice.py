@@ -2,9 +2,8 @@
 
   python -m mor_jax.sweep --config=configs/tiny.py --sweep=configs/sweeps/token_choice.py
 
-12 MoR models with three recursions. The table's random router is left out, since a token-choice router
-cannot be random here; `chosen` is the paper's final choice, with the z-loss back at the weight of the released
-runs. The paper (360M, 10 B tokens): loss 0.1, softmax, linear, no z-loss: 2.9358.
+13 MoR models with three recursions, first the control whose tokens choose by noise; `chosen` is the paper's
+final choice, with the z-loss back at the weight of the released runs. The paper (360M, 10 B tokens): loss 0.1, softmax, linear, no z-loss: 2.9358.
 """
 
 from mor_jax.sweeping import axes
@@ -21,8 +20,9 @@ LOSS_FREE = (
 
 
 def get_sweep(base):
-  """Overrides of the 12 runs, in the order of the table."""
-  runs = [
+  """Overrides of the 13 runs, in the order of the table."""
+  runs = [{'name': 'random', 'model.random_router': True, 'model.balancing': 'none'}]
+  runs += [
     {'name': f'loss_{weight}', 'model.balancing': 'loss', 'model.balancing_loss_weight': weight}
     for weight in (0.1, 0.01)
   ]
@@ -55,6 +55,7 @@ def get_sweep(base):
     'model.balance_warmup_steps': 0,
     'model.selection': 'top_k',
     'model.kv': 'recursion_wise',
+    'model.random_router': False,
     'model.balancing': 'loss',
     'model.balancing_loss_weight': 0.1,
     'model.router_activation': 'softmax',

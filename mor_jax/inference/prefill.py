@@ -94,7 +94,7 @@ def _extend(cached, with_logits, params, prefix, tokens_BC, lengths_B, rules):
 
   carry = (
     prefix.cache.replace(first=first),
-    lane_routing.begin(cached, params, x_BCD),
+    lane_routing.begin(cached, params, x_BCD, positions_BC),
     prefix.counts_BP,
     real_BC,
   )

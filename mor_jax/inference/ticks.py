@@ -230,5 +230,5 @@ def _enter(cached, params, state, slots_B, token_B, positions_B, going_B):
   uses = decode.first_uses(cached.config)
   x_BCD, first = decode.apply_layers(cached, params, uses, state.cache.first, x_BCD, lanes)
   state = state.replace(cache=state.cache.replace(first=first))
-  walk = lane_routing.begin(cached, params, x_BCD)
+  walk = lane_routing.begin(cached, params, x_BCD, positions_B[:, None])
   return _offer(cached, params, state, slots_B, walk, jnp.zeros_like(slots_B), positions_B, going_B)

@@ -20,6 +20,7 @@ from mor_jax.model import cached_attention, sharing
 from mor_jax.model.cache import Layout, Pool, num_steps
 from mor_jax.model.cached_attention import View
 from mor_jax.model.layers import rotate, rotation
+from mor_jax.model.router import random_logits
 
 LANES_STEP = -1
 
@@ -113,17 +114,16 @@ def prepare(cached: CachedModel, variables: dict) -> DecodeParams:
   router = {name: params[name] for name in ('router', 'aux_router') if name in params}
   router |= variables.get('routing', {})
   if config.kind == 'mor' and config.random_router:
-    router['noise'] = random_logits(config, cached.layout.max_len)
+    router['noise'] = random_choices(config, cached.layout.max_len)
   head = None if config.tie_embeddings else params['head']['kernel'].astype(dtype)
   embed = params['embed']['embedding'].astype(dtype)
   return DecodeParams(embed, head, params['final_norm']['scale'], layers, params.get('steps', {}), router)
 
 
-def random_logits(config: ModelConfig, max_len: int) -> jax.Array:
+def random_choices(config: ModelConfig, max_len: int) -> jax.Array:
   """What a random router gives the positions of a sequence (R, max_len): as for a single row in `Transformer`."""
   keys_R = jax.random.split(jax.random.key(0), config.recursions)
-  draw = lambda key: jax.random.uniform(key, (1, max_len), minval=1e-6, maxval=1 - 1e-6)[0]  # noqa: E731
-  return jax.scipy.special.logit(jax.vmap(draw)(keys_R))
+  return jax.vmap(lambda key: random_logits(key, (1, max_len))[0])(keys_R)
 
 
 # ---- which layers make a pass ----

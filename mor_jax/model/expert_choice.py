@@ -151,8 +151,7 @@ def _count(steps_R: dict) -> int:
 def scores(config: ModelConfig, params: dict, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Logits (B, T) that rank and weigh the tokens of a step, and those that decide causally."""
   if config.random_router:
-    uniform_BT = jax.random.uniform(params['key'], x_BTD.shape[:2], minval=1e-6, maxval=1 - 1e-6)
-    logits_BT = jax.scipy.special.logit(uniform_BT)
+    logits_BT = router.random_logits(params['key'], x_BTD.shape[:2])
     return logits_BT, logits_BT
   scaled_BTD = x_BTD.astype(jnp.float32) / config.router_temperature
   logits_BT = router.score(config, params['router'], scaled_BTD, 1)[..., 0]

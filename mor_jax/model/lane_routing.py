@@ -46,13 +46,17 @@ def has_router(cached: CachedModel, kind: str) -> bool:
   return cached.config.kind == 'mor' and cached.config.router == kind
 
 
-def begin(cached: CachedModel, params: DecodeParams, x_BCD: jax.Array) -> Walk:
+def begin(cached: CachedModel, params: DecodeParams, x_BCD: jax.Array, positions_BC: jax.Array) -> Walk:
   """Tokens that left the first layer."""
   score_BC = jnp.zeros(x_BCD.shape[:2])
   if not has_router(cached, 'token_choice'):
     return Walk(x_BCD, score_BC, jnp.zeros(x_BCD.shape[:2], jnp.int32), None)
   bias_R = params.router.get('bias', 0.0)
-  *_, choice_BC, gate_BC1 = token_choice.choose(cached.config, params.router['router'], bias_R, x_BCD)
+  if cached.config.random_router:
+    logits_BCR = jnp.moveaxis(params.router['noise'][:, positions_BC], 0, -1)
+  else:
+    logits_BCR = token_choice.scores(cached.config, params.router['router'], x_BCD)
+  _, choice_BC, gate_BC1 = token_choice.choose(cached.config, logits_BCR, bias_R)
   return Walk(x_BCD, gate_BC1[..., 0], choice_BC.astype(jnp.int32), x_BCD)
 
 

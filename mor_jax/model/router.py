@@ -49,6 +49,11 @@ def score(config: ModelConfig, params: dict, x_BTD: jax.Array, outputs: int) -> 
   return RouterHead(config, outputs, parent=None).apply({'params': params}, x_BTD)
 
 
+def random_logits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """What a random router says: logits whose sigmoid is uniform between 0 and 1."""
+  return jax.scipy.special.logit(jax.random.uniform(key, shape, minval=1e-6, maxval=1 - 1e-6))
+
+
 def activate(config: ModelConfig, logits: jax.Array) -> jax.Array:
   """Gate: alpha * activation(logits); softmax acts on the last axis."""
   functions = {

@@ -5,6 +5,8 @@ token takes as many steps as the best of them says. That is causal by itself. St
 a limited size, then the latest tokens find no place and stop at the step before.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -16,7 +18,7 @@ from mor_jax.model.context import TokenContext
 def route(
   config: ModelConfig,
   block: dict,
-  params: dict,
+  params: dict | jax.Array,
   own_R: dict,
   bias_R: jax.Array,
   x_BTD: jax.Array,
@@ -33,7 +35,7 @@ def route(
 
   Args:
     block: stacked parameters of the shared layers.
-    params: the router's parameters.
+    params: the router's parameters, or the keys (R,) of a random one.
     own_R: what each step has of its own (`relaxation.init_steps`).
     bias_R: added to the gates for the choice only (loss-free balancing), else 0.
     x_BTD: residual stream; tokens of segment 0 are padding.
@@ -43,7 +45,8 @@ def route(
     steps: recursions that a token may take, at most R; one that chose more stops there.
   """
   real_BT = context.segments_BC > 0
-  logits_BTR, gates_BTR, choice_BT, gate_BT1 = choose(config, params, bias_R, x_BTD)
+  logits_BTR = scores(config, params, x_BTD)
+  gates_BTR, choice_BT, gate_BT1 = choose(config, logits_BTR, bias_R)
   gather = config.dispatch == 'gather' and routing == 'topk'
   run = _run_gathered if gather else _run_masked
   h_BTD, (entered_RBT, selected_RBT, overflow_RBT), indices = run(
@@ -63,16 +66,23 @@ def route(
   )
 
 
-def choose(
-  config: ModelConfig, params: dict, bias_R: jax.Array, x_BTD: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Logits and gates (B, T, R), the depth chosen minus 1 (B, T), and its gate (B, T, 1)."""
+def scores(config: ModelConfig, params: dict | jax.Array, x_BTD: jax.Array) -> jax.Array:
+  """Logits (B, T, R) of the depths 1 to R."""
+  if config.random_router:
+    draw = functools.partial(router.random_logits, shape=x_BTD.shape[:2])
+    return jax.vmap(draw, out_axes=-1)(params)
   scaled_BTD = x_BTD.astype(jnp.float32) / config.router_temperature
-  logits_BTR = router.score(config, params, scaled_BTD, config.recursions)
+  return router.score(config, params, scaled_BTD, config.recursions)
+
+
+def choose(
+  config: ModelConfig, logits_BTR: jax.Array, bias_R: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Gates (B, T, R), the depth chosen minus 1 (B, T), and its gate (B, T, 1)."""
   gates_BTR = router.activate(config, logits_BTR)
   choice_BT = (gates_BTR + bias_R).argmax(axis=-1)
   gate_BT1 = jnp.take_along_axis(gates_BTR, choice_BT[..., None], axis=-1)
-  return logits_BTR, gates_BTR, choice_BT, gate_BT1
+  return gates_BTR, choice_BT, gate_BT1
 
 
 def finish(config: ModelConfig, x: jax.Array, h: jax.Array, gate: jax.Array) -> jax.Array:
