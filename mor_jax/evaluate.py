@@ -57,9 +57,12 @@ flags.DEFINE_enum(
   '--tasks: threshold, which is causal, or topk, which looks at the whole text; default: threshold',
 )
 flags.DEFINE_integer('max_len', None, '--tasks: longest text in tokens; default: data.seq_len of the run')
+flags.DEFINE_string(
+  'prefix_token', None, '--tasks: token before a text without context; default: data.separator of the run'
+)
 flags.DEFINE_string('use_cache', None, '--tasks: file in which the harness keeps answers for the next time')
 
-ONLY_TASKS = ('include_path', 'num_fewshot', 'limit', 'routing', 'max_len', 'use_cache')
+ONLY_TASKS = ('include_path', 'num_fewshot', 'limit', 'routing', 'max_len', 'prefix_token', 'use_cache')
 NOT_TASKS = ('data', 'rows')
 
 
@@ -134,7 +137,8 @@ def _few_shot(run: LoadedRun, tasks: Any) -> dict:
   from mor_jax.evaluation.harness import HarnessModel  # lm_eval is an optional extra
 
   batch_size = FLAGS.batch_size or 8 * len(jax.devices())
-  model = HarnessModel(run, batch_size, FLAGS.max_len, FLAGS.routing or 'threshold')
+  routing = FLAGS.routing or 'threshold'
+  model = HarnessModel(run, batch_size, FLAGS.max_len, routing, FLAGS.prefix_token)
   limit = int(FLAGS.limit) if FLAGS.limit is not None and FLAGS.limit >= 1 else FLAGS.limit
   return few_shot.run(
     model, FLAGS.tasks, tasks, num_fewshot=FLAGS.num_fewshot, limit=limit, use_cache=FLAGS.use_cache

@@ -109,6 +109,14 @@ def test_rolling_log_likelihood_of_texts_longer_than_the_model(run, model):
   assert model.loglikelihood_rolling(instances('rolling', ('',)), disable_tqdm=True) == [0.0]
 
 
+def test_prefix_of_texts_without_context(run, model):
+  before = HarnessModel(run, max_len=model.max_length, prefix_token='a')
+  (found,) = before.loglikelihood_rolling(instances('rolling', ('the boats',)), disable_tqdm=True)
+  assert found == pytest.approx(total(run, b'a', b'the boats'), abs=1e-3)
+  with pytest.raises(ConfigError, match='--prefix_token=nothing is not a token of'):
+    HarnessModel(run, prefix_token='nothing')
+
+
 def test_generation_is_greedy_and_ends_before_the_stop(run, model):
   prompt = 'the boats '
   tokens = list(prompt.encode())

@@ -57,6 +57,10 @@ class Tokenizer:
     """SHA-256 of the tokenizer's JSON: equal digests mean equal token ids."""
     return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
+  def token_to_id(self, token: str) -> int | None:
+    """Id of a token by its name in the vocabulary."""
+    return self._backend.token_to_id(token)
+
   def encode(self, text: str) -> list[int]:
     """Token ids of a text; no special token is added, and none is read from the text."""
     return self._backend.encode(text, add_special_tokens=False).ids

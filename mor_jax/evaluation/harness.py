@@ -31,11 +31,16 @@ class HarnessModel(TemplateLM):
   """Scores and continues texts with a run's model. Routing is by threshold, hence causal, unless asked otherwise.
 
   Tokens are those of the run's tokenizer, without any added at the beginning; a text without context follows
-  the token that ends documents, as in training. Texts longer than `max_len` lose their beginning.
+  the prefix token, by default that which ends documents, as in training. Texts longer than `max_len` lose their beginning.
   """
 
   def __init__(
-    self, run: LoadedRun, batch_size: int = 8, max_len: int | None = None, routing: str = 'threshold'
+    self,
+    run: LoadedRun,
+    batch_size: int = 8,
+    max_len: int | None = None,
+    routing: str = 'threshold',
+    prefix_token: str | None = None,
   ):
     """Takes a loaded run.
 
@@ -43,12 +48,21 @@ class HarnessModel(TemplateLM):
       batch_size: texts computed together.
       max_len: longest text in tokens; default: data.seq_len of the run.
       routing: 'threshold', or 'topk' as in training, which looks at the whole text.
+      prefix_token: comes before a text without context; default: data.separator of the run.
+
+    Raises:
+      ConfigError: the tokenizer has no such token.
     """
     super().__init__()
     self.run, self.routing = run, routing
     self.max_length = max_len or run.config.data.seq_len
     self.batch_size = batch_size
     self._tokenizer = Tokenizer.load(run.folder.tokenizer, run.config.data.separator)
+    self._prefix = self._tokenizer.end_of_text
+    if prefix_token is not None:
+      self._prefix = self._tokenizer.token_to_id(prefix_token)
+      if self._prefix is None:
+        raise ConfigError(f'--prefix_token={prefix_token} is not a token of {run.folder.tokenizer}')
     self._scorer = Scorer(run.model, run.variables, self.max_length, batch_size, routing)
 
   # ---- what the harness asks about ----
@@ -57,6 +71,11 @@ class HarnessModel(TemplateLM):
   def eot_token_id(self) -> int:
     """The token that ends documents."""
     return self._tokenizer.end_of_text
+
+  @property
+  def prefix_token_id(self) -> int:
+    """The token before a text without context."""
+    return self._prefix
 
   @property
   def tokenizer_name(self) -> str:
