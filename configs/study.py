@@ -39,9 +39,9 @@ def get_config(variant: str = 'mor'):
   config.train.warmup_steps = 50
   config.train.decay_fraction = 0.4
   config.train.log_every = 10
-  config.train.eval_every = 500
-  config.train.eval_rows = 256
+  config.train.eval_every = 125
+  config.train.eval_rows = 128
   config.train.sample_tokens = 0
-  config.checkpoint.every_steps = 500
+  config.checkpoint.every_steps = 250
   config.checkpoint.keep = 1
   return config
