@@ -16,6 +16,7 @@ import json
 import statistics
 import subprocess
 import sys
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,8 @@ def main() -> None:
   best |= {ema: best[dataclasses.replace(ema, selection='top_k')] for ema in EMA_MODELS}
   final = [(model, rate, seed) for seed in range(FLAGS.seeds) for model, rate in best.items()]
   study.train(final)
-  evaluated = {key: _evaluate(study.runs[key]) for key in final}
+  with futures.ThreadPoolExecutor(FLAGS.parallel) as pool:
+    evaluated = dict(zip(final, pool.map(_evaluate, [study.runs[key] for key in final]), strict=True))
   print(_keep(study, best, evaluated))
   _plot(study)
 
