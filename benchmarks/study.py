@@ -39,7 +39,7 @@ flags.DEFINE_string('source', None, 'data.source: English text')
 flags.DEFINE_string('workdir', 'runs/study', 'folder of the study')
 flags.DEFINE_integer('parallel', 2, 'runs at a time')
 flags.DEFINE_integer('steps', 1000, 'steps of the vanilla model, which set tokens and FLOPs of all')
-flags.DEFINE_list('rates', ['1e-3', '2e-3', '4e-3', '8e-3'], 'peak learning rates to begin with, rising')
+flags.DEFINE_list('rates', ['2.5e-4', '5e-4', '1e-3', '2e-3'], 'peak learning rates to begin with, rising')
 flags.DEFINE_integer('seeds', 3, 'seeds of the final runs')
 flags.DEFINE_list('overrides', [], 'further settings of all runs, such as model.d_model=64')
 
