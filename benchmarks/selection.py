@@ -3,9 +3,9 @@
   python -m benchmarks.selection [--rounds=30] [--rows=4] [--width=384] [--lengths=512,1024,2048] [--topology=v5p:1x1x1]
 
 Ways of one kind give the same result to the bit, ties included, which is checked; they alternate in one
-process and the median counts. What is not as fast as `mor_jax/model/tokens.py` lives here alone. Movement
-is timed with its gradient: tokens out of their rows, multiplied, and added back. The TPU's figures are its
-compiler's estimate. Writes benchmarks/results/selection.json and .md.
+process and the median counts. Ways to choose that are slower than those of `mor_jax/model/tokens.py` live here
+alone. Movement is timed with its gradient, in both ways that are there: tokens out of their rows, multiplied, and
+added back. The TPU's figures are its compiler's estimate. Writes benchmarks/results/selection.json and .md.
 """
 
 import statistics
@@ -53,45 +53,9 @@ def bisect_and_sort(scores_BT: jax.Array, count: int) -> jax.Array:
 
 
 # ---- how they move ----
-def scattered(x_BTD: jax.Array, indices_BC: jax.Array, scale: jax.Array) -> jax.Array:
-  """Tokens taken and added back as JAX does and differentiates it, by scattering: what the model does."""
-  return tokens.add(x_BTD, indices_BC, tokens.take(x_BTD, indices_BC) * scale)
-
-
-@jax.custom_vjp
-def _take(x_BTD, indices_BC):
-  return jnp.take_along_axis(x_BTD, indices_BC[..., None], axis=1, mode='promise_in_bounds')
-
-
-_take.defvjp(
-  lambda x_BTD, indices_BC: (_take(x_BTD, indices_BC), (indices_BC, jnp.zeros((x_BTD.shape[1], 0)))),
-  lambda kept, grad_BCD: (_back(grad_BCD, kept[0], kept[1].shape[0]), None),
-)
-
-
-@jax.custom_vjp
-def _add(x_BTD, indices_BC, values_BCD):
-  return x_BTD + _back(values_BCD, indices_BC, x_BTD.shape[1])
-
-
-_add.defvjp(
-  lambda x_BTD, indices_BC, values_BCD: (_add(x_BTD, indices_BC, values_BCD), indices_BC),
-  lambda indices_BC, grad_BTD: (grad_BTD, None, _take(grad_BTD, indices_BC)),
-)
-
-
-def _back(values_BCD, indices_BC, length):
-  """Every token of the row asks who holds its value, by binary search: no scatter at all."""
-  index_T = jnp.arange(length, dtype=indices_BC.dtype)
-  place_BT = jax.vmap(lambda indices_C: jnp.searchsorted(indices_C, index_T))(indices_BC)
-  place_BT = jnp.minimum(place_BT, indices_BC.shape[1] - 1)
-  is_there_BT = jnp.take_along_axis(indices_BC, place_BT, axis=1) == index_T
-  return jnp.where(is_there_BT[..., None], _take(values_BCD, place_BT), 0)
-
-
-def gathered(x_BTD: jax.Array, indices_BC: jax.Array, scale: jax.Array) -> jax.Array:
-  """Both ways, and both gradients, by gathering."""
-  return _add(x_BTD, indices_BC, _take(x_BTD, indices_BC) * scale)
+def moved(way: tokens.Movement, x_BTD: jax.Array, indices_BC: jax.Array, scale: jax.Array) -> jax.Array:
+  """Tokens taken, changed, and added back: what a recursion step does."""
+  return way.add(x_BTD, indices_BC, way.take(x_BTD, indices_BC) * scale)
 
 
 SELECTIONS = {
@@ -101,7 +65,7 @@ SELECTIONS = {
   'bisection, scatter': tokens.by_threshold,
   'bisection, sort': bisect_and_sort,
 }
-MOVEMENTS = {'scatter (as shipped)': scattered, 'gather': gathered}
+MOVEMENTS = {'scatter': tokens.SCATTERING, 'gather': tokens.GATHERING}
 
 
 def main() -> None:
@@ -129,13 +93,13 @@ def _movement(length: int) -> Iterator[list]:
   chosen = [np.sort(rng.permutation(length)[: length // 2]) for _ in range(FLAGS.rows)]
   arguments = x_BTD, np.stack(chosen).astype(np.int32), rng.normal(size=FLAGS.width).astype(np.float32)
 
-  def gradient(way: Callable):
+  def gradient(way: tokens.Movement):
     def loss(x_BTD, indices_BC, scale):
-      return jnp.square(way(x_BTD, indices_BC, scale)).sum()
+      return jnp.square(moved(way, x_BTD, indices_BC, scale)).sum()
 
     return jax.grad(loss, argnums=(0, 2))
 
-  expected = jax.jit(gradient(scattered))(*arguments)
+  expected = jax.jit(gradient(tokens.SCATTERING))(*arguments)
   for name, found, figures in _measure(MOVEMENTS, gradient, arguments):
     for one, other in zip(found, expected, strict=True):
       np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4, err_msg=name)

@@ -64,7 +64,7 @@ def test_matches_the_authors(name, dispatch):
   for ours, name in theirs.items():
     if ours in parts:
       np.testing.assert_allclose(parts[ours], recorded[name], rtol=1e-5, atol=1e-4, err_msg=name)
-  summary = summarize(output.routing.counts)
+  summary = summarize(jax.device_get(output.routing.counts))
   if model.config.router == 'expert_choice':
     np.testing.assert_allclose(summary['sampling_accuracy'], recorded['sampling_acc'], atol=1e-6)
     assert_same_tokens_selected(model.config, output.routing, recorded, dispatch)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
 
@@ -205,8 +206,8 @@ def entrants(config: ModelConfig, segment_ids_BT: jax.Array) -> jax.Array:
   return jnp.minimum(offered_R[:, None], real_B[None, :]).sum(axis=1).astype(jnp.float32)
 
 
-def summarize(counts: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-  """Router metrics from (sums of) `RoutingOutput.counts`, each a scalar.
+def summarize(counts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Router metrics from (sums of) `RoutingOutput.counts` that were fetched, each a scalar, worked out on the host.
 
   * sampling_accuracy: share of entered tokens for which the causal rule agrees with the
     choice, averaged over the steps (paper section 5.2);
@@ -216,17 +217,17 @@ def summarize(counts: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   * depth_entropy in nats and max_violation (largest depth's share over an even share, minus
     1) of the depths 1..R: the load figures of the paper's Table 14.
   """
-  tokens = jnp.maximum(counts['depth_R1'].sum(), 1)
-  accuracy_R = counts['correct_R'] / jnp.maximum(counts['entered_R'], 1)
+  tokens = np.maximum(counts['depth_R1'].sum(), 1)
+  accuracy_R = counts['correct_R'] / np.maximum(counts['entered_R'], 1)
   seen_T = counts['entered_T'] > 0
   dead_T = seen_T & (counts['last_step_selected_T'] == 0)
   load_R = counts['depth_R1'][1:] / tokens
   result = {
     'sampling_accuracy': accuracy_R.mean(),
-    'dead_token_ratio': dead_T.sum() / jnp.maximum(seen_T.sum(), 1),
+    'dead_token_ratio': dead_T.sum() / np.maximum(seen_T.sum(), 1),
     'mean_depth': counts['selected_R'].sum() / tokens,
     'overflow_ratio': counts['overflow_R'].sum() / tokens,
-    'depth_entropy': -(load_R * jnp.log(jnp.maximum(load_R, 1e-20))).sum(),
+    'depth_entropy': -(load_R * np.log(np.maximum(load_R, 1e-20))).sum(),
     'max_violation': load_R.max() * load_R.shape[0] - 1,
   }
   for step, share in enumerate(counts['selected_R'] / tokens, start=1):

@@ -1,9 +1,15 @@
 """Tokens moved out of their rows and back: selection, gather, scatter.
 
 Every row of a batch is a matter of its own, so all of this happens on the device where the row lies.
+
+A gather's gradient is a scatter, and what goes back to its place is scattered in the first place. A processor
+that is slow at that can gather instead: each token of the row fetches the value that is meant for it, if there
+is one. Both ways give the same values and gradients to the bit (benchmarks/selection.py has their times).
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,27 +19,106 @@ from mor_jax.model import axes
 _ORDERED = {'indices_are_sorted': True, 'unique_indices': True, 'mode': 'promise_in_bounds'}
 
 
-@axes.rowwise
 def take(a_BT: jax.Array, indices_BC: jax.Array) -> jax.Array:
-  """Gathers tokens of every row: (B, T, ...) -> (B, C, ...)."""
-  indices = indices_BC.reshape(*indices_BC.shape, *(1,) * (a_BT.ndim - 2))
-  return jnp.take_along_axis(a_BT, indices, axis=1, mode='promise_in_bounds')
+  """Gathers tokens of every row, whose places ascend: (B, T, ...) -> (B, C, ...)."""
+  return axes.rowwise(_way(a_BT).take)(a_BT, indices_BC)
 
 
-@axes.rowwise
 def put(a_BT: jax.Array, indices_BC: jax.Array, values_BC: jax.Array) -> jax.Array:
   """Puts values (B, C, ...) in the places of tokens, which ascend: the way back from `take`."""
-  return _at(a_BT, indices_BC).set(values_BC, **_ORDERED)
+  return axes.rowwise(_way(a_BT).put)(a_BT, indices_BC, values_BC.astype(a_BT.dtype))
 
 
-@axes.rowwise
 def add(a_BT: jax.Array, indices_BC: jax.Array, values_BC: jax.Array) -> jax.Array:
   """Adds values (B, C, ...) to tokens, whose places ascend."""
-  return _at(a_BT, indices_BC).add(values_BC, **_ORDERED)
+  return axes.rowwise(_way(a_BT).add)(a_BT, indices_BC, values_BC.astype(a_BT.dtype))
+
+
+class Movement(NamedTuple):
+  """A way to do all three, for rows that lie on one device."""
+
+  take: Callable[..., jax.Array]
+  put: Callable[..., jax.Array]
+  add: Callable[..., jax.Array]
+
+
+def _way(a_BT: jax.Array) -> Movement:
+  """The faster way. Single numbers, and what has no gradient, are scattered everywhere."""
+  is_wide = a_BT.ndim > 2 and jnp.issubdtype(a_BT.dtype, jnp.floating)
+  return GATHERING if is_wide and axes.platform() == 'cpu' else SCATTERING
 
 
 def _at(a_BT: jax.Array, indices_BC: jax.Array):
   return a_BT.at[jnp.arange(a_BT.shape[0])[:, None], indices_BC]
+
+
+def _gather(a_BT: jax.Array, indices_BC: jax.Array) -> jax.Array:
+  indices = indices_BC.reshape(*indices_BC.shape, *(1,) * (a_BT.ndim - 2))
+  return jnp.take_along_axis(a_BT, indices, axis=1, mode='promise_in_bounds')
+
+
+SCATTERING = Movement(
+  take=_gather,
+  put=lambda a_BT, indices_BC, values_BC: _at(a_BT, indices_BC).set(values_BC, **_ORDERED),
+  add=lambda a_BT, indices_BC, values_BC: _at(a_BT, indices_BC).add(values_BC, **_ORDERED),
+)
+
+
+# ---- the way that gathers ----
+
+
+def _whose(indices_BC: jax.Array, length: int) -> jax.Array:
+  """Which of the C values is for each token (B, T); C: none. The compiler merges the calls of one step."""
+  count = indices_BC.shape[1]
+  nobody_BT = jnp.full((indices_BC.shape[0], length), count, jnp.int32)
+  return _at(nobody_BT, indices_BC).set(jnp.arange(count, dtype=jnp.int32), **_ORDERED)
+
+
+def _fetch(values_BC: jax.Array, whose_BT: jax.Array, others_BT: jax.Array | int, base=None) -> jax.Array:
+  """For each token that has a value this, on top of `base` if there is one, `others_BT` for those without."""
+  count = values_BC.shape[1]
+  has_one_BT = (whose_BT < count).reshape(*whose_BT.shape, *(1,) * (values_BC.ndim - 2))
+  own_BT = _gather(values_BC, jnp.minimum(whose_BT, count - 1))
+  return jnp.where(has_one_BT, own_BT if base is None else base + own_BT, others_BT)
+
+
+@jax.custom_vjp
+def _take(a_BT, indices_BC):
+  return _gather(a_BT, indices_BC)
+
+
+@jax.custom_vjp
+def _put(a_BT, indices_BC, values_BC):
+  return _fetch(values_BC, _whose(indices_BC, a_BT.shape[1]), a_BT)
+
+
+@jax.custom_vjp
+def _add(a_BT, indices_BC, values_BC):
+  return _fetch(values_BC, _whose(indices_BC, a_BT.shape[1]), a_BT, base=a_BT)
+
+
+_take.defvjp(
+  lambda a_BT, indices_BC: (_take(a_BT, indices_BC), _whose(indices_BC, a_BT.shape[1])),
+  lambda whose_BT, grad_BC: (_fetch(grad_BC, whose_BT, 0), None),
+)
+_put.defvjp(
+  lambda a_BT, indices_BC, values_BC: (_put(a_BT, indices_BC, values_BC), indices_BC),
+  lambda indices_BC, grad_BT: _put_backward(grad_BT, indices_BC),
+)
+_add.defvjp(
+  lambda a_BT, indices_BC, values_BC: (_add(a_BT, indices_BC, values_BC), indices_BC),
+  lambda indices_BC, grad_BT: (grad_BT, None, _gather(grad_BT, indices_BC)),
+)
+
+
+def _put_backward(grad_BT, indices_BC):
+  grad_BC = _gather(grad_BT, indices_BC)
+  return _put(grad_BT, indices_BC, jnp.zeros_like(grad_BC)), None, grad_BC
+
+
+GATHERING = Movement(_take, _put, _add)
+
+# ---- which tokens ----
 
 
 def mask(indices_BC: jax.Array, chosen_BC: jax.Array, length: int) -> jax.Array:

@@ -129,5 +129,4 @@ def add_up(totals: Any, sums: Any) -> Any:
 
 def router_metrics(counts: dict[str, np.ndarray]) -> Record:
   """`router.summarize` of counts that were added up on the host."""
-  with jax.transfer_guard('allow'):
-    return {name: float(value) for name, value in router.summarize(counts).items()}
+  return {name: float(value) for name, value in router.summarize(counts).items()}
