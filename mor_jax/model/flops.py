@@ -4,6 +4,7 @@ A FLOP is one multiplication or one addition; a product of (m, k) and (k, n) cos
 """
 
 import dataclasses
+import functools
 
 from mor_jax.config import ModelConfig
 from mor_jax.model import recursion
@@ -102,32 +103,37 @@ def paper_flops_per_token(config: ModelConfig, seq_len: int) -> float:
   return total
 
 
-def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
-  """FLOPs of the matrix products that a training forward pass executes, per token of a full row.
+def forward_flops_per_token(config: ModelConfig, seq_len: int, attention: float = 1.0) -> float:
+  """FLOPs of the matrix products of a training forward pass, per token of a full row.
 
-  With grouped-query projections, full T x T attention (as plain XLA computes it), routers
-  and output head; a step computes on the C_r tokens it selected (on all under mask dispatch).
+  With grouped-query projections, attention, routers and output head; a step computes on the C_r tokens
+  it selected (on all under mask dispatch).
+
+  Args:
+    attention: share of all pairs of queries and keys that counts: 1, or 0.5 for those that causality leaves.
   """
+  layer_flops = functools.partial(_layer_forward_flops, config, attention=attention)
   everywhere = config.kind == 'vanilla' or config.dispatch == 'mask'
   per_step = (seq_len,) * config.passes if everywhere else config.selected_tokens(seq_len)
-  per_row = 2 * config.unique_ends * _layer_forward_flops(config, seq_len, seq_len)
+  per_row = 2 * config.unique_ends * layer_flops(seq_len, seq_len)
   for step, count in enumerate(per_step):
     if config.kv == 'recursion_wise' or step == 0:
-      layer = _layer_forward_flops(config, count, count)
+      layer = layer_flops(count, count)
     else:
-      layer = _layer_forward_flops(config, count, seq_len, own_keys=config.kv == 'hybrid')
+      layer = layer_flops(count, seq_len, own_keys=config.kv == 'hybrid')
     per_row += _pass_depth(config) * layer
   if config.kind == 'mor':
     per_row += 2 * seq_len * router_parameters(config)
   return per_row / seq_len + 2 * config.d_model * config.vocab_size
 
 
-def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+def train_flops_per_token(config: ModelConfig, seq_len: int, attention: float = 1.0) -> float:
   """FLOPs of matrix products per token of a training step: forward, and twice that backward.
 
-  What remat computes a second time is not counted: it is the price, not the work.
+  What remat computes a second time is not counted: it is the price, not the work. `attention` as in
+  `forward_flops_per_token`.
   """
-  return 3 * forward_flops_per_token(config, seq_len)
+  return 3 * forward_flops_per_token(config, seq_len, attention)
 
 
 def vanilla_of(config: ModelConfig) -> ModelConfig:
@@ -172,8 +178,9 @@ def _layer_kernel_size(config: ModelConfig, own_keys: bool = True) -> int:
   return query_and_output + key_and_value + 3 * config.d_model * config.mlp_dim
 
 
-def _layer_forward_flops(config: ModelConfig, queries: int, keys: int, own_keys: bool = True) -> int:
+def _layer_forward_flops(
+  config: ModelConfig, queries: int, keys: int, own_keys: bool = True, attention: float = 1.0
+) -> float:
   """One layer on `queries` tokens that attend to `keys` tokens, with or without projecting their own."""
   projections = 2 * queries * _layer_kernel_size(config, own_keys)
-  attention = 2 * 2 * queries * keys * config.num_heads * config.head_width
-  return projections + attention
+  return projections + attention * 2 * 2 * queries * keys * config.num_heads * config.head_width

@@ -1,0 +1,65 @@
+"""Processes that are measured in turns: each has its own runtime and threads, and only one has work at a time."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mor_jax.settings import RunError
+
+
+class Side:
+  """A process that answers questions, one at a time.
+
+  Args:
+    module: entry point that calls `serve`.
+    options: its flags.
+
+  Attributes:
+    about: what it said of itself when it was ready.
+
+  Raises:
+    RunError: the process ended.
+  """
+
+  def __init__(self, module: str, options: Sequence[str]):
+    self._what = ' '.join([module, *options])
+    self._process = subprocess.Popen(
+      [sys.executable, '-m', module, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    self.about = self._read()
+
+  def ask(self, question: Any) -> Any:
+    """The answer to a question, both JSON. Raises RunError if the process ended."""
+    with contextlib.suppress(BrokenPipeError):  # reading tells more
+      self._process.stdin.write(f'{json.dumps(question)}\n')
+      self._process.stdin.flush()
+    return self._read()
+
+  def close(self) -> None:
+    """Lets the process end, and waits for that."""
+    self._process.stdin.close()
+    self._process.wait()
+
+  def _read(self) -> Any:
+    line = self._process.stdout.readline()
+    if not line:
+      raise RunError(f'a process that was measured ended early; its error is above: {self._what}')
+    return json.loads(line)
+
+
+def serve(prepare: Callable[[], tuple[Any, Callable[[Any], Any]]]) -> None:
+  """Is the process of a `Side`: says what it is, then answers until there are no more questions.
+
+  Args:
+    prepare: gives (what it is, question -> answer). What it and the answers print goes to stderr.
+  """
+  answers = os.fdopen(os.dup(sys.stdout.fileno()), 'w')
+  os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+  about, answer = prepare()
+  print(json.dumps(about), file=answers, flush=True)
+  for line in sys.stdin:
+    print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
