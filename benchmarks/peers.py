@@ -192,7 +192,10 @@ def _theirs() -> tuple[dict[str, str], Callable[[int], dict[str, float]]]:
     return {'seconds': time.perf_counter() - begin, 'loss': loss.item()}
 
   about = {'torch': torch.__version__, 'version': transformers.__version__, 'note': note}
-  return about | {'attention': model.config._attn_implementation, 'threads': str(torch.get_num_threads())}, answer
+  return about | {
+    'attention': model.config._attn_implementation,
+    'threads': str(torch.get_num_threads()),
+  }, answer
 
 
 def _compiled(function: Callable, tokens) -> tuple[Callable, str]:

@@ -48,7 +48,12 @@ def base_config(**model: Any) -> Config:
   shape = {'remat': FLAGS.remat, 'dtype': given['dtype']}
   if 'width' in given:
     width = given['width']
-    shape |= {'d_model': width, 'mlp_dim': width * 8 // 3, 'num_heads': width // 64, 'num_kv_heads': width // 64}
+    shape |= {
+      'd_model': width,
+      'mlp_dim': width * 8 // 3,
+      'num_heads': width // 64,
+      'num_kv_heads': width // 64,
+    }
   if 'layers' in given:
     shape['num_layers'] = given['layers']
   if 'vocabulary' in given:

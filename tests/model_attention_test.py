@@ -80,13 +80,11 @@ def assert_equals_reference(attend, case: Case, tolerance: float = 2e-5) -> None
 
 
 @pytest.mark.parametrize('case', CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize('blocks', ['one block', 'blocks', 'blocks computed again'])
+@pytest.mark.parametrize('blocks', ['one block', 'blocks'])
 def test_blocks_equal_the_reference(case, blocks, monkeypatch):
   """Also where the length is no multiple of the block."""
   if blocks != 'one block':
     monkeypatch.setattr(attention_xla, 'BLOCK', 9)
-  if blocks == 'blocks computed again':
-    monkeypatch.setattr(attention_xla, 'KEEP_UP_TO', 0)
   assert_equals_reference(partial(attention.attend, backend='xla'), case)
 
 

@@ -1,7 +1,8 @@
 """Attention in plain XLA, written for CPUs: blocks of queries, each against the keys it can see.
 
 A block's scores fit into a core's cache, and keys after its last query are never
-multiplied, which saves half the work of a long row.
+multiplied, which saves half the work of a long row. The backward pass computes the weights
+again, block by block: writing them to memory and reading them back would take longer.
 """
 
 import jax
@@ -14,7 +15,6 @@ MASKED_SCORE = -1e30
 
 BLOCK = 128  # queries of a block (measured: benchmarks/attention.py) ...
 MOST_BLOCKS = 8  # ... unless a row has too many for the size of the program
-KEEP_UP_TO = 1024  # queries; of longer rows the backward pass computes the weights again
 
 
 def visible(queries: TokenContext, keys: TokenContext) -> jax.Array:
@@ -29,39 +29,93 @@ def attend(
 ) -> jax.Array:
   """As `attention.attend`."""
   batch, length, heads, width = q_BTHE.shape
-  row, kv_heads = k_BSKE.shape[1:3]
+  kv_heads = k_BSKE.shape[2]
   q_BTKGE = (q_BTHE * width**-0.5).reshape(batch, length, kv_heads, heads // kv_heads, width)
-  q_BKGTE = q_BTKGE.transpose(0, 2, 3, 1, 4)
-  k_BKES, v_BKSE = k_BSKE.transpose(0, 2, 3, 1), v_BSKE.transpose(0, 2, 1, 3)
-  attend_block = _attend_block if length <= KEEP_UP_TO else jax.checkpoint(_attend_block)
+  k_BKSE, v_BKSE = k_BSKE.transpose(0, 2, 1, 3), v_BSKE.transpose(0, 2, 1, 3)
+  out_BKGTE = _attend(q_BTKGE.transpose(0, 2, 3, 1, 4), k_BKSE, v_BKSE, queries, keys)
+  return out_BKGTE.transpose(0, 3, 1, 2, 4).reshape(q_BTHE.shape)
+
+
+@jax.custom_vjp
+def _attend(q_BKGTE, k_BKSE, v_BKSE, queries, keys):
+  """Attention of scaled queries, with heads before tokens."""
+  return _forward(q_BKGTE, k_BKSE, v_BKSE, queries, keys)[0]
+
+
+def _forward(q_BKGTE, k_BKSE, v_BKSE, queries, keys):
+  outputs, normalizers = [], []
+  for begin, end, seen in _blocks(q_BKGTE.shape[3], k_BKSE.shape[2]):
+    scores_BKMS = _scores(q_BKGTE, k_BKSE, queries, keys, begin, end, seen)
+    largest_BKM1 = scores_BKMS.max(axis=-1, keepdims=True)
+    weights_BKMS = jnp.exp(scores_BKMS - largest_BKM1)
+    total_BKM1 = weights_BKMS.sum(axis=-1, keepdims=True)
+    out_BKME = _product(weights_BKMS.astype(v_BKSE.dtype), v_BKSE[:, :, :seen])
+    # Divided after the product: E numbers a query instead of S.
+    out_BKME = (out_BKME / total_BKM1).astype(q_BKGTE.dtype)
+    outputs.append(_unfolded(out_BKME, q_BKGTE))
+    normalizers.append((largest_BKM1, total_BKM1))
+  out_BKGTE = jnp.concatenate(outputs, axis=3)
+  return out_BKGTE, (q_BKGTE, k_BKSE, v_BKSE, queries, keys, out_BKGTE, normalizers)
+
+
+def _backward(kept, grad_BKGTE):
+  q_BKGTE, k_BKSE, v_BKSE, queries, keys, out_BKGTE, normalizers = kept
+  grads_q, grad_k_BKSE, grad_v_BKSE = [], 0.0, 0.0
+  blocks = _blocks(q_BKGTE.shape[3], k_BKSE.shape[2])
+  for (begin, end, seen), (largest_BKM1, total_BKM1) in zip(blocks, normalizers, strict=True):
+    scores_BKMS = _scores(q_BKGTE, k_BKSE, queries, keys, begin, end, seen)
+    weights_BKMS = jnp.exp(scores_BKMS - largest_BKM1)
+    grad_BKME = _folded(grad_BKGTE, begin, end).astype(jnp.float32) / total_BKM1
+    mean_BKM1 = (grad_BKME * _folded(out_BKGTE, begin, end)).sum(axis=-1, keepdims=True)
+    grad_BKME = grad_BKME.astype(v_BKSE.dtype)
+    grad_weights_BKMS = _product(grad_BKME, v_BKSE[:, :, :seen], transposed=True)
+    grad_scores_BKMS = (weights_BKMS * (grad_weights_BKMS - mean_BKM1)).astype(q_BKGTE.dtype)
+    grads_q.append(_unfolded(_product(grad_scores_BKMS, k_BKSE[:, :, :seen]), q_BKGTE))
+    q_BKME = _folded(q_BKGTE, begin, end)
+    later = ((0, 0), (0, 0), (0, k_BKSE.shape[2] - seen), (0, 0))
+    grad_k_BKSE += jnp.pad(_product(grad_scores_BKMS, q_BKME, flipped=True), later)
+    grad_v_BKSE += jnp.pad(_product(weights_BKMS.astype(v_BKSE.dtype), grad_BKME, flipped=True), later)
+  grad_q_BKGTE = jnp.concatenate(grads_q, axis=3).astype(q_BKGTE.dtype)
+  return grad_q_BKGTE, grad_k_BKSE.astype(k_BKSE.dtype), grad_v_BKSE.astype(v_BKSE.dtype), None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _blocks(length: int, row: int) -> list[tuple[int, int, int]]:
+  """(first query, the one after the last, keys that they may see) of every block."""
   size = max(BLOCK, -(-length // MOST_BLOCKS))
-  blocks = []
-  for begin in range(0, length, size):
-    end = min(length, begin + size)
-    seen = row - length + end  # as many queries follow, each of which has a later key of its own
-    own, before = _cut(queries, begin, end), _cut(keys, 0, seen)
-    blocks.append(
-      attend_block(
-        q_BKGTE[..., begin:end, :], k_BKES[..., :seen], v_BKSE[..., :seen, :], visible(own, before)
-      )
-    )
-  return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(q_BTHE.shape)
+  ends = [min(length, begin + size) for begin in range(0, length, size)]
+  # As many queries follow a block, each of which has a later key of its own.
+  return [(begin, end, row - length + end) for begin, end in zip(range(0, length, size), ends, strict=True)]
 
 
-def _attend_block(q_BKGTE, k_BKES, v_BKSE, visible_BTS):
-  """Two batched products per key/value head, the queries of its group flattened into one matrix."""
-  batch, kv_heads, groups, length, width = q_BKGTE.shape
-  q_BKME = q_BKGTE.reshape(batch, kv_heads, groups * length, width)
-  scores_BKMS = jnp.matmul(q_BKME, k_BKES, preferred_element_type=jnp.float32)
-  scores_BKGTS = scores_BKMS.reshape(batch, kv_heads, groups, length, -1)
-  scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, MASKED_SCORE)
-  largest_BKGT1 = jax.lax.stop_gradient(scores_BKGTS.max(axis=-1, keepdims=True))
-  weights_BKGTS = jnp.exp(scores_BKGTS - largest_BKGT1)
-  total_BKGT1 = weights_BKGTS.sum(axis=-1, keepdims=True)
-  weights_BKMS = weights_BKGTS.reshape(scores_BKMS.shape).astype(v_BKSE.dtype)
-  out_BKME = jnp.matmul(weights_BKMS, v_BKSE, preferred_element_type=jnp.float32)
-  # Divided after the product: E numbers a query instead of S.
-  return (out_BKME.reshape((*total_BKGT1.shape[:-1], width)) / total_BKGT1).astype(q_BKGTE.dtype)
+def _scores(q_BKGTE, k_BKSE, queries, keys, begin, end, seen):
+  """Masked scores (B, K, M, S) in float32 of a block, the queries of a group flattened into one matrix."""
+  groups = q_BKGTE.shape[2]
+  scores_BKMS = _product(_folded(q_BKGTE, begin, end), k_BKSE[:, :, :seen], transposed=True)
+  visible_BTS = visible(_cut(queries, begin, end), _cut(keys, 0, seen))
+  visible_BKMS = jnp.tile(visible_BTS, (1, groups, 1))[:, None]
+  return jnp.where(visible_BKMS, scores_BKMS, MASKED_SCORE)
+
+
+def _product(left_BKMN, right, transposed=False, flipped=False):
+  """Batched product in float32; with the right matrices transposed, or the left ones (flipped)."""
+  contracted = (2 if flipped else 3, 3 if transposed else 2)
+  dimensions = (((contracted[0],), (contracted[1],)), ((0, 1), (0, 1)))
+  return jax.lax.dot_general(left_BKMN, right, dimensions, preferred_element_type=jnp.float32)
+
+
+def _folded(a_BKGTE, begin, end):
+  """Queries of a block as one matrix (B, K, M, E) for each key/value head."""
+  block = a_BKGTE[..., begin:end, :]
+  return block.reshape(*block.shape[:2], -1, block.shape[-1])
+
+
+def _unfolded(a_BKME, like_BKGTE):
+  """The way back from `_folded`."""
+  batch, kv_heads, groups, _, width = like_BKGTE.shape
+  return a_BKME.reshape(batch, kv_heads, groups, -1, width)
 
 
 def _cut(context: TokenContext, begin: int, end: int) -> TokenContext:
