@@ -1,120 +1,167 @@
 """Time, FLOPs and memory of a training step, vanilla against recursive and MoR, side by side.
 
   python -m benchmarks.train_step [--rounds=7] [--layers=14] [--width=384] [--rows=4] [--seq_len=512]
+  python -m benchmarks.train_step --size=360m                a shape of configs/ in bfloat16, for a GPU
 
-All models have the same depth, width and tokens; their steps alternate in one process, and medians
-count. "Delivered" is the time ratio over the ratio of executed FLOPs: 1 where the whole saving arrives.
-Writes benchmarks/results/train_step.json and .md.
+All models have the width and tokens of the vanilla model, and its depth, unless R recursions do not divide that:
+such a model is as deep as the paper makes it, and is compared with a vanilla model of its own depth. Steps
+alternate in one process, and medians count; a ratio is the median over rounds of a model's time over vanilla's beside it.
+"Executed" is the ratio of the FLOPs that the compiled steps execute in matrix products, "paper" that of the
+paper's formula (forward, no head). "Delivered" is the time ratio over the executed one: 1 where the whole saving
+arrives. Memory is that of arguments and temporaries. FLOPs of MFU leave out what is computed again, and count
+attention as its causal half. Writes benchmarks/results/train_step.json and .md.
 """
 
 import statistics
-import time
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks import results
+from benchmarks import results, training
 from mor_jax import cli
-from mor_jax.config import Config
+from mor_jax.config import Config, ConfigError
 from mor_jax.model import flops
-from mor_jax.model.transformer import Transformer
-from mor_jax.parallel import mesh as mesh_lib
-from mor_jax.training.optimizer import make_optimizer
-from mor_jax.training.state import abstract_state, initializer
-from mor_jax.training.step import abstract_batch, make_train_step, split_batch
+from mor_jax.parallel.executed import executed_flops
+from mor_jax.units import megabytes
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer('rounds', 7, 'steps of every model that are timed')
-flags.DEFINE_integer('layers', 14, 'unrolled depth; 2 more than a multiple of 2 and 3')
-flags.DEFINE_integer('width', 384, 'model width, a multiple of 64')
-flags.DEFINE_integer('rows', 4, 'rows of a batch')
-flags.DEFINE_integer('seq_len', 512, 'tokens of a row')
+flags.DEFINE_list('models', None, 'names of the models to compare with vanilla; none: all')
+training.define_flags()
 
 MODELS = {
-  'vanilla': {'kind': 'vanilla'},
   'recursive R=2': {'kind': 'recursive', 'num_recursions': 2},
   'mor R=2': {'num_recursions': 2},
   'mor R=3': {'num_recursions': 3},
+  'mor R=4': {'num_recursions': 4},
   'mor R=3, shared KV': {'num_recursions': 3, 'kv': 'shared'},
   'mor R=3, token-choice': {'num_recursions': 3, 'router': 'token_choice', 'token_capacity_factor': 1.0},
 }
 
 
 class Contender:
-  """A model with its state and compiled step."""
+  """A model, its compiled step, and the seconds that it took."""
 
-  def __init__(self, change: dict):
-    heads = FLAGS.width // 64
-    shape = {
-      'd_model': FLAGS.width,
-      'num_heads': heads,
-      'num_kv_heads': heads,
-      'mlp_dim': FLAGS.width * 8 // 3,
-    }
-    self.config = Config().replace(
-      model={**shape, 'num_layers': FLAGS.layers, 'vocab_size': 4096, 'dtype': 'float32', **change},
-      data={'seq_len': FLAGS.seq_len},
-      train={'global_batch': FLAGS.rows},
+  def __init__(self, config: Config):
+    self.config, self._step, self.seconds = config, training.TrainingStep(config), []
+
+  def run(self, turn: int) -> None:
+    """One step, timed unless it is the first."""
+    seconds, _ = self._step.run(turn)
+    if turn:
+      self.seconds.append(seconds)
+
+  def figures(self) -> dict[str, float]:
+    """What a step takes; seconds are the median, bytes those of one device."""
+    memory, model, seq_len = (
+      self._step.compiled.memory_analysis(),
+      self.config.model,
+      self.config.data.seq_len,
     )
-    mesh, optimizer = mesh_lib.make_mesh(), make_optimizer(self.config.train)
-    model = Transformer(self.config.model)
-    initialize = initializer(model, optimizer, mesh, FLAGS.seq_len)
-    step = make_train_step(model, self.config, optimizer, mesh)
-    self._step = step.lower(abstract_state(initialize, mesh), abstract_batch(self.config, mesh)).compile()
-    self._state = initialize(jnp.uint32(0))
-    tokens_BT = np.random.default_rng(0).integers(0, 4096, (FLAGS.rows, FLAGS.seq_len), np.int32)
-    ones_BT = np.ones_like(tokens_BT)
-    rows = {'tokens': tokens_BT, 'segment_ids': ones_BT, 'positions': ones_BT.cumsum(1, dtype=np.int32) - 1}
-    self._batch = mesh_lib.put(split_batch(rows, 1), mesh_lib.micro_batch_sharding(mesh))
-
-  def run(self) -> float:
-    """Seconds of one step."""
-    begin = time.perf_counter()
-    self._state, metrics = self._step(self._state, self._batch)
-    jax.block_until_ready(metrics)
-    return time.perf_counter() - begin
-
-  def figures(self, seconds: float) -> dict[str, float]:
-    """Step time and what it is measured against."""
-    memory = self._step.memory_analysis()
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes  # donated ones lie in the arguments
     return {
-      'seconds': seconds,
-      'tokens_per_second': FLAGS.rows * FLAGS.seq_len / seconds,
-      'flops_per_token': flops.train_flops_per_token(self.config.model, FLAGS.seq_len),
+      'seconds': statistics.median(self.seconds),
+      'tokens': self.config.train.global_batch * seq_len,
+      'executed_flops': executed_flops(self._step.jaxpr),
+      'model_flops_per_token': flops.train_flops_per_token(model, seq_len, attention=0.5),
+      'paper_flops_per_token': flops.paper_flops_per_token(model, seq_len),
       'temporary_bytes': memory.temp_size_in_bytes,
+      'peak_bytes': memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs,
     }
+
+
+def contenders_of(base: Config, names: list[str]) -> dict[str, tuple[str, Config]]:
+  """Name -> (name of the vanilla model to compare with, run) of vanilla models and those asked for.
+
+  Raises:
+    ConfigError: there is no such model.
+  """
+  found = {}
+  for name in names:
+    if name not in MODELS:
+      raise ConfigError(f'--models={name} is not one of {", ".join(MODELS)}')
+    recursions = MODELS[name]['num_recursions']
+    depth = 2 + -(-(base.model.num_layers - 2) // recursions) * recursions
+    vanilla = 'vanilla' if depth == base.model.num_layers else f'vanilla, {depth} layers'
+    found[vanilla] = (vanilla, base.replace(model={'num_layers': depth}))
+    found[name] = (vanilla, base.replace(model={'num_layers': depth, 'kind': 'mor', **MODELS[name]}))
+  return dict(sorted(found.items(), key=lambda entry: entry[0] != entry[1][0]))
 
 
 def main() -> None:
-  """Measures all models and writes the table."""
-  contenders = {name: Contender(change) for name, change in track(MODELS.items(), 'compiling')}
-  seconds = {name: [] for name in MODELS}
-  for index in track(range(FLAGS.rounds + 1), 'measuring'):
-    for name, contender in contenders.items():
-      taken = contender.run()
-      if index:  # the first round warms up
-        seconds[name].append(taken)
-  figures = {name: c.figures(statistics.median(seconds[name])) for name, c in contenders.items()}
-  flag_values = {name: FLAGS[name].value for name in ('rounds', 'layers', 'width', 'rows', 'seq_len')}
-  table = results.keep('train_step', COLUMNS, list(_rows(figures)), flag_values, models=figures)
+  """Measures all models and writes the table. Raises ConfigError for flags that cannot work."""
+  if FLAGS.rounds < 1:
+    raise ConfigError(f'--rounds={FLAGS.rounds} is not allowed: must be >= 1')
+  chosen = contenders_of(training.base_config(kind='vanilla'), FLAGS.models or list(MODELS))
+  contenders = {name: Contender(config) for name, (_, config) in track(chosen.items(), 'compiling')}
+  for turn in track(range(FLAGS.rounds + 1), 'measuring'):
+    for contender in contenders.values():
+      contender.run(turn)
+  figures = {name: contender.figures() for name, contender in contenders.items()}
+  seconds = {name: contender.seconds for name, contender in contenders.items()}
+  bases = {name: base for name, (base, _) in chosen.items()}
+  rows = list(table_rows(figures, seconds, bases, jax.devices()[0].device_kind))
+  used = {name: FLAGS[name].value for name in training.SHAPE_FLAGS if FLAGS[name].value is not None}
+  settings = {'rounds': FLAGS.rounds, **used}
+  table = results.keep('train_step', COLUMNS, rows, settings, models=figures, seconds=seconds)
   Console().print(table, highlight=False, soft_wrap=True)
 
 
-COLUMNS = ('model', 'step, ms', 'tokens/s', 'time ratio', 'FLOP ratio', 'delivered', 'temporaries ratio')
+COLUMNS = (
+  'model',
+  'step, ms',
+  'tokens/s',
+  'MFU',
+  'time ratio',
+  'executed',
+  'paper',
+  'delivered',
+  'temporaries',
+  'ratio',
+  'peak',
+  'peak ratio',
+)
 
 
-def _rows(figures: dict[str, dict[str, float]]) -> Iterator[list[str]]:
-  base = figures['vanilla']
+def table_rows(
+  figures: dict[str, dict[str, float]], seconds: dict[str, list[float]], bases: dict[str, str], device: str
+) -> Iterator[list[str]]:
+  """Rows of the table.
+
+  Args:
+    figures: model -> `Contender.figures`.
+    seconds: model -> seconds of every timed step; the models took turns.
+    bases: model -> the vanilla model that it is compared with.
+    device: kind of the device.
+  """
   for name, own in figures.items():
-    times, work = own['seconds'] / base['seconds'], own['flops_per_token'] / base['flops_per_token']
-    memory = own['temporary_bytes'] / base['temporary_bytes']
-    speed = [f'{own["seconds"] * 1e3:,.0f}', f'{own["tokens_per_second"]:,.0f}']
-    yield [name, *speed, f'{times:.3f}', f'{work:.3f}', f'{times / work:.2f}', f'{memory:.2f}']
+    base = figures[bases[name]]
+    times = statistics.median(
+      one / other for one, other in zip(seconds[name], seconds[bases[name]], strict=True)
+    )
+    work, paper, temporary, peak = (
+      own[key] / base[key]
+      for key in ('executed_flops', 'paper_flops_per_token', 'temporary_bytes', 'peak_bytes')
+    )
+    speed = own['tokens'] / own['seconds']
+    used = training.utilization(speed * own['model_flops_per_token'], device)
+    yield [
+      name,
+      f'{own["seconds"] * 1e3:,.0f}',
+      f'{speed:,.0f}',
+      '-' if used is None else f'{used:.0%}',
+      f'{times:.3f}',
+      f'{work:.3f}',
+      f'{paper:.3f}',
+      f'{times / work:.2f}',
+      megabytes(own['temporary_bytes']),
+      f'{temporary:.2f}',
+      megabytes(own['peak_bytes']),
+      f'{peak:.2f}',
+    ]
 
 
 if __name__ == '__main__':
