@@ -12,13 +12,13 @@ import platform
 
 # mallopt(3): parameters of the GNU C library's allocator.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
-_KEPT = 2**31 - 1  # bytes free at the end of the heap that are not returned; mallopt takes an int
+_NEVER = -1  # nothing is returned from the end of the heap; a limit would be an int, 2 GB at most
 
 _ACCELERATORS = ('/dev/nvidia[0-9]*', '/dev/kfd', '/dev/accel*', '/dev/vfio/[0-9]*')
 
 
 def keep_freed() -> bool:
-  """Lets this process keep up to 2 GB of freed memory, where it computes on the CPU; before JAX has devices.
+  """Lets this process keep the memory that it frees, where it computes on the CPU; before JAX has devices.
 
   Nothing happens beside an accelerator, with another C library, or where the user tunes the allocator by MALLOC_*
   or GLIBC_TUNABLES.
@@ -31,7 +31,7 @@ def keep_freed() -> bool:
     return False
   mallopt = ctypes.CDLL(None).mallopt
   # One arena, since only the first one can hold blocks of more than 64 MB without asking the kernel for each.
-  settings = {_ARENA_MAX: 1, _MMAP_MAX: 0, _TRIM_THRESHOLD: _KEPT}
+  settings = {_ARENA_MAX: 1, _MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER}
   return all(mallopt(parameter, value) for parameter, value in settings.items())
 
 
