@@ -5,12 +5,13 @@
 
 PyTorch has its best settings: as many threads as there are cores, attention by `scaled_dot_product_attention`, the
 fused AdamW, the batched clipping, TensorFloat-32 for what is left in float32 on a GPU; in bfloat16 products are
-under autocast beside float32 parameters, as ours are. "compiled" is torch.compile.
+under autocast beside float32 parameters, as ours are. "compiled" is torch.compile. Our layers are scanned, as by
+default, or "unrolled" (model.unroll_layers), which takes longer to compile.
 
 Each side runs in a process of its own; they take turns step by step, so only one has work at a time. The losses of
-the first steps must agree before anything is timed. Medians count; "times ours" is the median over rounds of the
-time of a side over that of ours beside it, with the smallest and the largest. FLOPs count products of the model
-without what is computed again, attention as its causal half. Writes benchmarks/results/peers.json and .md.
+the first steps must agree before anything is timed. Medians count; "speed" is that of PyTorch's faster way = 1: the
+median over rounds of its time over that of a side beside it, with the smallest and the largest. FLOPs count products
+of the model without what is computed again, attention as its causal half. Writes benchmarks/results/peers.json and .md.
 """
 
 import os
@@ -37,7 +38,7 @@ flags.DEFINE_string('side', None, 'internal: be the process of this side')
 flags.DEFINE_string('weights', None, 'internal: folder of the weights that all sides begin from')
 training.define_flags()
 
-OURS = 'mor_jax'
+OURS, UNROLLED = 'mor_jax', 'mor_jax, unrolled'
 WAYS = ('eager', 'compiled')
 CHECKED = 4  # first steps, whose losses are compared; they also warm up
 TOLERANCE = {'float32': 1e-4, 'bfloat16': 1e-2}
@@ -51,14 +52,14 @@ def main() -> None:
     raise ConfigError(f'--against={unknown.pop()} is not one of {", ".join(WAYS)}')
   config = training.base_config(kind='vanilla')
   if FLAGS.side:
-    sides.serve(_ours if FLAGS.side == OURS else _theirs)
+    sides.serve(_ours if FLAGS.side in (OURS, UNROLLED) else _theirs)
     return
   options = [f'--{name}={FLAGS[name].value}' for name in training.SHAPE_FLAGS if FLAGS[name].present]
   os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # a GPU's memory is for all sides
   with tempfile.TemporaryDirectory() as folder:
     options += [f'--weights={Path(folder) / "llama"}']
     running = {}
-    for name in (OURS, *FLAGS.against):  # ours writes the weights
+    for name in (OURS, UNROLLED, *FLAGS.against):  # the first writes the weights
       running[name] = sides.Side('benchmarks.peers', [f'--side={name}', *options])
     about = {name: side.about for name, side in running.items()}
     turns = [
@@ -89,7 +90,7 @@ def check_losses(turns: list[dict[str, dict[str, float]]], tolerance: float) -> 
         )
 
 
-COLUMNS = ('side', 'step, ms', 'least, ms', 'tokens/s', 'times ours', 'smallest to largest', 'TFLOP/s', 'MFU')
+COLUMNS = ('side', 'step, ms', 'least, ms', 'tokens/s', 'speed', 'smallest to largest', 'TFLOP/s', 'MFU')
 
 
 def table_rows(
@@ -103,13 +104,15 @@ def table_rows(
     tokens: of a step.
     work: FLOPs of a step.
   """
+  taken = {name: [turn[name]['seconds'] for turn in turns] for name in turns[0]}
+  medians = {name: statistics.median(seconds) for name, seconds in taken.items()}
+  theirs = min((name for name in taken if name in WAYS), key=medians.get, default=OURS)
   rows = []
-  for name in turns[0]:
-    seconds = [turn[name]['seconds'] for turn in turns]
-    median = statistics.median(seconds)
-    ratios = [turn[name]['seconds'] / turn[OURS]['seconds'] for turn in turns]
+  for name, seconds in taken.items():
+    median = medians[name]
+    ratios = [other / own for own, other in zip(seconds, taken[theirs], strict=True)]
     used = training.utilization(work / median, about[OURS]['device'])
-    label = name if name == OURS else f'transformers, {name}'
+    label = f'transformers, {name}' if name in WAYS else name
     rows.append(
       [
         f'{label} ({about[name]["note"]})' if about[name].get('note') else label,
@@ -132,17 +135,19 @@ def _ours() -> tuple[dict[str, str], Callable[[int], dict[str, float]]]:
   from mor_jax.interop import folders, huggingface, names
   from mor_jax.interop.weights import HeldWeights
 
-  config = training.base_config(kind='vanilla')
+  config = training.base_config(kind='vanilla', unroll_layers=FLAGS.side == UNROLLED)
   step = training.TrainingStep(config)
-  form = huggingface.llama_config(config.model, None, np.dtype('float32'))
-  held = HeldWeights(config.model, step.state.variables)
-  folders.write(FLAGS.weights, names.llama(config.model), held, form, None)
+  about = {'device': jax.devices()[0].device_kind, 'threads': str(len(os.sched_getaffinity(0)))}
+  if FLAGS.side == OURS:
+    form = huggingface.llama_config(config.model, None, np.dtype('float32'))
+    held = HeldWeights(config.model, step.state.variables)
+    folders.write(FLAGS.weights, names.llama(config.model), held, form, None)
 
   def answer(turn: int) -> dict[str, float]:
     seconds, loss = step.run(turn)
     return {'seconds': seconds, 'loss': loss}
 
-  return {'device': jax.devices()[0].device_kind, 'threads': str(len(os.sched_getaffinity(0)))}, answer
+  return about, answer
 
 
 def _theirs() -> tuple[dict[str, str], Callable[[int], dict[str, float]]]:

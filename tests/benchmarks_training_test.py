@@ -65,17 +65,17 @@ def test_delivered_is_time_ratio_over_executed_flops(train_step):
   assert dict(zip(train_step.COLUMNS, row, strict=True))['MFU'] == '-'
 
 
-def test_peers_table_compares_neighbouring_steps(peers):
+def test_peers_table_compares_neighbouring_steps_with_the_faster_way_of_pytorch(peers):
   turns = [
-    {'mor_jax': {'seconds': ours}, 'eager': {'seconds': theirs}}
-    for ours, theirs in ((1.0, 1.5), (2.0, 2.0), (1.0, 1.2))
+    {name: {'seconds': seconds} for name, seconds in zip(('mor_jax', 'eager', 'compiled'), turn, strict=True)}
+    for turn in ((1.0, 1.9, 1.5), (2.0, 2.1, 2.0), (1.0, 1.3, 1.2))
   ]
-  about = {'mor_jax': {'device': 'NVIDIA H200'}, 'eager': {'note': 'because'}}
-  ours, theirs = peers.table_rows(turns, about, tokens=500, work=494.5e12)
-  cells = dict(zip(peers.COLUMNS, theirs, strict=True))
-  assert cells['side'] == 'transformers, eager (because)'
-  assert (cells['times ours'], cells['smallest to largest']) == ('1.20', '1.00 to 1.50')
-  assert dict(zip(peers.COLUMNS, ours, strict=True))['MFU'] == '50%'  # 494.5 of 989 TFLOP/s
+  about = {'mor_jax': {'device': 'NVIDIA H200'}, 'eager': {}, 'compiled': {'note': 'because'}}
+  rows = peers.table_rows(turns, about, tokens=500, work=494.5e12)
+  ours, eager, compiled = (dict(zip(peers.COLUMNS, row, strict=True)) for row in rows)
+  assert compiled['side'] == 'transformers, compiled (because)'
+  assert (ours['speed'], ours['smallest to largest'], ours['MFU']) == ('1.20', '1.00 to 1.50', '50%')
+  assert (eager['speed'], compiled['speed']) == ('0.92', '1.00')
 
 
 def test_sides_that_train_different_models_are_not_compared(peers):

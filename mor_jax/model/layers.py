@@ -138,7 +138,15 @@ class MLP(nn.Module):
     cfg = self.config
     gate_BCF = Linear(cfg.mlp_dim, cfg, axes.KERNELS['mlp/gate'], name='gate')(x_BCD)
     up_BCF = Linear(cfg.mlp_dim, cfg, axes.KERNELS['mlp/up'], name='up')(x_BCD)
-    return Linear(cfg.d_model, cfg, axes.KERNELS['mlp/down'], name='down')(nn.silu(gate_BCF) * up_BCF)
+    down = Linear(cfg.d_model, cfg, axes.KERNELS['mlp/down'], name='down')
+
+    # Of this only the two inputs are kept for the backward pass: writing silu, its parts and the product to memory
+    # and reading them back takes longer than computing them again.
+    @nn.remat
+    def close(down, gate_BCF, up_BCF):
+      return down(nn.silu(gate_BCF) * up_BCF)
+
+    return close(down, gate_BCF, up_BCF)
 
 
 class DecoderLayer(nn.Module):
