@@ -2,12 +2,12 @@
 
 Vanilla, recursive and MoR models (configs/study.py, two and three recursions) at equal FLOPs and at equal
 tokens: the learning rate of each is tuned over at least four values, with more beside the best until it lies
-inside the range; then further seeds train at it, and MoR also with the EMA threshold in place of the auxiliary
-loss. Losses of MoR are taken under top-k and under threshold routing. The same command goes on where it was
-stopped. Rows are kept in benchmarks/results/study.*, with plots beside them.
+inside the range (MoR at equal FLOPs); then further seeds train at it, and MoR also with the EMA threshold in
+place of the auxiliary loss. Losses of MoR are taken under top-k and under threshold routing. The same command
+goes on where it was stopped. Rows are kept in benchmarks/results/study.*, with plots beside them.
 
-About 55 runs of 1000 steps and more. A step of the vanilla model took 0.78 s on two cores that others used, too:
-13 minutes a run, some 12 hours in all; less on a quiet machine.
+About 45 runs of 1000 steps and more, two at a time on two cores: 4 minutes a run of the vanilla model on a
+machine that does nothing else, two hours in all.
 """
 
 import collections
@@ -84,15 +84,19 @@ class Model:
     ema = ', EMA threshold' if self.selection == 'ema_threshold' else ''
     return f'{"MoR" if self.kind == "mor" else self.kind} R={self.recursions}{ema}'
 
+  @property
+  def tuned_as(self) -> 'Model':
+    """The model whose best learning rate this one takes, too: MoR is tuned at equal FLOPs with auxiliary loss."""
+    return dataclasses.replace(self, equal='flops', selection='top_k') if self.kind == 'mor' else self
+
 
 MODELS = (
   Model('vanilla', 1, 'tokens'),
   *(Model('recursive', recursions, 'tokens') for recursions in (2, 3)),
   *(Model('mor', recursions, equal) for equal in ('flops', 'tokens') for recursions in (2, 3)),
+  *(Model('mor', recursions, 'flops', 'ema_threshold') for recursions in (2, 3)),
 )
-EMA_MODELS = tuple(
-  dataclasses.replace(model, selection='ema_threshold') for model in MODELS if model.equal == 'flops'
-)
+TUNED = tuple(model for model in MODELS if model == model.tuned_as)
 
 
 class Study:
@@ -162,15 +166,13 @@ def main() -> None:
     name, _, text = entry.partition('=')
     settings[name] = cli.parse_setting(name, text)
   study = Study(Console(), settings)
-  study.train([(model, rate, 0) for model in MODELS for rate in rates])
+  study.train([(model, rate, 0) for model in TUNED for rate in rates])
   for _ in range(MOST_EXTENSIONS):
-    wanted = [(model, rate, 0) for model in MODELS for rate in study.missing_rates(model)]
+    wanted = [(model, rate, 0) for model in TUNED for rate in study.missing_rates(model)]
     if not wanted:
       break
     study.train(wanted)
-  best = {model: study.best_rate(model) for model in MODELS}
-  # Not tuned again: routers are a thousandth of the parameters, and the auxiliary loss has that weight.
-  best |= {ema: best[dataclasses.replace(ema, selection='top_k')] for ema in EMA_MODELS}
+  best = {model: study.best_rate(model.tuned_as) for model in MODELS}
   final = [(model, rate, seed) for seed in range(FLAGS.seeds) for model, rate in best.items()]
   study.train(final)
   with futures.ThreadPoolExecutor(FLAGS.parallel) as pool:
@@ -230,16 +232,16 @@ def _keep(study: Study, best: dict[Model, float], evaluated: dict[tuple, dict[st
         len(found['top_k']),
       ]
     )
-  inside = {model.name: not study.missing_rates(model) for model in MODELS}
+  inside = {model.name: not study.missing_rates(model) for model in TUNED}
   about = {
     'losses': 'nats per token on the validation split; mean ± sample standard deviation over seeds',
     'FLOPs': 'forward, as the paper counts them',
     'learning rates': f'tuned on seed 0; best one inside its range: {inside}',
-    'EMA threshold': 'without auxiliary loss, at the learning rate tuned with it',
+    'not tuned again': 'MoR at equal tokens, and with the EMA threshold in place of the auxiliary loss',
     'steps of the vanilla model': FLAGS.steps,
   }
   tuned = {
-    model.name: {f'{rate:g}': study.loss(model, rate) for rate in study.rates(model)} for model in MODELS
+    model.name: {f'{rate:g}': study.loss(model, rate) for rate in study.rates(model)} for model in TUNED
   }
   return results.keep('study', COLUMNS, rows, about, tuned=tuned)
 
@@ -263,9 +265,9 @@ def _plot(study: Study) -> None:
   results.FOLDER.mkdir(exist_ok=True)
   with plt.rc_context(plots.STYLE):
     figure, ax = plt.subplots(figsize=(7.4, 4))
-    for index, model in enumerate(MODELS):
+    for index, model in enumerate(TUNED):
       rates = study.rates(model)
-      colour = plots.colour_of(index, len(MODELS))
+      colour = plots.colour_of(index, len(TUNED))
       losses = [study.loss(model, rate) for rate in rates]
       ax.plot(rates, losses, marker='o', color=colour, label=model.name.replace('_', ' '))
     ax.set_xscale('log', base=2)
@@ -274,7 +276,7 @@ def _plot(study: Study) -> None:
     ax.legend()
     figure.savefig(results.FOLDER / 'study_rates.png', dpi=150)
     plt.close(figure)
-  best = [study.runs[model, study.best_rate(model), 0] for model in MODELS]
+  best = [study.runs[model, study.best_rate(model.tuned_as), 0] for model in MODELS]
   shown = runs.read([str(run.folder.path) for run in best])
   for axis in ('tokens', 'flops'):
     figure = plots.curves(shown, lambda run: run.curve('validation/nll'), axis, 'nats per token')
