@@ -80,11 +80,13 @@ def assert_equals_reference(attend, case: Case, tolerance: float = 2e-5) -> None
 
 
 @pytest.mark.parametrize('case', CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize('blocks', ['one block', 'blocks'])
+@pytest.mark.parametrize('blocks', ['one block', 'blocks', 'blocks one by one'])
 def test_blocks_equal_the_reference(case, blocks, monkeypatch):
   """Also where the length is no multiple of the block."""
   if blocks != 'one block':
     monkeypatch.setattr(attention_xla, 'BLOCK', 9)
+  if blocks == 'blocks one by one':
+    monkeypatch.setattr(attention_xla, 'AT_ONCE', 0)
   assert_equals_reference(partial(attention.attend, backend='xla'), case)
 
 
@@ -207,6 +209,24 @@ def test_tpus_keep_no_scores(kv):
   assert compiled.memory_analysis().temp_size_in_bytes < 2 * length**2, (
     'as much as scores of one head in bfloat16'
   )
+
+
+@pytest.mark.parametrize('count', [2048, 1100], ids=['all', 'gathered, to the row'])
+def test_cpus_keep_no_scores_of_long_rows(count):
+  """The gradient takes less memory than all scores do, of which the reference holds several copies."""
+  row, queries = (
+    TokenContext(*(jax.ShapeDtypeStruct((1, length), jnp.int32),) * 2) for length in (2048, count)
+  )
+  q, k = (jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32) for length in (count, 2048))
+  scores = 4 * 2 * count * 2048
+
+  def temporaries(backend):
+    attend = partial(attention.attend, backend=backend)
+    gradient = jax.grad(lambda *arguments: attend(*arguments).sum(), argnums=(0, 1, 2))
+    return jax.jit(gradient).lower(q, k, k, queries, row).compile().memory_analysis().temp_size_in_bytes
+
+  assert temporaries('xla') < 0.7 * scores
+  assert temporaries('reference') > 2 * scores
 
 
 def test_only_the_past_of_the_same_segment_is_visible():

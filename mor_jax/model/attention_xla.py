@@ -15,6 +15,7 @@ MASKED_SCORE = -1e30
 
 BLOCK = 128  # queries of a block (measured: benchmarks/attention.py) ...
 MOST_BLOCKS = 8  # ... unless a row has too many for the size of the program
+AT_ONCE = 1024  # queries; the blocks of longer rows run one after the other, for the sake of memory
 
 
 def visible(queries: TokenContext, keys: TokenContext) -> jax.Array:
@@ -45,7 +46,8 @@ def _attend(q_BKGTE, k_BKSE, v_BKSE, queries, keys):
 def _forward(q_BKGTE, k_BKSE, v_BKSE, queries, keys):
   outputs, normalizers = [], []
   for begin, end, seen in _blocks(q_BKGTE.shape[3], k_BKSE.shape[2]):
-    scores_BKMS = _scores(q_BKGTE, k_BKSE, queries, keys, begin, end, seen)
+    q_BKME = _after(outputs, _folded(q_BKGTE, begin, end), q_BKGTE)
+    scores_BKMS = _scores(q_BKME, k_BKSE, queries, keys, begin, end, seen)
     largest_BKM1 = scores_BKMS.max(axis=-1, keepdims=True)
     weights_BKMS = jnp.exp(scores_BKMS - largest_BKM1)
     total_BKM1 = weights_BKMS.sum(axis=-1, keepdims=True)
@@ -63,15 +65,15 @@ def _backward(kept, grad_BKGTE):
   grads_q, grad_k_BKSE, grad_v_BKSE = [], 0.0, 0.0
   blocks = _blocks(q_BKGTE.shape[3], k_BKSE.shape[2])
   for (begin, end, seen), (largest_BKM1, total_BKM1) in zip(blocks, normalizers, strict=True):
-    scores_BKMS = _scores(q_BKGTE, k_BKSE, queries, keys, begin, end, seen)
+    q_BKME = _after(grads_q, _folded(q_BKGTE, begin, end), q_BKGTE)
+    scores_BKMS = _scores(q_BKME, k_BKSE, queries, keys, begin, end, seen)
     weights_BKMS = jnp.exp(scores_BKMS - largest_BKM1)
-    grad_BKME = _folded(grad_BKGTE, begin, end).astype(jnp.float32) / total_BKM1
+    grad_BKME = _after(grads_q, _folded(grad_BKGTE, begin, end), q_BKGTE).astype(jnp.float32) / total_BKM1
     mean_BKM1 = (grad_BKME * _folded(out_BKGTE, begin, end)).sum(axis=-1, keepdims=True)
     grad_BKME = grad_BKME.astype(v_BKSE.dtype)
     grad_weights_BKMS = _product(grad_BKME, v_BKSE[:, :, :seen], transposed=True)
     grad_scores_BKMS = (weights_BKMS * (grad_weights_BKMS - mean_BKM1)).astype(q_BKGTE.dtype)
     grads_q.append(_unfolded(_product(grad_scores_BKMS, k_BKSE[:, :, :seen]), q_BKGTE))
-    q_BKME = _folded(q_BKGTE, begin, end)
     later = ((0, 0), (0, 0), (0, k_BKSE.shape[2] - seen), (0, 0))
     grad_k_BKSE += jnp.pad(_product(grad_scores_BKMS, q_BKME, flipped=True), later)
     grad_v_BKSE += jnp.pad(_product(weights_BKMS.astype(v_BKSE.dtype), grad_BKME, flipped=True), later)
@@ -90,12 +92,21 @@ def _blocks(length: int, row: int) -> list[tuple[int, int, int]]:
   return [(begin, end, row - length + end) for begin, end in zip(range(0, length, size), ends, strict=True)]
 
 
-def _scores(q_BKGTE, k_BKSE, queries, keys, begin, end, seen):
+def _after(earlier, block_BKME, all_BKGTE):
+  """The block; of a long row once the last of the earlier results is there.
+
+  Without a need to wait the compiler runs blocks side by side, and the scores of all exist at once.
+  """
+  if not earlier or all_BKGTE.shape[3] <= AT_ONCE:
+    return block_BKME
+  return block_BKME + 0 * earlier[-1][:, :1, 0, :1, :1].astype(block_BKME.dtype)
+
+
+def _scores(q_BKME, k_BKSE, queries, keys, begin, end, seen):
   """Masked scores (B, K, M, S) in float32 of a block, the queries of a group flattened into one matrix."""
-  groups = q_BKGTE.shape[2]
-  scores_BKMS = _product(_folded(q_BKGTE, begin, end), k_BKSE[:, :, :seen], transposed=True)
+  scores_BKMS = _product(q_BKME, k_BKSE[:, :, :seen], transposed=True)
   visible_BTS = visible(_cut(queries, begin, end), _cut(keys, 0, seen))
-  visible_BKMS = jnp.tile(visible_BTS, (1, groups, 1))[:, None]
+  visible_BKMS = jnp.tile(visible_BTS, (1, q_BKME.shape[2] // (end - begin), 1))[:, None]
   return jnp.where(visible_BKMS, scores_BKMS, MASKED_SCORE)
 
 
