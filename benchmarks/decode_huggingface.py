@@ -8,19 +8,17 @@ turn it is has work. The first turn of each warms up. "tokens/s" are those of th
 changes no shape. Writes benchmarks/results/decode_huggingface.json and .md.
 """
 
-import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from absl import flags
 from rich.console import Console
 
-from benchmarks import results
+from benchmarks import results, sides
 from mor_jax import cli
 from mor_jax.config import ConfigError
 
@@ -40,16 +38,20 @@ def main() -> None:
     if FLAGS[name].value < 1:
       raise ConfigError(f'--{name}={FLAGS[name].value} is not allowed: must be >= 1')
   if FLAGS.side:
-    _serve(_ours() if FLAGS.side == 'mor_jax' else _theirs())
+    sides.serve(partial(_timed, _ours if FLAGS.side == 'mor_jax' else _theirs))
     return
-  sides = {name: Side(name) for name in ('mor_jax', 'transformers')}
-  about = {f'{name} {key}': value for name, side in sides.items() for key, value in side.about.items()}
+  options = [f'--new_tokens={FLAGS.new_tokens}']
+  running = {
+    name: sides.Side('benchmarks.decode_huggingface', [f'--side={name}', *options])
+    for name in ('mor_jax', 'transformers')
+  }
+  about = {f'{name} {key}': value for name, side in running.items() for key, value in side.about.items()}
   rows, taken = [], {}
   for size in BATCHES:
-    seconds = {name: [] for name in sides}
+    seconds = {name: [] for name in running}
     for turn in range(FLAGS.rounds + 1):
-      for name, side in sides.items():
-        found = side.run(size)
+      for name, side in running.items():
+        found = side.ask(size)
         if turn:
           seconds[name].append(found)
     taken[size] = seconds
@@ -58,45 +60,26 @@ def main() -> None:
     speeds = [size * FLAGS.new_tokens / statistics.median(side) for side in (ours, theirs)]
     spread = f'{min(ratios):.2f} to {max(ratios):.2f}'
     rows.append([size, *(f'{speed:,.1f}' for speed in speeds), f'{statistics.median(ratios):.2f}', spread])
+  for side in running.values():
+    side.close()
   columns = 'batch', 'mor_jax, tokens/s', 'transformers, tokens/s', 'ratio', 'smallest to largest'
   settings = {'new_tokens': FLAGS.new_tokens, 'prompt': PROMPT, 'rounds': FLAGS.rounds, **about}
   table = results.keep('decode_huggingface', columns, rows, settings, seconds=taken)
   Console().print(table, highlight=False, soft_wrap=True)
 
 
-class Side:
-  """The process of a side, which waits for the size of a batch and answers with the seconds it took."""
+def _timed(
+  prepare: Callable[[], tuple[dict[str, str], Callable[[int], None]]],
+) -> tuple[dict[str, str], Callable[[int], float]]:
+  """A side that answers the size of a batch with the seconds it took."""
+  about, generate = prepare()
 
-  def __init__(self, name: str):
-    options = [f'--side={name}', f'--new_tokens={FLAGS.new_tokens}']
-    self._process = subprocess.Popen(
-      [sys.executable, '-m', 'benchmarks.decode_huggingface', *options],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      text=True,
-    )
-    self.about = self._read()
-
-  def run(self, size: int) -> float:
-    """Seconds for a batch of so many sequences."""
-    self._process.stdin.write(f'{size}\n')
-    self._process.stdin.flush()
-    return self._read()
-
-  def _read(self):
-    line = self._process.stdout.readline()
-    if not line:
-      raise ConfigError('the process of a side ended early; its error is above')
-    return json.loads(line)
-
-
-def _serve(side: tuple[dict[str, str], Callable[[int], None]]) -> None:
-  about, generate = side
-  print(json.dumps(about), flush=True)
-  for line in sys.stdin:
+  def answer(size: int) -> float:
     begin = time.perf_counter()
-    generate(int(line))
-    print(json.dumps(time.perf_counter() - begin), flush=True)
+    generate(size)
+    return time.perf_counter() - begin
+
+  return about, answer
 
 
 def _prompt() -> np.ndarray:
