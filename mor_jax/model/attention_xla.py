@@ -15,7 +15,7 @@ MASKED_SCORE = -1e30
 
 BLOCK = 128  # queries of a block (measured: benchmarks/attention.py) ...
 MOST_BLOCKS = 8  # ... unless a row has too many for the size of the program
-AT_ONCE = 1024  # queries; the blocks of longer rows run one after the other, for the sake of memory
+AT_ONCE = 1024  # keys; the blocks of longer rows run one after the other, for the sake of memory
 
 
 def visible(queries: TokenContext, keys: TokenContext) -> jax.Array:
@@ -46,7 +46,7 @@ def _attend(q_BKGTE, k_BKSE, v_BKSE, queries, keys):
 def _forward(q_BKGTE, k_BKSE, v_BKSE, queries, keys):
   outputs, normalizers = [], []
   for begin, end, seen in _blocks(q_BKGTE.shape[3], k_BKSE.shape[2]):
-    q_BKME = _after(outputs, _folded(q_BKGTE, begin, end), q_BKGTE)
+    q_BKME = _after(outputs, _folded(q_BKGTE, begin, end), k_BKSE)
     scores_BKMS = _scores(q_BKME, k_BKSE, queries, keys, begin, end, seen)
     largest_BKM1 = scores_BKMS.max(axis=-1, keepdims=True)
     weights_BKMS = jnp.exp(scores_BKMS - largest_BKM1)
@@ -65,10 +65,10 @@ def _backward(kept, grad_BKGTE):
   grads_q, grad_k_BKSE, grad_v_BKSE = [], 0.0, 0.0
   blocks = _blocks(q_BKGTE.shape[3], k_BKSE.shape[2])
   for (begin, end, seen), (largest_BKM1, total_BKM1) in zip(blocks, normalizers, strict=True):
-    q_BKME = _after(grads_q, _folded(q_BKGTE, begin, end), q_BKGTE)
+    q_BKME = _after(grads_q, _folded(q_BKGTE, begin, end), k_BKSE)
     scores_BKMS = _scores(q_BKME, k_BKSE, queries, keys, begin, end, seen)
     weights_BKMS = jnp.exp(scores_BKMS - largest_BKM1)
-    grad_BKME = _after(grads_q, _folded(grad_BKGTE, begin, end), q_BKGTE).astype(jnp.float32) / total_BKM1
+    grad_BKME = _after(grads_q, _folded(grad_BKGTE, begin, end), k_BKSE).astype(jnp.float32) / total_BKM1
     mean_BKM1 = (grad_BKME * _folded(out_BKGTE, begin, end)).sum(axis=-1, keepdims=True)
     grad_BKME = grad_BKME.astype(v_BKSE.dtype)
     grad_weights_BKMS = _product(grad_BKME, v_BKSE[:, :, :seen], transposed=True)
@@ -92,12 +92,12 @@ def _blocks(length: int, row: int) -> list[tuple[int, int, int]]:
   return [(begin, end, row - length + end) for begin, end in zip(range(0, length, size), ends, strict=True)]
 
 
-def _after(earlier, block_BKME, all_BKGTE):
+def _after(earlier, block_BKME, k_BKSE):
   """The block; of a long row once the last of the earlier results is there.
 
   Without a need to wait the compiler runs blocks side by side, and the scores of all exist at once.
   """
-  if not earlier or all_BKGTE.shape[3] <= AT_ONCE:
+  if not earlier or k_BKSE.shape[2] <= AT_ONCE:
     return block_BKME
   return block_BKME + 0 * earlier[-1][:, :1, 0, :1, :1].astype(block_BKME.dtype)
 
