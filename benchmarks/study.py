@@ -2,7 +2,7 @@
 
 Vanilla, recursive and MoR models (configs/study.py, two and three recursions) at equal FLOPs and at equal
 tokens: the learning rate of each is tuned over at least four values, with more beside the best until it lies
-inside the range (MoR at equal FLOPs); then further seeds train at it, and MoR also with the EMA threshold in
+inside the range; then further seeds train at it, and MoR also with the EMA threshold in
 place of the auxiliary loss. Losses of MoR are taken under top-k and under threshold routing. The same command
 goes on where it was stopped. Rows are kept in benchmarks/results/study.*, with plots beside them.
 
@@ -86,8 +86,8 @@ class Model:
 
   @property
   def tuned_as(self) -> 'Model':
-    """The model whose best learning rate this one takes, too: MoR is tuned at equal FLOPs with auxiliary loss."""
-    return dataclasses.replace(self, equal='flops', selection='top_k') if self.kind == 'mor' else self
+    """The model whose best learning rate this one takes: itself, or with the EMA threshold that without it."""
+    return dataclasses.replace(self, selection='top_k')
 
 
 MODELS = (
@@ -237,7 +237,7 @@ def _keep(study: Study, best: dict[Model, float], evaluated: dict[tuple, dict[st
     'losses': 'nats per token on the validation split; mean ± sample standard deviation over seeds',
     'FLOPs': 'forward, as the paper counts them',
     'learning rates': f'tuned on seed 0; best one inside its range: {inside}',
-    'not tuned again': 'MoR at equal tokens, and with the EMA threshold in place of the auxiliary loss',
+    'EMA threshold': 'in place of the auxiliary loss, at the learning rate tuned with it',
     'steps of the vanilla model': FLAGS.steps,
   }
   tuned = {
