@@ -43,7 +43,7 @@ def test_range_of_learning_rates_grows_until_the_best_lies_inside(made, study):
 
 
 def test_models_are_equal_in_what_they_say(made, study):
-  made.train([(model, 4e-3, 0) for model in study.MODELS + study.EMA_MODELS])
+  made.train([(model, 4e-3, 0) for model in study.MODELS])
   runs = {model: run for (model, _, _), run in made.runs.items()}
   vanilla = runs[study.MODELS[0]]
   for model, run in runs.items():
@@ -54,8 +54,10 @@ def test_models_are_equal_in_what_they_say(made, study):
       assert run.tokens == vanilla.tokens
     size = flops.count_parameters(run.config.replace(model={'vocab_size': 1024}).model).total
     assert 1e6 < size < 5e6
-    assert run.config.model.causality == ('none' if model in study.EMA_MODELS else 'aux_loss')
-  assert len({run.name for run in runs.values()}) == len(study.MODELS) + len(study.EMA_MODELS) == 9
+    assert run.config.model.causality == ('aux_loss' if model in study.TUNED else 'none')
+  assert len({run.name for run in runs.values()}) == len(study.MODELS) == 9
+  assert len(study.TUNED) == 7
+  assert all(model.tuned_as in study.TUNED for model in study.MODELS)
 
 
 @pytest.mark.parametrize(
