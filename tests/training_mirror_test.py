@@ -107,7 +107,8 @@ def test_the_copy_replaces_a_damaged_original(saved, local, remote, state):
 def test_a_damaged_copy_is_set_aside_and_the_one_before_it_used(saved, local, remote):
   shutil.rmtree(local)
   payload = largest_file(saved / '3')
-  payload.write_bytes(payload.read_bytes()[:-1] + b'?')
+  contents = payload.read_bytes()
+  payload.write_bytes(contents[:-1] + bytes([contents[-1] ^ 1]))
   with opened(local, remote, read_only=True) as checkpoints:
     assert checkpoints.newest_good() == 2
   assert Mirror(remote, local).steps == [2, 3]  # whoever only reads changes nothing there
