@@ -57,11 +57,11 @@ def _forward(q_BKGTE, k_BKSE, v_BKSE, queries, keys):
     outputs.append(_unfolded(out_BKME, q_BKGTE))
     normalizers.append((largest_BKM1, total_BKM1))
   out_BKGTE = jnp.concatenate(outputs, axis=3)
-  return out_BKGTE, (q_BKGTE, k_BKSE, v_BKSE, queries, keys, out_BKGTE, normalizers)
+  return out_BKGTE, (q_BKGTE, k_BKSE, v_BKSE, queries, keys, normalizers)
 
 
 def _backward(kept, grad_BKGTE):
-  q_BKGTE, k_BKSE, v_BKSE, queries, keys, out_BKGTE, normalizers = kept
+  q_BKGTE, k_BKSE, v_BKSE, queries, keys, normalizers = kept
   grads_q, grad_k_BKSE, grad_v_BKSE = [], 0.0, 0.0
   blocks = _blocks(q_BKGTE.shape[3], k_BKSE.shape[2])
   for (begin, end, seen), (largest_BKM1, total_BKM1) in zip(blocks, normalizers, strict=True):
@@ -69,9 +69,11 @@ def _backward(kept, grad_BKGTE):
     scores_BKMS = _scores(q_BKME, k_BKSE, queries, keys, begin, end, seen)
     weights_BKMS = jnp.exp(scores_BKMS - largest_BKM1)
     grad_BKME = _after(grads_q, _folded(grad_BKGTE, begin, end), k_BKSE).astype(jnp.float32) / total_BKM1
-    mean_BKM1 = (grad_BKME * _folded(out_BKGTE, begin, end)).sum(axis=-1, keepdims=True)
     grad_BKME = grad_BKME.astype(v_BKSE.dtype)
     grad_weights_BKMS = _product(grad_BKME, v_BKSE[:, :, :seen], transposed=True)
+    # Of output and its gradient it would be the same number, but not to the bit what is subtracted it from, and
+    # the gradients of queries and keys would have several times the rounding error.
+    mean_BKM1 = (weights_BKMS * grad_weights_BKMS).sum(axis=-1, keepdims=True) / total_BKM1
     grad_scores_BKMS = (weights_BKMS * (grad_weights_BKMS - mean_BKM1)).astype(q_BKGTE.dtype)
     grads_q.append(_unfolded(_product(grad_scores_BKMS, k_BKSE[:, :, :seen]), q_BKGTE))
     later = ((0, 0), (0, 0), (0, k_BKSE.shape[2] - seen), (0, 0))
