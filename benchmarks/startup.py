@@ -28,7 +28,6 @@ flags.DEFINE_integer('rounds', 3, 'repetitions of everything')
 flags.DEFINE_string('config_file', 'configs/tiny.py', 'what is trained')
 
 IMPORTS = {'mor_jax': 1.0, 'mor_jax.model.transformer': 1.0, 'mor_jax.train': None}  # goals in seconds
-HEAVY = ('tensorflow', 'tensorflow_datasets', 'grain', 'orbax', 'tensorboardX', 'torch', 'transformers')
 GOALS = {'cold': 25.0, 'warm': 12.0}
 # What a run prints when a phase of its start has ended, in order.
 PHASES = {
@@ -39,11 +38,11 @@ PHASES = {
 }
 
 _IMPORT = """
-import sys, time
+import time
 import jax
 begin = time.perf_counter()
 import {module}
-print(time.perf_counter() - begin, *(name for name in {heavy} if name in sys.modules))
+print(time.perf_counter() - begin)
 """
 
 
@@ -57,29 +56,24 @@ def main() -> None:
         taken.append(_start(Path(cache), name))
   for name, taken in starts.items():
     whole = statistics.median(sum(phases.values()) for phases in taken)
-    rows.append([f'first step, {name}', f'{whole:.1f}', f'{GOALS[name]:.0f}', ''])
+    rows.append([f'first step, {name}', f'{whole:.1f}', f'{GOALS[name]:.0f}'])
     for phase in taken[0]:
       seconds = statistics.median(phases[phase] for phases in taken)
-      rows.append([f'first step, {name}: {phase}', f'{seconds:.1f}', '', ''])
+      rows.append([f'first step, {name}: {phase}', f'{seconds:.1f}', ''])
   used = {'rounds': FLAGS.rounds, 'run': FLAGS.config_file}
-  table = results.keep('startup', ('what', 'seconds', 'goal', 'heavy modules'), rows, used)
+  table = results.keep('startup', ('what', 'seconds', 'goal'), rows, used)
   Console().print(table, highlight=False, soft_wrap=True)
 
 
 def _import(module: str, goal: float | None) -> list:
   """A row about a module."""
-  program = _IMPORT.format(module=module, heavy=HEAVY)
-  seconds, found = [], ''
+  seconds = []
   for _ in range(FLAGS.rounds + 1):  # the first may write bytecode
-    ended = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True)
-    taken, _, found = ended.stdout.strip().partition(' ')
-    seconds.append(float(taken))
-  return [
-    f'import {module}, beyond jax',
-    f'{statistics.median(seconds[1:]):.2f}',
-    '' if goal is None else f'{goal:.0f}',
-    found or 'none',
-  ]
+    command = [sys.executable, '-c', _IMPORT.format(module=module)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds.append(float(ended.stdout))
+  median = statistics.median(seconds[1:])
+  return [f'import {module}, beyond jax', f'{median:.2f}', '' if goal is None else f'{goal:.0f}']
 
 
 def _start(cache: Path, name: str) -> dict[str, float]:

@@ -6,8 +6,7 @@ inside the range; then further seeds train at it, and MoR also with the EMA thre
 place of the auxiliary loss. Losses of MoR are taken under top-k and under threshold routing. The same command
 goes on where it was stopped. Rows are kept in benchmarks/results/study.*, with plots beside them.
 
-About 45 runs of 1000 steps and more, two at a time on two cores: 4 minutes a run of the vanilla model on a
-machine that does nothing else, two hours in all.
+With --steps=500 it is about 50 runs of 70 to 120 seconds each, two at a time on two cores that do nothing else.
 """
 
 import collections

@@ -31,7 +31,8 @@ class HarnessModel(TemplateLM):
   """Scores and continues texts with a run's model. Routing is by threshold, hence causal, unless asked otherwise.
 
   Tokens are those of the run's tokenizer, without any added at the beginning; a text without context follows
-  the prefix token, by default that which ends documents, as in training. Texts longer than `max_len` lose their beginning.
+  the prefix token, by default that which ends documents, as in training. Texts longer than `max_len` lose
+  their beginning.
   """
 
   def __init__(

@@ -71,8 +71,8 @@ def _backward(kept, grad_BKGTE):
     grad_BKME = _after(grads_q, _folded(grad_BKGTE, begin, end), k_BKSE).astype(jnp.float32) / total_BKM1
     grad_BKME = grad_BKME.astype(v_BKSE.dtype)
     grad_weights_BKMS = _product(grad_BKME, v_BKSE[:, :, :seen], transposed=True)
-    # Of output and its gradient it would be the same number, but not to the bit what is subtracted it from, and
-    # the gradients of queries and keys would have several times the rounding error.
+    # The product of output and its gradient would be the same number, but not to the last bit the mean of what it is
+    # subtracted from: gradients of queries and keys would have several times the rounding error.
     mean_BKM1 = (weights_BKMS * grad_weights_BKMS).sum(axis=-1, keepdims=True) / total_BKM1
     grad_scores_BKMS = (weights_BKMS * (grad_weights_BKMS - mean_BKM1)).astype(q_BKGTE.dtype)
     grads_q.append(_unfolded(_product(grad_scores_BKMS, k_BKSE[:, :, :seen]), q_BKGTE))
@@ -101,6 +101,7 @@ def _after(earlier, block_BKME, k_BKSE):
   """
   if not earlier or k_BKSE.shape[2] <= AT_ONCE:
     return block_BKME
+  # jax.lax.optimization_barrier says the same, but the compiler for CPUs drops it before it orders operations.
   return block_BKME + 0 * earlier[-1][:, :1, 0, :1, :1].astype(block_BKME.dtype)
 
 

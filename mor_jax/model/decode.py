@@ -114,13 +114,13 @@ def prepare(cached: CachedModel, variables: dict) -> DecodeParams:
   router = {name: params[name] for name in ('router', 'aux_router') if name in params}
   router |= variables.get('routing', {})
   if config.kind == 'mor' and config.random_router:
-    router['noise'] = random_choices(config, cached.layout.max_len)
+    router['noise'] = router_noise(config, cached.layout.max_len)
   head = None if config.tie_embeddings else params['head']['kernel'].astype(dtype)
   embed = params['embed']['embedding'].astype(dtype)
   return DecodeParams(embed, head, params['final_norm']['scale'], layers, params.get('steps', {}), router)
 
 
-def random_choices(config: ModelConfig, max_len: int) -> jax.Array:
+def router_noise(config: ModelConfig, max_len: int) -> jax.Array:
   """What a random router gives the positions of a sequence (R, max_len): as for a single row in `Transformer`."""
   keys_R = jax.random.split(jax.random.key(0), config.recursions)
   return jax.vmap(lambda key: random_logits(key, (1, max_len))[0])(keys_R)

@@ -139,18 +139,16 @@ class Transformer(nn.Module):
     zeros_R = jnp.zeros((cfg.recursions,))
     if cfg.random_router:
       key = self.make_rng('routing') if self.has_rng('routing') else jax.random.key(0)
-      keys_R = jax.random.split(key, cfg.recursions)
+      router = jax.random.split(key, cfg.recursions)
+    else:
+      router = self.router
     if cfg.router == 'token_choice':
-      router = keys_R if cfg.random_router else self.router
       bias_R = self.routing_state['bias'].value if 'bias' in self.routing_state else zeros_R
       return token_choice.route(
         cfg, block, router, self.steps, bias_R, x_BTD, context, routing, max_len, slack, steps
       )
     steps_R = {'own': self.steps, 'threshold': self.get_variable('routing', 'threshold', zeros_R)}
-    if cfg.random_router:
-      steps_R['key'] = keys_R
-    else:
-      steps_R['router'] = self.router
+    steps_R['key' if cfg.random_router else 'router'] = router
     if cfg.has_aux_router:
       steps_R['aux_router'] = self.aux_router
     steps_R = jax.tree.map(lambda leaf_R: leaf_R[:steps], steps_R)
