@@ -16,7 +16,8 @@ from mor_jax.interop import names, official
 from mor_jax.interop import tensors as tensors_lib
 from mor_jax.model.router import loss_weights, summarize
 from mor_jax.model.transformer import Transformer
-from tests import tiny
+from mor_jax.training import vocabulary_loss
+from tests import backends, tiny
 
 FOLDER = pathlib.Path(__file__).parent / 'fixtures' / 'official_mor'
 NAMES = sorted(path.stem for path in FOLDER.glob('*.json'))
@@ -33,11 +34,21 @@ class Fixture:
     self.tokens_BT = jnp.asarray(self.recorded['input_ids'], jnp.int32)
 
 
-def total_loss(model, variables, tokens_BT):
-  """The authors' training loss: mean next-token cross entropy and the weighted losses of the routers."""
+def total_loss(model, variables, tokens_BT, chunk):
+  """The authors' training loss: mean next-token cross entropy and the weighted losses of the routers.
+
+  Of all logits at once (`chunk` is None), or by the vocabulary loss of training, `chunk` tokens at a time.
+  """
   output = model.apply(variables, tokens_BT)
-  logprobs_BTV = jax.nn.log_softmax(output.logits[:, :-1])
-  total = -jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1).mean()
+  if chunk is None:
+    logprobs_BTV = jax.nn.log_softmax(output.logits[:, :-1])
+    total = -jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1).mean()
+  else:
+    x_BTD, kernel_DV, _ = model.apply(variables, tokens_BT, method=Transformer.hidden_and_head)
+    targets_BT, mask_BT = tokens_BT[:, 1:], jnp.ones_like(tokens_BT[:, 1:], bool)
+    nll = vocabulary_loss.next_token_nll
+    summed = vocabulary_loss.sum_over_tokens(nll, x_BTD[:, :-1], kernel_DV, (targets_BT, mask_BT), chunk)
+    total = summed / targets_BT.size
   parts = {'lm_loss': total}
   for name, term in output.routing.losses.items():
     parts[name] = (term.sum / term.count).sum()
@@ -45,17 +56,27 @@ def total_loss(model, variables, tokens_BT):
   return total, (parts, output)
 
 
-run = jax.jit(jax.value_and_grad(total_loss, argnums=1, has_aux=True), static_argnums=0)
+run = jax.jit(jax.value_and_grad(total_loss, argnums=1, has_aux=True), static_argnums=(0, 3))
 
 
-@pytest.mark.parametrize('dispatch', ['gather', pytest.param('mask', marks=pytest.mark.slow)])
+WAYS = [
+  ({}, None),
+  # Slow ones say nothing new while the others pass.
+  pytest.param({'dispatch': 'mask'}, None, marks=pytest.mark.slow),
+  *(pytest.param({}, chunk, marks=pytest.mark.slow) for chunk in (0, 20)),
+  *(pytest.param({'attention': backend}, None, marks=pytest.mark.slow) for backend in backends.OTHERS),
+]
+
+
+@pytest.mark.parametrize(('change', 'chunk'), WAYS)
 @pytest.mark.parametrize('name', NAMES)
-def test_matches_the_authors(name, dispatch):
+def test_matches_the_authors(name, change, chunk, monkeypatch):
+  backends.run_anywhere(monkeypatch)
   fixture = Fixture(name)
   recorded = fixture.recorded
   model, variables = official.load(fixture.weights, fixture.settings)
-  model = Transformer(dataclasses.replace(model.config, dispatch=dispatch))
-  (total, (parts, output)), gradients = run(model, variables, fixture.tokens_BT)
+  model = Transformer(dataclasses.replace(model.config, **change))
+  (total, (parts, output)), gradients = run(model, variables, fixture.tokens_BT, chunk)
   np.testing.assert_allclose(output.logits, recorded['logits'], atol=1e-4)
   np.testing.assert_allclose(total, recorded['total_loss'], atol=1e-4)
   theirs = {'lm_loss': 'lm_loss', 'aux': 'sampling_loss', 'balancing': 'balancing_loss'}
@@ -67,18 +88,18 @@ def test_matches_the_authors(name, dispatch):
   summary = summarize(jax.device_get(output.routing.counts))
   if model.config.router == 'expert_choice':
     np.testing.assert_allclose(summary['sampling_accuracy'], recorded['sampling_acc'], atol=1e-6)
-    assert_same_tokens_selected(model.config, output.routing, recorded, dispatch)
+    assert_same_tokens_selected(model.config, output.routing, recorded)
   else:
     shares = [summary[f'depth_share_{depth}'] for depth in range(1, model.config.num_recursions + 1)]
     np.testing.assert_allclose(shares, recorded['balancing_ratio'], atol=1e-6)
   tiny.assert_same_gradients(gradients['params'], official.to_params(model.config, fixture.gradients))
 
 
-def assert_same_tokens_selected(config, routing, recorded, dispatch):
+def assert_same_tokens_selected(config, routing, recorded):
   for step in range(config.num_recursions):
     chosen_B = [np.flatnonzero(row) for row in routing.selected_RBT[step]]
     np.testing.assert_array_equal(chosen_B, recorded[f'selected_{step}'])
-    if dispatch == 'gather':
+    if config.dispatch == 'gather':
       np.testing.assert_array_equal(routing.indices[step], recorded[f'selected_{step}'])
 
 

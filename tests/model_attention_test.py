@@ -15,7 +15,7 @@ from mor_jax.model.layers import rotate, rotation
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import rules, topology
-from tests import tiny
+from tests import backends, tiny
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,15 +146,7 @@ def test_splash_equals_the_reference(case):
 
 def test_cudnn_gets_what_it_takes(monkeypatch):
   """Even sizes and a mask; what XLA makes of them is the reference's result. (There is no GPU here.)"""
-  plain = jax.nn.dot_product_attention
-
-  def instead(q, k, v, mask, implementation):
-    assert implementation == 'cudnn'
-    assert q.shape[1] % 2 == 0
-    assert k.shape[1] % 2 == 0
-    return plain(q, k, v, mask=mask, implementation='xla')
-
-  monkeypatch.setattr(jax.nn, 'dot_product_attention', instead)
+  backends.run_anywhere(monkeypatch)
   assert_equals_reference(attention.BACKENDS['cudnn'], Case(41, chosen=23, to_row=True))
 
 

@@ -10,7 +10,7 @@ import pytest
 from mor_jax.model.layers import DecoderLayer, Memory
 from mor_jax.model.stack import layer_inputs
 from mor_jax.model.transformer import Transformer, token_context
-from tests import tiny
+from tests import backends, tiny
 
 LAYERS = {1: 4, 2: 6, 3: 5, 4: 6}  # unrolled depth for R recursions, first and last layer included
 RAGGED = {
@@ -25,6 +25,11 @@ CASES = [
   for steps, options in RAGGED.items()
   for capacities, gating in zip(options, ('weighted', 'residual'), strict=True)
 ] + [(3, RAGGED[3][0], {'kv': kv}) for kv in ('shared', 'hybrid')]
+ON_OTHER_BACKENDS = [
+  pytest.param(3, RAGGED[3][0], {'attention': backend, 'kv': kv}, marks=pytest.mark.slow)
+  for backend in backends.OTHERS
+  for kv in ('recursion_wise', 'shared')
+]
 
 # Two documents and padding in the first row, one document in the second.
 SEGMENTS = jnp.array([[1] * 9 + [2] * 8 + [0] * 6, [1] * 23])
@@ -50,8 +55,9 @@ def assert_trees_close(left, right, **tolerance):
     np.testing.assert_allclose(a, b, err_msg=jax.tree_util.keystr(path), **tolerance)
 
 
-@pytest.mark.parametrize(('steps', 'capacities', 'change'), CASES)
-def test_gather_equals_mask(steps, capacities, change):
+@pytest.mark.parametrize(('steps', 'capacities', 'change'), CASES + ON_OTHER_BACKENDS)
+def test_gather_equals_mask(steps, capacities, change, monkeypatch):
+  backends.run_anywhere(monkeypatch)
   settings = {
     'num_layers': LAYERS[steps],
     'num_recursions': steps,

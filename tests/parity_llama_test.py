@@ -7,13 +7,14 @@ import pytest
 
 from mor_jax.interop.names import LAYER
 from mor_jax.model.transformer import Transformer
-from tests import tiny
+from tests import backends, tiny
 
 pytestmark = pytest.mark.torch
 
 CASES = [
   {'tie_embeddings': True, 'num_kv_heads': 2},
   {'tie_embeddings': False, 'num_kv_heads': 4, 'rope_theta': 500.0, 'norm_epsilon': 1e-3},
+  *({'attention': backend} for backend in backends.OTHERS),
 ]
 
 
@@ -64,9 +65,10 @@ def to_params(config, tensors):
 
 
 @pytest.mark.parametrize('change', CASES)
-def test_logits_loss_and_gradients_equal_llama(change):
+def test_logits_loss_and_gradients_equal_llama(change, monkeypatch):
   import torch
 
+  backends.run_anywhere(monkeypatch)
   config = tiny.config(kind='vanilla', **change)
   theirs, ours = llama(config), Transformer(config)
   tokens_BT = np.asarray(tiny.tokens(2, 24))

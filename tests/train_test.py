@@ -114,9 +114,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(
   config, finished, tmp_path, monkeypatch, number, code, saves
 ):
   folder = tmp_path / 'killed'
-  command = [sys.executable, '-c', KILLED_RUN, json.dumps(config.to_dict()), str(folder), str(int(number))]
-  environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
-  killed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+  killed = _run_until_killed(config, folder, number)
   assert killed.returncode == code, killed.stderr
   saved = max(int(path.name) for path in (folder / 'checkpoints').iterdir() if path.name.isdigit())
   assert saved in saves
@@ -145,9 +143,26 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(
   result = json.loads((folder / 'summary.json').read_text())
   assert result['restarts'] == 1
   assert (result['goodput']['lost'] > 0.01) == (number == signal.SIGKILL)
-  one, other = _checkpoint(folder, 20), _checkpoint(finished, 20)
-  assert jax.tree.structure(one) == jax.tree.structure(other)
-  jax.tree.map(np.testing.assert_array_equal, one, other)
+  _assert_same_last_state(folder, finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'model': {'attention': 'reference'}},  # the others need accelerators; `auto` is xla here
+    {'train': {'loss_chunk': 0}},
+    {'train': {'loss_chunk': 100}},
+  ],
+)
+def test_resumes_bit_for_bit_with_every_attention_and_loss(config, tmp_path, change):
+  changed = config.replace(**change)
+  killed = _run_until_killed(changed, tmp_path / 'killed', signal.SIGKILL)
+  assert killed.returncode == -signal.SIGKILL, killed.stderr
+  for name in ('killed', 'uninterrupted'):
+    assert train.main(changed, str(tmp_path / name)) == 0
+  _assert_same_last_state(tmp_path / 'killed', tmp_path / 'uninterrupted')
+  assert json.loads((tmp_path / 'killed' / 'summary.json').read_text())['restarts'] == 1
 
 
 @pytest.mark.slow
@@ -156,15 +171,7 @@ def test_a_restart_does_not_compile_again(config, tmp_path):
   own = config.replace(data={'cache_dir': str(tmp_path / 'cache')})
   environment = {name: value for name, value in os.environ.items() if 'CACHE_DIR' not in name}
   for number, code in ((signal.SIGTERM, 143), (0, 0)):  # 0: no signal
-    command = [
-      sys.executable,
-      '-c',
-      KILLED_RUN,
-      json.dumps(own.to_dict()),
-      str(tmp_path / 'run'),
-      str(int(number)),
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = _run_until_killed(own, tmp_path / 'run', number, environment)
     assert done.returncode == code, done.stderr
   first, second = json.loads((tmp_path / 'run' / 'goodput.json').read_text())
   assert second['seconds']['compile'] < 0.6 * first['seconds']['compile']
@@ -247,6 +254,19 @@ def _mark_lines(path: Path) -> None:
 
 def _checkpoint(folder: Path, step: int):
   return ocp.load(folder / 'checkpoints' / str(step))
+
+
+def _run_until_killed(config, folder, number, environment=os.environ) -> subprocess.CompletedProcess[str]:
+  """A training in a process of its own, which gets the signal (0: none) before KILL_BEFORE_STEP."""
+  command = [sys.executable, '-c', KILLED_RUN, json.dumps(config.to_dict()), str(folder), str(int(number))]
+  environment = environment | {'JAX_PLATFORMS': 'cpu'}
+  return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def _assert_same_last_state(folder: Path, other: Path) -> None:
+  one, two = _checkpoint(folder, 20), _checkpoint(other, 20)
+  assert jax.tree.structure(one) == jax.tree.structure(two)
+  jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
 def _content(folder: Path) -> dict[str, bytes]:
