@@ -1,7 +1,7 @@
 """Memory of the train step on a TPU, MoR against vanilla at equal settings, compiled ahead of time.
 
-  python -m benchmarks.memory --fast [--sizes=360m] [--remats=full,dots,none,block] [--attentions=auto,xla]
-      [--loss_chunks=none,0] [--at=full,none] [--again]
+  python -m benchmarks.memory --fast [--sizes=360m] [--remats=full,dots,none,block]
+      [--attentions=auto,xla,reference] [--loss_chunks=none,0] [--at=full,none] [--again]
 
 8 x 2048 tokens on one chip of v5p, AdamW, float32 parameters, bfloat16 compute. The first of each list is what
 the configs ship. Every remat is compiled with the shipped attention and loss; every other attention and loss
@@ -22,7 +22,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_list('sizes', ['360m', '1p7b'], 'configs')
 flags.DEFINE_list('models', list(ahead.MODELS), 'models to compile')
 flags.DEFINE_list('remats', ['full', 'dots', 'none', 'block'], 'values of model.remat')
-flags.DEFINE_list('attentions', ['auto', 'xla'], 'values of model.attention')
+flags.DEFINE_list('attentions', ['auto', 'xla', 'reference'], 'values of model.attention')
 flags.DEFINE_list('loss_chunks', ['none', '0'], 'values of train.loss_chunk')
 flags.DEFINE_list(
   'at', ['full', 'none'], 'values of model.remat with which other attentions and losses are compiled'
