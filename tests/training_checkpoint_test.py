@@ -230,8 +230,10 @@ def test_a_file_system_that_takes_no_more_bytes(state, folder, run, caplog):
     assert 'could not be saved' in told[0]
     assert caplog.text.count('Traceback') == 0, 'not a thousand lines of stacks'
     assert checkpoints.latest_step == 6
+    replaced = checkpoints._checkpointer
     checkpoints.save(10, state)
     checkpoints.wait()
+    assert checkpoints._checkpointer is replaced, 'two at a time clear away the same half-written checkpoint'
     assert checkpoints.newest_good() == 10
     jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(10, run.abstract), state)
 

@@ -4,6 +4,7 @@ A checkpoint is a folder named by its step, made by Orbax, with digests of all i
 (integrity.py). The manifest also says what the state belongs to: config, tokenizer, code, validation loss.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -72,7 +73,8 @@ class Checkpoints:
     self._attachments = [epath.Path(path) for path in attachments]
     self._read_only, self._mirror = read_only, mirror
     self._finishing: threading.Thread | None = None
-    self._failure: str | None = None
+    self._failure: str | None = None  # of the last save
+    self._holds_failure = False  # the checkpointer does, and would raise it at its next call
     self._finished: int | None = None
     self._saved_at = self._failed_at = time.monotonic()
     logging.getLogger('absl').addFilter(_is_no_stack_of_orbax)
@@ -254,7 +256,7 @@ class Checkpoints:
 
   def _note_failure(self, step: int, error: Exception) -> None:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    self._failure, self._failed_at = reason, time.monotonic()
+    self._failure, self._failed_at, self._holds_failure = reason, time.monotonic(), True
     self._report(
       f'WARNING: checkpoint {self.path(step)} could not be saved: {reason}; training goes on, another attempt '
       f'follows in {RETRY_SECONDS:.0f} s or at the next checkpoint'
@@ -289,13 +291,12 @@ class Checkpoints:
     if self._finishing is not None:
       self._finishing.join()
       self._finishing = None
-    if self._failure is not None:
-      # Orbax keeps the failure of a background save and raises it at the next call.
-      try:
+    if self._holds_failure:
+      # Replaced once and no more: a new one clears away what is half-written, and two would do so at a time.
+      with contextlib.suppress(Exception):
         self._checkpointer.close()
-      except Exception as error:
-        self._failure = self._failure or str(error)
       self._open()
+      self._holds_failure = False
 
   def wait(self) -> None:
     """Returns when everything saved is complete on disk.
