@@ -6,7 +6,7 @@
 8 x 2048 tokens on one chip of v5p, AdamW, float32 parameters, bfloat16 compute. The first of each list is what
 the configs ship. Every remat is compiled with the shipped attention and loss; every other attention and loss
 with the remats of --at. Recursive KV sharing is compiled with these, under every attention: its `auto` is our
-Pallas kernel. A program takes minutes; results/memory.json is written after each, and a second run goes on
+Pallas kernel. A program takes half a minute and more; results/memory.json is written after each, and a second run goes on
 from there.
 """
 
