@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import results
-from mor_jax.parallel import topology
+from mor_jax.planning import topology
 
 Compiled = dict[str, Any]  # what `python -m mor_jax.compile --json` prints
 MODELS = {

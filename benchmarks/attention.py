@@ -26,7 +26,8 @@ from mor_jax import cli
 from mor_jax.model import attention, attention_xla
 from mor_jax.model.context import TokenContext
 from mor_jax.parallel import mesh as mesh_lib
-from mor_jax.parallel import rules, topology
+from mor_jax.parallel import rules
+from mor_jax.planning import topology
 from mor_jax.training import vocabulary_loss
 
 FLAGS = flags.FLAGS

@@ -32,13 +32,13 @@ from etils import epath
 from benchmarks import results
 from benchmarks.damage import DAMAGE, newest
 from mor_jax import cli
+from mor_jax.checkpoints import integrity
+from mor_jax.checkpoints.checkpoint import Checkpoints
 from mor_jax.config import ModelConfig, TrainConfig
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
-from mor_jax.training import integrity
-from mor_jax.training.checkpoint import Checkpoints
+from mor_jax.runs.run_folder import RunFolder
 from mor_jax.training.optimizer import make_optimizer
-from mor_jax.training.run_folder import RunFolder
 from mor_jax.training.state import TrainState, abstract_state, initializer
 
 FLAGS = flags.FLAGS
@@ -79,7 +79,7 @@ import os, runpy, sys, time
 from pathlib import Path
 sys.modules['torch'] = None  # where it is installed, TensorBoard's writer would take seconds to import it
 from mor_jax.data import loader
-from mor_jax.training.checkpoint import Checkpoints
+from mor_jax.checkpoints.checkpoint import Checkpoints
 
 notes, process = Path(sys.argv[1]), sys.argv[2]
 sys.argv = ['train', *sys.argv[3:]]

@@ -16,8 +16,8 @@ from absl import flags
 
 from benchmarks import results
 from mor_jax import cli
+from mor_jax.checkpoints.checkpoint import Checkpoints
 from mor_jax.config import CheckpointConfig
-from mor_jax.training.checkpoint import Checkpoints
 from mor_jax.training.state import TrainState
 
 FLAGS = flags.FLAGS

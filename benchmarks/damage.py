@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from mor_jax.training import integrity
+from mor_jax.checkpoints import integrity
 
 
 def newest(folder: Path, rank: int = 1) -> Path:

@@ -147,6 +147,7 @@ def tiny_speed(scratch: str) -> dict[str, float]:
   import jax.numpy as jnp
 
   from mor_jax import cli
+  from mor_jax.config import with_changes
   from mor_jax.data import loader, schedule
   from mor_jax.model.transformer import Transformer
   from mor_jax.parallel import mesh as mesh_lib
@@ -156,7 +157,7 @@ def tiny_speed(scratch: str) -> dict[str, float]:
 
   config = cli.load_config('configs/tiny.py', {'data.cache_dir': f'{scratch}/tiny'})
   dataset = loader.open_dataset(config.data)
-  config = config.replace(model={'vocab_size': dataset.tokenizer.vocab_size})
+  config = with_changes(config, model={'vocab_size': dataset.tokenizer.vocab_size})
   batches = loader.train_batches(dataset, config.data, schedule.of(config.train))
   mesh, model, optimizer = mesh_lib.make_mesh(), Transformer(config.model), make_optimizer(config.train)
   state = initializer(model, optimizer, mesh, config.data.seq_len)(jnp.uint32(0))

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmarks import results, sides
 from mor_jax import cli
-from mor_jax.config import ConfigError
+from mor_jax.config import ConfigError, with_changes
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum('side', None, ['mor_jax', 'transformers'], 'internal: be the process of this side')
@@ -105,7 +105,7 @@ def _ours() -> tuple[dict[str, str], Callable[[int], None]]:
     'vocab_size': VOCABULARY,
     'dtype': 'float32',
   }
-  model = Transformer(Config().replace(model=settings).model)
+  model = Transformer(with_changes(Config(), model=settings).model)
   variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), np.int32))
   options = {'max_len': PROMPT + FLAGS.new_tokens, 'chunks': (PROMPT,)}
   engines = {size: Engine(model, variables, slots=size, boundary_lanes=size, **options) for size in BATCHES}

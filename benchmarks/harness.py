@@ -28,7 +28,7 @@ from absl import flags
 
 from benchmarks import results
 from mor_jax import cli
-from mor_jax.config import ConfigError
+from mor_jax.config import ConfigError, with_changes
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('model', None, 'folder of the checkpoint, for the Hugging Face class')
@@ -172,10 +172,10 @@ def ours() -> Any:
 
   from mor_jax.evaluation.harness import HarnessModel
   from mor_jax.model.transformer import Transformer
-  from mor_jax.training.restore import load_run
+  from mor_jax.runs.restore import load_run
 
   run = load_run(FLAGS.run)
-  config = run.config.replace(model={'dtype': 'float32'})
+  config = with_changes(run.config, model={'dtype': 'float32'})
   run = dataclasses.replace(run, config=config, model=Transformer(config.model))
   cli.use_compilation_cache(config)
   return HarnessModel(run, FLAGS.batch_size)

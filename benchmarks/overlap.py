@@ -25,8 +25,8 @@ from rich.console import Console
 
 from benchmarks import results
 from mor_jax import cli, train
+from mor_jax.checkpoints.checkpoint import Checkpoints
 from mor_jax.training import loop, phases
-from mor_jax.training.checkpoint import Checkpoints
 from mor_jax.training.meter import Meter
 
 FLAGS = flags.FLAGS

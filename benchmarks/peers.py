@@ -28,8 +28,8 @@ from rich.progress import track
 from benchmarks import results, sides, training
 from mor_jax import cli
 from mor_jax.config import ConfigError
+from mor_jax.errors import RunError
 from mor_jax.model import flops
-from mor_jax.settings import RunError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer('rounds', 9, 'steps of every side that are timed')

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mor_jax.training.run_folder import code_version
+from mor_jax.runs.run_folder import code_version
 
 FOLDER = Path(__file__).parent / 'results'
 

@@ -22,7 +22,7 @@ from rich.progress import track
 from benchmarks import results
 from mor_jax import cli
 from mor_jax.model import tokens
-from mor_jax.parallel import topology
+from mor_jax.planning import topology
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer('rounds', 30, 'runs of every way that are timed')

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mor_jax.settings import RunError
+from mor_jax.errors import RunError
 
 
 class Side:

@@ -25,8 +25,8 @@ from rich.console import Console
 from benchmarks import results
 from mor_jax import cli
 from mor_jax.config import ConfigError
+from mor_jax.errors import RunError
 from mor_jax.model import flops
-from mor_jax.settings import RunError
 from mor_jax.sweeping import plan as plan_lib
 from mor_jax.sweeping import results as tables
 from mor_jax.sweeping.plan import Plan, PlannedRun

@@ -22,9 +22,9 @@ from rich.progress import track
 
 from benchmarks import results, training
 from mor_jax import cli
-from mor_jax.config import Config, ConfigError
+from mor_jax.config import Config, ConfigError, with_changes
 from mor_jax.model import flops
-from mor_jax.parallel.executed import executed_flops
+from mor_jax.planning.executed import executed_flops
 from mor_jax.units import megabytes
 
 FLAGS = flags.FLAGS
@@ -86,8 +86,8 @@ def contenders_of(base: Config, names: list[str]) -> dict[str, tuple[str, Config
     recursions = MODELS[name]['num_recursions']
     depth = 2 + -(-(base.model.num_layers - 2) // recursions) * recursions
     vanilla = 'vanilla' if depth == base.model.num_layers else f'vanilla, {depth} layers'
-    found[vanilla] = (vanilla, base.replace(model={'num_layers': depth}))
-    found[name] = (vanilla, base.replace(model={'num_layers': depth, 'kind': 'mor', **MODELS[name]}))
+    found[vanilla] = (vanilla, with_changes(base, model={'num_layers': depth}))
+    found[name] = (vanilla, with_changes(base, model={'num_layers': depth, 'kind': 'mor', **MODELS[name]}))
   return dict(sorted(found.items(), key=lambda entry: entry[0] != entry[1][0]))
 
 

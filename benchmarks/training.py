@@ -8,10 +8,10 @@ import numpy as np
 from absl import flags
 
 from mor_jax import cli
-from mor_jax.config import Config
+from mor_jax.config import Config, with_changes
 from mor_jax.model.transformer import Transformer
-from mor_jax.parallel import chips
 from mor_jax.parallel import mesh as mesh_lib
+from mor_jax.planning import chips
 from mor_jax.training.optimizer import make_optimizer
 from mor_jax.training.state import SEED, abstract_state, initializer
 from mor_jax.training.step import abstract_batch, make_train_step, split_batch
@@ -58,7 +58,8 @@ def base_config(**model: Any) -> Config:
     shape['num_layers'] = given['layers']
   if 'vocabulary' in given:
     shape['vocab_size'] = given['vocabulary']
-  return base.replace(
+  return with_changes(
+    base,
     model={**shape, **model},
     data={'seq_len': given['seq_len'], 'segment_mask': True},
     train={

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from absl import flags
 
 from benchmarks import results
-from mor_jax import cli, pretrained
-from mor_jax.config import Config, ConfigError, ModelConfig
+from mor_jax import cli
+from mor_jax.config import Config, ConfigError, ModelConfig, with_changes
 from mor_jax.data import loader, schedule
 from mor_jax.evaluation import nll
+from mor_jax.interop import pretrained
 from mor_jax.interop.uptraining import METHODS
 from mor_jax.model import flops
 from mor_jax.model.transformer import Transformer
@@ -117,13 +118,13 @@ def main() -> None:
     config = settings('mor', recursions)
     setup = Setup(config, mesh, dataset)
     for method in FLAGS.methods:
-      chosen = config.replace(init={'method': method})
+      chosen = with_changes(config, init={'method': method})
       add(setup, method, pretrained.shared_weights(chosen, source))
     # The recipe's small init_std is meant for routers alone.
-    from_scratch = config.replace(model={'init_std': ModelConfig().init_std})
+    from_scratch = with_changes(config, model={'init_std': ModelConfig().init_std})
     add(Setup(from_scratch, mesh, dataset), 'random weights', None)
     if FLAGS.distilled:
-      config = config.replace(init={'method': FLAGS.distilled}, distill={'weight': 1.0})
+      config = with_changes(config, init={'method': FLAGS.distilled}, distill={'weight': 1.0})
       teacher = pretrained.make_teacher(config, source)
       theirs = distillation.load_parameters(pretrained.abstract_teacher(teacher, mesh), source.weights)
       setup = Setup(config, mesh, dataset, teacher)

@@ -23,7 +23,7 @@ tokenizer of SmolLM (another corpus has another loss):
 
 No loss is published for other numbers of recursions.
 
-Memory of a device, estimated (mor_jax/training/memory.py), with as many rows at once, that is
+Memory of a device, estimated (mor_jax/planning/memory.py), with as many rows at once, that is
 global_batch / accumulation / devices (64 on one device, with 16 micro-batches):
 
                            mor R=3  recursive R=3   vanilla
@@ -32,7 +32,7 @@ global_batch / accumulation / devices (64 on one device, with 16 micro-batches):
   v5p (95 GB)   64 rows     9.0 GB         10.5 GB   11.4 GB
 """
 
-from mor_jax import paper
+from mor_jax.recipes import paper
 
 
 def get_config(variant: str = 'mor'):

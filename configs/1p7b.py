@@ -24,7 +24,7 @@ tokenizer of SmolLM (another corpus has another loss):
 The paper also trains for 68.5e18 FLOPs, without giving losses: 26 B tokens for mor R=2, 27 B for mor R=3,
 20 B for vanilla.
 
-Memory of a device, estimated (mor_jax/training/memory.py), with as many rows at once, that is
+Memory of a device, estimated (mor_jax/planning/memory.py), with as many rows at once, that is
 global_batch / accumulation / devices (64 on one device, with 16 micro-batches):
 
                            mor R=3  recursive R=3   vanilla
@@ -35,7 +35,7 @@ global_batch / accumulation / devices (64 on one device, with 16 micro-batches):
 A v5e has too little for whole copies; with parallel.fsdp each device holds a part of the parameters.
 """
 
-from mor_jax import paper
+from mor_jax.recipes import paper
 
 
 def get_config(variant: str = 'mor'):

@@ -30,7 +30,7 @@ tokenizer of SmolLM (another corpus has another loss):
 `shared` is --config.model.kv=shared; `token` is --config.model.router=token_choice
 --config.model.router_z_loss_weight=1e-5.
 
-Memory of a device, estimated (mor_jax/training/memory.py), with as many rows at once, that is
+Memory of a device, estimated (mor_jax/planning/memory.py), with as many rows at once, that is
 global_batch / accumulation / devices (64 on one device, with 16 micro-batches):
 
                            mor R=3  recursive R=3   vanilla
@@ -39,7 +39,7 @@ global_batch / accumulation / devices (64 on one device, with 16 micro-batches):
   v5p (95 GB)   64 rows    15.9 GB         18.4 GB   22.3 GB
 """
 
-from mor_jax import paper
+from mor_jax.recipes import paper
 
 
 def get_config(variant: str = 'mor'):

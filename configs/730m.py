@@ -23,7 +23,7 @@ tokenizer of SmolLM (another corpus has another loss):
 
 No loss is published for other numbers of recursions.
 
-Memory of a device, estimated (mor_jax/training/memory.py), with as many rows at once, that is
+Memory of a device, estimated (mor_jax/planning/memory.py), with as many rows at once, that is
 global_batch / accumulation / devices (64 on one device, with 16 micro-batches):
 
                            mor R=3  recursive R=3   vanilla
@@ -34,7 +34,7 @@ global_batch / accumulation / devices (64 on one device, with 16 micro-batches):
 A v5e has next to nothing to spare for vanilla; with parallel.fsdp each device holds a part of the parameters.
 """
 
-from mor_jax import paper
+from mor_jax.recipes import paper
 
 
 def get_config(variant: str = 'mor'):

@@ -8,7 +8,7 @@ All kinds are 8 layers deep: 1 + 2 x 3 + 1 with two recursions, 1 + 3 x 2 + 1 wi
 """
 
 from mor_jax import config as mor_config
-from mor_jax import paper
+from mor_jax.recipes import paper
 
 
 def get_config(variant: str = 'mor'):

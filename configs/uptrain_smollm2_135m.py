@@ -14,7 +14,7 @@ in the paper, of which two stand for a layer twice. 29 layers leave one out:
 Settings are for one accelerator of 16 GB or more: 100 M tokens of 1024 x 64 a step.
 """
 
-from mor_jax import uptraining_defaults
+from mor_jax.recipes import uptraining as uptraining_defaults
 
 
 def get_config(variant: str = 'mor'):

@@ -4,7 +4,7 @@ python -m mor_jax.train --config=configs/tiny.py:vanilla
 python -m mor_jax.train --config=configs/uptrain_tiny.py --init_from=runs/tiny-vanilla
 """
 
-from mor_jax import uptraining_defaults
+from mor_jax.recipes import uptraining as uptraining_defaults
 
 
 def get_config(variant: str = 'mor'):

@@ -17,7 +17,7 @@ from mor_jax.evaluation import nll
 from mor_jax.model import flops
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
-from mor_jax.training.restore import load_run
+from mor_jax.runs.restore import load_run
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('checkpoint', None, 'folder of the run')

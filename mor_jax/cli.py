@@ -22,8 +22,9 @@ from ml_collections import config_dict
 
 from mor_jax import config as config_lib
 from mor_jax.config import Config, ConfigError
+from mor_jax.config.typed import unwrap_optional
+from mor_jax.errors import RunError
 from mor_jax.parallel import host_memory
-from mor_jax.settings import RunError, unwrap_optional
 
 FLAGS = flags.FLAGS
 FAILED = 1

@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterable
 from absl import flags
 from rich.console import Console
 
-from mor_jax import cli, pretrained
-from mor_jax.config import Config, ConfigError
+from mor_jax import cli
+from mor_jax.config import Config, ConfigError, with_changes
+from mor_jax.config.validation import SPECIAL_AND_BYTE_TOKENS
+from mor_jax.interop import pretrained
 from mor_jax.parallel import mesh as mesh_lib
-from mor_jax.parallel import topology
-from mor_jax.training import ahead_of_time, budget, fitting, program_report, summary
-from mor_jax.training.ahead_of_time import Program
-from mor_jax.validation import SPECIAL_AND_BYTE_TOKENS
+from mor_jax.planning import ahead_of_time, fitting, program_report, topology
+from mor_jax.planning.ahead_of_time import Program
+from mor_jax.runs import summary
+from mor_jax.training import budget
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(
@@ -105,7 +107,7 @@ def _with_vocabulary(config: Config) -> Config:
       f'model.vocab_size is unset, and only data.tokenizer={config.data.tokenizer} itself knows its size; '
       f'set --config.model.vocab_size'
     )
-  return config.replace(model={'vocab_size': known[config.data.tokenizer]})
+  return with_changes(config, model={'vocab_size': known[config.data.tokenizer]})
 
 
 def _with_enough_rows(config: Config, shards: int) -> Config:
@@ -116,7 +118,7 @@ def _with_enough_rows(config: Config, shards: int) -> Config:
     for count in range(train.accumulation, 0, -1)
     if train.global_batch % count == 0 and train.global_batch // count % shards == 0
   ]
-  return config.replace(train={'accumulation': possible[0]}) if possible else config
+  return with_changes(config, train={'accumulation': possible[0]}) if possible else config
 
 
 def _try(console: Console, attempts: Iterable[fitting.Attempt]) -> list[fitting.Attempt]:

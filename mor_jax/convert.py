@@ -22,11 +22,11 @@ from absl import flags
 from rich.console import Console
 
 from mor_jax import cli
-from mor_jax.config import Config, ConfigError, DataConfig
+from mor_jax.config import Config, ConfigError, DataConfig, with_changes
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.interop import folders, huggingface, official, sources
 from mor_jax.interop.weights import Weights
-from mor_jax.training import stored
+from mor_jax.runs import stored
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(
@@ -83,7 +83,7 @@ def bring_in(source: Path, output: Path) -> str:
   if sources.has_settings(source, 'max_position_embeddings'):
     longest = folders.read_config(source)['max_position_embeddings']
     data['seq_len'] = min(longest, DataConfig().seq_len)  # texts may be longer where a flag says so
-  config = Config(name=output.name, model=weights.config).replace(data=data)
+  config = with_changes(Config(name=output.name, model=weights.config), data=data)
   stored.write_model(output, config, weights, tokenizer, str(source))
   return f'the {config.model.kind} model of {source}, as a run folder,'
 

@@ -21,13 +21,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mor_jax import cli
-from mor_jax.config import ConfigError, ModelConfig
+from mor_jax.config import ConfigError, ModelConfig, with_changes
 from mor_jax.data import loader
 from mor_jax.evaluation import few_shot, held_out, tables
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
-from mor_jax.training.restore import LoadedRun, load_run
-from mor_jax.training.run_folder import write_atomically
+from mor_jax.runs.restore import LoadedRun, load_run
+from mor_jax.runs.run_folder import write_atomically
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('checkpoint', None, 'folder of the run')
@@ -116,7 +116,7 @@ def _load() -> LoadedRun:
   run = load_run(FLAGS.checkpoint, FLAGS.step)
   if FLAGS.dtype is None:
     return run
-  config = run.config.replace(model={'dtype': FLAGS.dtype})
+  config = with_changes(run.config, model={'dtype': FLAGS.dtype})
   return dataclasses.replace(run, config=config, model=Transformer(config.model))
 
 

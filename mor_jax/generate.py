@@ -31,7 +31,7 @@ from mor_jax.inference.terminal import Writer, describe_statistics
 from mor_jax.model import cache
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
-from mor_jax.training.restore import LoadedRun, load_run
+from mor_jax.runs.restore import LoadedRun, load_run
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('checkpoint', None, 'folder of the run')

@@ -23,26 +23,29 @@ from absl import flags
 from jax.sharding import Mesh
 from rich.console import Console
 
-from mor_jax import cli, pretrained
-from mor_jax.config import Config, ConfigError, TrainConfig
+from mor_jax import cli
+from mor_jax.checkpoints.checkpoint import Checkpoints, ever_finished
+from mor_jax.config import Config, ConfigError, TrainConfig, with_changes
 from mor_jax.data import live, loader, schedule
-from mor_jax.evaluation import nll
+from mor_jax.evaluation import nll, result
+from mor_jax.interop import pretrained
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import runtime
-from mor_jax.training import budget, distillation, goodput, loop, phases, profiling, result, summary
-from mor_jax.training.checkpoint import Checkpoints, ever_finished
+from mor_jax.runs import summary
+from mor_jax.runs.metrics import MetricsLog
+from mor_jax.runs.progress import Progress
+from mor_jax.runs.run_folder import RunFolder
+from mor_jax.training import budget, distillation, loop, phases
 from mor_jax.training.distillation import Teacher
-from mor_jax.training.goodput import Ledger
-from mor_jax.training.metrics import MetricsLog
-from mor_jax.training.nonfinite import NonFiniteError
 from mor_jax.training.optimizer import make_optimizer
-from mor_jax.training.progress import Progress
-from mor_jax.training.run_folder import RunFolder
 from mor_jax.training.state import TrainState, abstract_state, begin_from, initializer
 from mor_jax.training.step import TrainStep, abstract_batch, make_train_step
-from mor_jax.training.stopping import Signals, Stop
-from mor_jax.training.watchdog import Watchdog
+from mor_jax.training.watch import goodput, profiling
+from mor_jax.training.watch.goodput import Ledger
+from mor_jax.training.watch.nonfinite import NonFiniteError
+from mor_jax.training.watch.stopping import Signals, Stop
+from mor_jax.training.watch.watchdog import Watchdog
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list(
@@ -109,7 +112,9 @@ def _run(
   source = None if resumes else pretrained.open_source(config)
   teacher_source = pretrained.open_teacher(config)
   if source is not None:
-    config = config.replace(model={'vocab_size': config.model.vocab_size or source.weights.config.vocab_size})
+    config = with_changes(
+      config, model={'vocab_size': config.model.vocab_size or source.weights.config.vocab_size}
+    )
     pretrained.shared_weights(config, source)  # checks shapes
   dataset = loader.open_dataset(config.data, report=partial(_print, console))
   for opened in (source, teacher_source):
@@ -249,7 +254,7 @@ def _with_vocabulary(config: Config, tokenizer_size: int) -> Config:
       f'model.vocab_size={size} is smaller than the {tokenizer_size} entries of the tokenizer; '
       f'leave it unset or set it to at least {tokenizer_size}'
     )
-  return config.replace(model={'vocab_size': size})
+  return with_changes(config, model={'vocab_size': size})
 
 
 def _compile(

@@ -5,7 +5,7 @@ import pytest
 from absl.testing import flagsaver
 
 from mor_jax.config import ConfigError
-from mor_jax.settings import RunError
+from mor_jax.errors import RunError
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import sys
 import pytest
 import tiny_run
 
-from mor_jax.config import ConfigError
+from mor_jax.config import ConfigError, with_changes
 from mor_jax.evaluation import calibration, nll
 from mor_jax.model.transformer import Transformer
-from mor_jax.training.restore import load_run
+from mor_jax.runs.restore import load_run
 
 
 def batch():
@@ -36,7 +36,7 @@ def test_thresholds_let_as_many_tokens_in_as_top_k(capacity):
 
 def test_what_cannot_be_calibrated_is_refused():
   with pytest.raises(ConfigError, match='only expert-choice'):
-    calibration.check(tiny_run.CONFIG.replace(model={'router': 'token_choice'}), (1.0, 0.5))
+    calibration.check(with_changes(tiny_run.CONFIG, model={'router': 'token_choice'}), (1.0, 0.5))
   with pytest.raises(ConfigError, match='rises'):
     calibration.check(tiny_run.CONFIG, (0.5, 1.0))
 

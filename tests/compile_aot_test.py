@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mor_jax.parallel.chips import TPUS
+from mor_jax.planning.chips import TPUS
 
 pytestmark = pytest.mark.aot
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from mor_jax.config import ConfigError
-from mor_jax.parallel import topology
+from mor_jax.planning import topology
 
 TINY = [
   '--config=configs/tiny.py',

@@ -5,12 +5,14 @@ import re
 import pytest
 
 from mor_jax import config as config_lib
-from mor_jax.config import Config, ConfigError, resolve
-from mor_jax.model_config import SHARING_SCHEMES
+from mor_jax.config import Config, ConfigError, resolve, with_changes
+from mor_jax.config.model import SHARING_SCHEMES
 
 
 def test_default_is_valid_and_survives_json():
-  config = Config().replace(model={'capacities': (1.0, 0.25), 'vocab_size': 300}, data={'cache_dir': '/a'})
+  config = with_changes(
+    Config(), model={'capacities': (1.0, 0.25), 'vocab_size': 300}, data={'cache_dir': '/a'}
+  )
   assert resolve(json.loads(json.dumps(config.to_dict()))) == config
   assert resolve(config_lib.default()) == Config()
 
@@ -50,13 +52,13 @@ def test_every_setting_is_explained():
 )
 def test_partition_of_layers(num_layers, num_recursions, sharing, shared, unique):
   shape = {'num_layers': num_layers, 'num_recursions': num_recursions, 'sharing': sharing}
-  model = Config().replace(model=shape).model
+  model = with_changes(Config(), model=shape).model
   assert (model.shared_depth, model.num_unique_layers) == (shared, unique)
 
 
 def test_selected_tokens():
   def selected(**model):
-    return Config().replace(model={'num_layers': 32, **model}).model.selected_tokens(2048)
+    return with_changes(Config(), model={'num_layers': 32, **model}).model.selected_tokens(2048)
 
   assert selected(num_recursions=3) == (2048, 1365, 682)  # the published run of three recursions
   assert selected(num_recursions=2, capacities=(0.5, 0.0001)) == (1024, 1)
@@ -145,7 +147,7 @@ def test_a_section_must_be_a_section():
 
 def test_an_end_for_hangs_needs_a_limit():
   with pytest.raises(ConfigError, match=r'train\.exit_on_hang=True needs a limit: set train\.hang_seconds'):
-    Config().replace(train={'hang_seconds': 0.0, 'exit_on_hang': True})
+    with_changes(Config(), train={'hang_seconds': 0.0, 'exit_on_hang': True})
 
 
 @pytest.mark.parametrize('sharing', SHARING_SCHEMES)
@@ -162,13 +164,13 @@ def test_what_a_refusal_recommends_works(kind, sharing):
         'num_recursions': num_recursions,
       }
       try:
-        Config().replace(model=shape)
+        with_changes(Config(), model=shape)
       except ConfigError as error:
         depths, recursions = re.search(
           r'set model.num_layers to (.+), or model.num_recursions to one of (.+)', str(error)
         ).groups()
         for depth in depths.split(' or '):
           assert abs(int(depth) - num_layers) < num_recursions
-          Config().replace(model=shape | {'num_layers': int(depth)})
+          with_changes(Config(), model=shape | {'num_layers': int(depth)})
         for count in recursions.split(', '):
-          Config().replace(model=shape | {'num_recursions': int(count)})
+          with_changes(Config(), model=shape | {'num_recursions': int(count)})

@@ -11,8 +11,8 @@ import pytest
 
 from mor_jax.config import Config, ConfigError, resolve
 from mor_jax.model import flops
+from mor_jax.planning.memory import train_memory
 from mor_jax.training.budget import with_budgeted_steps
-from mor_jax.training.memory import train_memory
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 SIZES = ('135m', '360m', '730m', '1p7b')

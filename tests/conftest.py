@@ -42,12 +42,13 @@ def finished_run(tmp_path_factory):
   import tiny_run
 
   from mor_jax import train
+  from mor_jax.config import with_changes
 
   data = {'max_documents': 40, 'validation_fraction': 0.2, 'cache_dir': str(tmp_path_factory.mktemp('cache'))}
   steps = {'log_every': 1, 'eval_every': 10, 'eval_rows': 12, 'sample_tokens': 8}
   # Model and batch are those of tiny_run, so that the compiled step is found in the cache.
-  small = tiny_run.CONFIG.replace(
-    model={'vocab_size': None}, data=data, train=steps, checkpoint={'every_steps': 6}
+  small = with_changes(
+    tiny_run.CONFIG, model={'vocab_size': None}, data=data, train=steps, checkpoint={'every_steps': 6}
   )
   config = dataclasses.replace(small, name='small')
   folder: Path = tmp_path_factory.mktemp('runs') / 'finished'

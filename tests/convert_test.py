@@ -16,9 +16,9 @@ from mor_jax.config import Config, ConfigError, DataConfig
 from mor_jax.data import tokenizer as tokenizer_lib
 from mor_jax.interop import huggingface, official, tensors
 from mor_jax.interop.weights import HeldWeights
-from mor_jax.training import stored
-from mor_jax.training.restore import load_run
-from mor_jax.training.run_folder import RunFolder
+from mor_jax.runs import stored
+from mor_jax.runs.restore import load_run
+from mor_jax.runs.run_folder import RunFolder
 
 FIXTURES = pathlib.Path(__file__).parent / 'fixtures' / 'official_mor'
 NAMES = sorted(path.stem for path in FIXTURES.glob('*.json'))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mor_jax.config import Config, ConfigError, DataConfig
+from mor_jax.config import Config, ConfigError, DataConfig, with_changes
 from mor_jax.data import corpus, live, loader, pipeline, schedule
 
 SEQ_LEN = 64
@@ -160,4 +160,4 @@ def test_a_stream_without_a_row_of_validation_is_refused(data):
 )
 def test_settings_that_cannot_work_are_refused(change, message):
   with pytest.raises(ConfigError, match=message):
-    Config().replace(data={'live': True, 'tokenizer': 'bytes', **change})
+    with_changes(Config(), data={'live': True, 'tokenizer': 'bytes', **change})

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mor_jax.config import Config, ConfigError
+from mor_jax.config import Config, ConfigError, with_changes
 from mor_jax.data import schedule
 
 RAMP = {
@@ -18,13 +18,13 @@ RAMP = {
 
 
 def test_a_batch_doubles_in_equal_stages():
-  batches = schedule.of(Config().replace(train=RAMP).train)
+  batches = schedule.of(with_changes(Config(), train=RAMP).train)
   assert batches.stages == ((0, 8), (10, 16), (20, 32), (30, 64))
   assert [batches.micro_batches(step) for step in (0, 9, 10, 29, 30, 1000)] == [2, 2, 4, 8, 16, 16]
 
 
 def test_without_ramp_every_batch_is_the_same():
-  batches = schedule.of(Config().replace(train={'global_batch': 12, 'accumulation': 3}).train)
+  batches = schedule.of(with_changes(Config(), train={'global_batch': 12, 'accumulation': 3}).train)
   assert batches == schedule.constant(12, 3)
   assert {(batches.rows(step), batches.micro_batches(step)) for step in (0, 1, 999)} == {(12, 3)}
 
@@ -65,4 +65,4 @@ def test_steps_for_rows_is_the_inverse(batches, steps):
 )
 def test_ramps_that_cannot_work_are_refused(change, message):
   with pytest.raises(ConfigError, match=message):
-    Config().replace(train={**RAMP, **change})
+    with_changes(Config(), train={**RAMP, **change})

@@ -23,9 +23,10 @@ from mor_jax.config import ParallelConfig
 from mor_jax.inference import engine as engine_lib
 from mor_jax.inference import prefill, shards, ticks
 from mor_jax.inference.scheduler import Scheduler
-from mor_jax.parallel import hlo, rules
 from mor_jax.parallel import mesh as mesh_lib
-from mor_jax.parallel.collectives import collectives
+from mor_jax.parallel import rules
+from mor_jax.planning import hlo
+from mor_jax.planning.collectives import collectives
 
 LENGTHS = (1, 9, 4, 20, 1, 33, 2, 7, 8, 3)
 PROGRAMS = {

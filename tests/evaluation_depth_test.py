@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mor_jax.config import Config, DataConfig
+from mor_jax.config import Config, DataConfig, with_changes
 from mor_jax.data import tokenizer as tokenizer_lib
 from mor_jax.evaluation import depth
 
@@ -65,7 +65,7 @@ def test_means_by_place_leave_padding_out():
 
 def test_rows_are_routed_as_the_model_routes_them():
   model, variables = tiny.model(kind='mor', num_recursions=2)
-  config = Config().replace(model=dataclasses.asdict(model.config), data={'seq_len': 16})
+  config = with_changes(Config(), model=dataclasses.asdict(model.config), data={'seq_len': 16})
   tokens_BT = np.asarray(tiny.tokens(2, 16))
   segments_BT = np.array([[1] * 16, [0] * 16], np.int32)
   batch = {'tokens': tokens_BT, 'segment_ids': segments_BT, 'positions': np.tile(np.arange(16), (2, 1))}
@@ -79,4 +79,4 @@ def test_rows_are_routed_as_the_model_routes_them():
 
 def test_a_model_without_router_is_refused():
   with pytest.raises(ValueError, match='no router'):
-    depth.route_rows(Config().replace(model={'kind': 'recursive'}), {}, [])
+    depth.route_rows(with_changes(Config(), model={'kind': 'recursive'}), {}, [])

@@ -18,7 +18,7 @@ from scipy.special import log_softmax
 from mor_jax.config import ConfigError
 from mor_jax.evaluation import few_shot
 from mor_jax.evaluation.harness import HarnessModel
-from mor_jax.training.restore import load_run
+from mor_jax.runs.restore import load_run
 
 ANIMALS = ['cat', 'dog', 'owl', 'ram', 'ant', 'bee', 'cow', 'elk']
 CHOICE = """

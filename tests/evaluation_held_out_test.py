@@ -10,7 +10,7 @@ import pytest
 import tiny_run
 from scipy.special import log_softmax
 
-from mor_jax.config import Config, ConfigError
+from mor_jax.config import Config, ConfigError, with_changes
 from mor_jax.data import dataset as dataset_lib
 from mor_jax.data import tokenizer as tokenizer_lib
 from mor_jax.evaluation import held_out, nll
@@ -69,7 +69,7 @@ def totals(config: Config, routing: str, limit: int) -> dict:
   ],
 )
 def test_losses_are_those_of_the_logits(routing, limit, model):
-  config = tiny_run.CONFIG.replace(model=model, train={'loss_chunk': 50})
+  config = with_changes(tiny_run.CONFIG, model=model, train={'loss_chunk': 50})
   log_likelihood, before = by_hand(config, routing, limit)
   sums = totals(config, routing, limit)
   split = dataset_lib.SplitCounts(documents=1, bytes=300, tokens=100, targets=99, rows=ROWS, cut=0)
@@ -98,7 +98,7 @@ def test_losses_are_those_of_the_logits(routing, limit, model):
 @pytest.mark.parametrize('router', ['expert_choice', 'token_choice'])
 def test_a_limit_is_a_model_whose_later_recursions_nobody_takes(router):
   """Against the whole model with thresholds, or a choice of depth, that nothing passes at the last step."""
-  config = tiny_run.CONFIG.replace(model={'router': router, 'num_recursions': 2, 'selection': 'top_k'})
+  config = with_changes(tiny_run.CONFIG, model={'router': router, 'num_recursions': 2, 'selection': 'top_k'})
   variables = variables_of(config)
   rows = batch()
   apply = jax.jit(Transformer(config.model).apply, static_argnames=('routing', 'max_recursions'))
@@ -121,7 +121,7 @@ def test_limits_that_do_not_exist_are_refused():
   for limit in (0, 3):
     with pytest.raises(ValueError, match='max_recursions'):
       run.model.apply(run.initial().variables, tokens, max_recursions=limit)
-  sequence = tiny_run.CONFIG.replace(model={'kind': 'recursive', 'sharing': 'middle_sequence'})
+  sequence = with_changes(tiny_run.CONFIG, model={'kind': 'recursive', 'sharing': 'middle_sequence'})
   with pytest.raises(ValueError, match='max_recursions'):
     Transformer(sequence.model).apply(run.initial().variables, tokens, max_recursions=1)
 
@@ -139,7 +139,7 @@ def test_ways_to_run_models():
     ({'kind': 'recursive'}, [('topk', 1), ('topk', 2)]),
     ({'kind': 'recursive', 'sharing': 'middle_sequence'}, [('topk', 2)]),
   ):
-    found = held_out.ways(tiny_run.CONFIG.replace(model=changes).model)
+    found = held_out.ways(with_changes(tiny_run.CONFIG, model=changes).model)
     assert [(way.routing, way.max_recursions) for way in found] == expected
 
 
@@ -162,14 +162,14 @@ def test_data_of_another_tokenizer_is_refused(finished_run, tmp_path):
   data = {'source': f'files:{tmp_path}/*.txt', 'validation_fraction': 0.5, 'seq_len': 16}
   data['cache_dir'] = str(tmp_path / 'cache')
   other = dataset_lib.prepare(
-    tiny_run.CONFIG.replace(data={**data, 'tokenizer': 'bpe', 'vocab_size': 300}).data
+    with_changes(tiny_run.CONFIG, data={**data, 'tokenizer': 'bpe', 'vocab_size': 300}).data
   )
   with pytest.raises(ConfigError, match='another tokenizer than the run'):
     held_out.open_data(run, str(other.folder))
-  same = dataset_lib.prepare(tiny_run.CONFIG.replace(data=data).data)
+  same = dataset_lib.prepare(with_changes(tiny_run.CONFIG, data=data).data)
   for name in (str(same.folder), f'prepared:{same.folder}'):
     assert held_out.open_data(run, name).folder == same.folder
-  run.config = tiny_run.CONFIG.replace(data=data)
+  run.config = with_changes(tiny_run.CONFIG, data=data)
   made = held_out.open_data(run, data['source'])
   assert made.tokenizer.digest == tokenizer_lib.Tokenizer.load(run.folder.tokenizer).digest
   with pytest.raises(ConfigError, match='there is no prepared dataset'):

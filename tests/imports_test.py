@@ -37,7 +37,7 @@ def test_metrics_come_without_pytorch(tmp_path):
   (tmp_path / 'torch.py').write_text('raise RuntimeError("imported")')
   program = f"""
 import pathlib, sys
-from mor_jax.training.metrics import MetricsLog
+from mor_jax.runs.metrics import MetricsLog
 with MetricsLog(pathlib.Path({str(tmp_path)!r}), 0) as log:
   log.write(1, {{'train/loss': 1.0}})
 print('torch' in sys.modules, len(list(pathlib.Path({str(tmp_path)!r}).glob('tensorboard/events*'))))

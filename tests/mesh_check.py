@@ -20,7 +20,7 @@ import tiny
 from mor_jax.config import Config, ParallelConfig
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import rules
-from mor_jax.parallel.collectives import collective_bytes
+from mor_jax.planning.collectives import collective_bytes
 from mor_jax.training import loss as loss_lib
 from mor_jax.training.optimizer import make_optimizer
 from mor_jax.training.state import SEED, initializer

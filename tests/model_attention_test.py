@@ -14,7 +14,8 @@ from mor_jax.model.context import TokenContext
 from mor_jax.model.layers import rotate, rotation
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
-from mor_jax.parallel import rules, topology
+from mor_jax.parallel import rules
+from mor_jax.planning import topology
 from tests import backends, tiny
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor_jax.config import Config, ConfigError
+from mor_jax.config import Config, ConfigError, with_changes
 from mor_jax.model import flops, relaxation, router, token_choice
 from mor_jax.model.layers import DecoderLayer, Memory
 from mor_jax.model.stack import layer_inputs
@@ -323,5 +323,5 @@ def test_parameter_count_is_the_size_of_the_tree(change):
 )
 def test_combinations_without_sense_are_refused(change, message):
   with pytest.raises(ConfigError) as error:
-    Config().replace(model={**tiny.SHAPE, **change})
+    with_changes(Config(), model={**tiny.SHAPE, **change})
   assert message in str(error.value)

@@ -2,7 +2,7 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh
 
-from mor_jax.config import Config, ConfigError, ModelConfig, ParallelConfig, TrainConfig
+from mor_jax.config import Config, ConfigError, ModelConfig, ParallelConfig, TrainConfig, with_changes
 from mor_jax.parallel import mesh as mesh_lib
 
 
@@ -34,7 +34,7 @@ def test_sizes_that_do_not_multiply_to_the_devices_are_refused(sizes):
 
 def test_only_one_size_can_fill():
   with pytest.raises(ConfigError, match='-1 cannot both fill what is left within a slice'):
-    Config().replace(parallel={'fsdp': -1})
+    with_changes(Config(), parallel={'fsdp': -1})
 
 
 @pytest.mark.parametrize(

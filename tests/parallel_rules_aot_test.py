@@ -11,10 +11,11 @@ pytestmark = pytest.mark.aot
 PROGRAM = """
 import json, sys
 import jax
-from mor_jax.config import Config
-from mor_jax.parallel import mesh as mesh_lib, topology
-from mor_jax.parallel.collectives import total_bytes
-from mor_jax.training.ahead_of_time import compile_step
+from mor_jax.config import Config, with_changes
+from mor_jax.parallel import mesh as mesh_lib
+from mor_jax.planning import topology
+from mor_jax.planning.collectives import total_bytes
+from mor_jax.planning.ahead_of_time import compile_step
 
 changes, shape, local = json.loads(sys.argv[1])
 topology.prepare()
@@ -24,8 +25,8 @@ if not local:  # routing is left to the compiler; what names its mesh (the loss)
   jax.shard_map = lambda f, mesh=None, **kw: shard_map(f, mesh=mesh, **kw) if mesh is not None else f
 model = dict(vocab_size=512, num_layers=6, d_model=256, num_heads=4, num_kv_heads=2, mlp_dim=512)
 parallel = dict(zip(('replica', 'fsdp', 'tensor'), shape))
-config = Config().replace(
-  model=model | {'num_recursions': 2, 'attention': 'xla'} | changes,
+config = with_changes(
+  Config(), model=model | {'num_recursions': 2, 'attention': 'xla'} | changes,
   data={'seq_len': 256}, train={'global_batch': 16, 'steps': 10, 'warmup_steps': 0}, parallel=parallel,
 )
 program = compile_step(config, mesh_lib.make_mesh(config.parallel, devices))

@@ -6,9 +6,9 @@ import time
 import pytest
 
 from mor_jax.config import ConfigError
+from mor_jax.errors import RunError
 from mor_jax.parallel import runtime
 from mor_jax.parallel.runtime import Processes
-from mor_jax.settings import RunError
 
 SLURM = {'SLURM_PROCID': '1', 'SLURM_NTASKS': '4'}
 POD = {'TPU_WORKER_HOSTNAMES': 'host-0,host-1'}

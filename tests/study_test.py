@@ -9,7 +9,7 @@ import pytest
 from absl.testing import flagsaver
 from rich.console import Console
 
-from mor_jax.config import ConfigError
+from mor_jax.config import ConfigError, with_changes
 from mor_jax.model import flops
 from mor_jax.sweeping.runner import Runner
 
@@ -52,7 +52,7 @@ def test_models_are_equal_in_what_they_say(made, study):
       assert run.tokens > 1.2 * vanilla.tokens
     else:
       assert run.tokens == vanilla.tokens
-    size = flops.count_parameters(run.config.replace(model={'vocab_size': 1024}).model).total
+    size = flops.count_parameters(with_changes(run.config, model={'vocab_size': 1024}).model).total
     assert 1e6 < size < 5e6
     assert run.config.model.causality == ('aux_loss' if model in study.TUNED else 'none')
   assert len({run.name for run in runs.values()}) == len(study.MODELS) == 9

@@ -13,7 +13,7 @@ import pytest
 import tiny_run
 from absl.testing import flagsaver
 
-from mor_jax.config import Config, ConfigError
+from mor_jax.config import Config, ConfigError, with_changes
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """
@@ -34,7 +34,8 @@ def get_sweep(base):
 @pytest.fixture
 def files(tmp_path):
   """--config of a tiny model, --sweep of six runs of it, and --workdir."""
-  small = tiny_run.CONFIG.replace(
+  small = with_changes(
+    tiny_run.CONFIG,
     model={'vocab_size': None},
     data={'max_documents': 40, 'validation_fraction': 0.2, 'cache_dir': str(tmp_path / 'cache')},
     train={'log_every': 1, 'eval_every': 10, 'eval_rows': 12, 'sample_tokens': 0},

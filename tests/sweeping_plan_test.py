@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from mor_jax import cli
-from mor_jax.config import ConfigError
+from mor_jax.config import ConfigError, with_changes
 from mor_jax.model import flops
+from mor_jax.runs.run_folder import RunFolder
 from mor_jax.sweeping import axes, plan
-from mor_jax.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / 'configs' / 'tiny.py')
@@ -103,7 +103,7 @@ def test_overrides_of_all_forms_arrive_and_pass_the_command_line(read):
     assert given['train.log_every'] == '5'
     parsed = {name: cli.parse_setting(name, text) for name, text in given.items()}
     config = cli.load_config(TINY, parsed)
-    assert config.replace(train={'steps': run.config.train.steps}) == run.config
+    assert with_changes(config, train={'steps': run.config.train.steps}) == run.config
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_folder_with_other_settings_is_refused(read, tmp_path):
   made = read("[{'train.seed': 1, 'name': 'a'}]")
   folder = RunFolder(made.runs[0].folder.path)
   folder.path.mkdir(parents=True)
-  folder.write_config(made.runs[0].config.replace(train={'seed': 2}))
+  folder.write_config(with_changes(made.runs[0].config, train={'seed': 2}))
   (folder.path / 'data.json').write_text('{}')
   with pytest.raises(
     ConfigError, match=r'run a: .* holds a run with other settings: train\.seed was 2, now 1'

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mor_jax.settings import RunError
+from mor_jax.errors import RunError
 from mor_jax.sweeping import plan as plan_lib
 from mor_jax.sweeping import results, runner
 from mor_jax.sweeping.status import Display

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mor_jax.config import Config, ModelConfig
+from mor_jax.config import Config, ModelConfig, with_changes
 from mor_jax.model.transformer import Transformer
 
 SHAPE = {
@@ -23,7 +23,7 @@ SHAPE = {
 
 def config(**overrides) -> ModelConfig:
   """A validated ModelConfig of 6 layers and width 32 in float32, changed as asked."""
-  return Config().replace(model={**SHAPE, **overrides}).model
+  return with_changes(Config(), model={**SHAPE, **overrides}).model
 
 
 def model(seed: int = 0, **overrides) -> tuple[Transformer, dict]:

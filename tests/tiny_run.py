@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mor_jax.config import Config
+from mor_jax.config import Config, with_changes
 from mor_jax.data import packing
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
@@ -22,7 +22,8 @@ END_OF_TEXT = 256
 SEQ_LEN = 64
 MESH = mesh_lib.make_mesh(devices=jax.devices()[:1])
 
-CONFIG = Config().replace(
+CONFIG = with_changes(
+  Config(),
   model={
     'vocab_size': 257,
     'num_layers': 4,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mor_jax import train
-from mor_jax.training import metrics
+from mor_jax.runs import metrics
 
 # Runs the command line of mor_jax.train; at a step of one process something happens.
 PROGRAM = """

@@ -14,19 +14,19 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from mor_jax import train
-from mor_jax.config import Config, ConfigError
+from mor_jax.config import Config, ConfigError, with_changes
 from mor_jax.data import loader
 from mor_jax.model import flops
-from mor_jax.training import metrics
-from mor_jax.training.nonfinite import NonFiniteError
-from mor_jax.training.run_folder import RunFolder
+from mor_jax.runs import metrics
+from mor_jax.runs.run_folder import RunFolder
+from mor_jax.training.watch.nonfinite import NonFiniteError
 
 KILL_BEFORE_STEP = 17
 KILLED_RUN = f"""
 import json, os, sys
 from mor_jax import config, train
 from mor_jax.data import loader
-from mor_jax.training import goodput
+from mor_jax.training.watch import goodput
 
 goodput.WRITE_EVERY = 0
 batches = loader.train_batches
@@ -87,7 +87,7 @@ def test_leaves_a_complete_run_folder(config, finished):
 
 def test_tells_the_user_what_runs_and_what_came_out(config, finished):
   text = (finished.parent / 'output.txt').read_text()
-  model = config.replace(model={'vocab_size': 257}).model
+  model = with_changes(config, model={'vocab_size': 257}).model
   ratio = flops.train_flops_per_token(model, 64) / flops.train_flops_per_token(flops.vanilla_of(model), 64)
   for shown in (
     f'{flops.count_parameters(model).total / 1e3:.1f} k',
@@ -156,7 +156,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(
   ],
 )
 def test_resumes_bit_for_bit_with_every_attention_and_loss(config, tmp_path, change):
-  changed = config.replace(**change)
+  changed = with_changes(config, **change)
   killed = _run_until_killed(changed, tmp_path / 'killed', signal.SIGKILL)
   assert killed.returncode == -signal.SIGKILL, killed.stderr
   for name in ('killed', 'uninterrupted'):
@@ -168,7 +168,7 @@ def test_resumes_bit_for_bit_with_every_attention_and_loss(config, tmp_path, cha
 @pytest.mark.slow
 def test_a_restart_does_not_compile_again(config, tmp_path):
   """What a user gets without setting anything: the programs are kept beside the datasets."""
-  own = config.replace(data={'cache_dir': str(tmp_path / 'cache')})
+  own = with_changes(config, data={'cache_dir': str(tmp_path / 'cache')})
   environment = {name: value for name, value in os.environ.items() if 'CACHE_DIR' not in name}
   for number, code in ((signal.SIGTERM, 143), (0, 0)):  # 0: no signal
     done = _run_until_killed(own, tmp_path / 'run', number, environment)
@@ -179,7 +179,7 @@ def test_a_restart_does_not_compile_again(config, tmp_path):
 
 
 def test_numbers_that_go_wrong_end_the_run_with_all_there_is_to_know(config, tmp_path):
-  wild = config.replace(train={'learning_rate': 1e18, 'warmup_steps': 0}, checkpoint={'every_steps': 1})
+  wild = with_changes(config, train={'learning_rate': 1e18, 'warmup_steps': 0}, checkpoint={'every_steps': 1})
   with pytest.raises(NonFiniteError) as stop:
     train.main(wild, str(tmp_path))
   step = stop.value.step
@@ -222,7 +222,7 @@ def test_lost_summary_is_made_again(config, finished, capsys):
 def test_another_model_is_refused(config, finished):
   before = _content(finished)
   with pytest.raises(ConfigError, match=r'model\.num_recursions was 2, now 1'):
-    train.main(config.replace(model={'num_recursions': 1}), str(finished))
+    train.main(with_changes(config, model={'num_recursions': 1}), str(finished))
   assert _content(finished) == before
 
 
@@ -235,7 +235,7 @@ def test_another_model_is_refused(config, finished):
 )
 def test_bad_settings_leave_no_folder(config, tmp_path, changes, message):
   with pytest.raises(ConfigError, match=message):
-    train.main(config.replace(**changes), str(tmp_path / 'runs' / 'bad'))
+    train.main(with_changes(config, **changes), str(tmp_path / 'runs' / 'bad'))
   assert list(tmp_path.iterdir()) == []
 
 

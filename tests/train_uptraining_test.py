@@ -11,14 +11,14 @@ import pytest
 import tiny
 import tiny_run
 
-from mor_jax import cli, pretrained, train
-from mor_jax.config import Config, ConfigError, DataConfig
+from mor_jax import cli, train
+from mor_jax.config import Config, ConfigError, DataConfig, with_changes
 from mor_jax.data import loader, schedule
 from mor_jax.data import tokenizer as tokenizer_lib
-from mor_jax.interop import huggingface
+from mor_jax.interop import huggingface, pretrained
 from mor_jax.model import flops
+from mor_jax.runs import metrics, stored
 from mor_jax.training import loss as loss_lib
-from mor_jax.training import metrics, stored
 
 
 @pytest.fixture(scope='module')
@@ -37,7 +37,8 @@ def config(llama, tmp_path_factory) -> Config:
   """Settings of a vanilla model that begins from it and trains two steps."""
   shape = dataclasses.asdict(tiny.config(kind='vanilla', num_layers=4)) | {'vocab_size': None}
   cache = str(tmp_path_factory.mktemp('cache'))
-  return tiny_run.CONFIG.replace(
+  return with_changes(
+    tiny_run.CONFIG,
     model=shape,
     data={'max_documents': 40, 'validation_fraction': 0.2, 'cache_dir': cache},
     train={
@@ -55,7 +56,7 @@ def config(llama, tmp_path_factory) -> Config:
 def test_begins_with_the_loss_of_the_original_and_resumes_without_it(config, llama, tmp_path):
   source = tmp_path / 'llama'
   shutil.copytree(llama, source)
-  config = config.replace(init={'source': str(source)})
+  config = with_changes(config, init={'source': str(source)})
   assert train.main(config, str(tmp_path / 'run')) == 0
   dataset = loader.open_dataset(config.data)
   batch = next(loader.train_batches(dataset, config.data, schedule.of(config.train)))
@@ -81,7 +82,7 @@ def test_begins_with_the_loss_of_the_original_and_resumes_without_it(config, lla
 
   shutil.rmtree(source)  # a checkpoint comes first, so it is not asked for again
   (tmp_path / 'run' / 'summary.json').unlink()
-  longer = config.replace(train={'steps': 3})
+  longer = with_changes(config, train={'steps': 3})
   assert train.main(longer, str(tmp_path / 'run'), ['train.steps']) == 0
   steps = [record['step'] for record in metrics.read(tmp_path / 'run' / 'metrics.jsonl')]
   assert steps == [1, 2, 3]
@@ -90,31 +91,33 @@ def test_begins_with_the_loss_of_the_original_and_resumes_without_it(config, lla
 
 
 def test_what_does_not_fit_ends_before_anything_is_written(config, llama, tmp_path):
-  other = config.replace(data={'tokenizer': 'bpe', 'vocab_size': 258})
+  other = with_changes(config, data={'tokenizer': 'bpe', 'vocab_size': 258})
   with pytest.raises(
     ConfigError, match=r'data\.tokenizer=bpe is not the tokenizer of init\.source=.*tokenizer\.json'
   ):
     train.main(other, str(tmp_path / 'run'))
   with pytest.raises(ConfigError, match=r'model\.mlp_dim=64 cannot begin from init\.source'):
-    train.main(config.replace(model={'mlp_dim': 64}), str(tmp_path / 'run'))
+    train.main(with_changes(config, model={'mlp_dim': 64}), str(tmp_path / 'run'))
   with pytest.raises(ConfigError, match=r'init\.source=.*nowhere: .* it has no config\.json'):
-    train.main(config.replace(init={'source': str(tmp_path / 'nowhere')}), str(tmp_path / 'run'))
+    train.main(with_changes(config, init={'source': str(tmp_path / 'nowhere')}), str(tmp_path / 'run'))
   assert not (tmp_path / 'run').exists()
 
 
 def test_the_flag_is_the_setting(config, llama):
-  none = config.replace(init={'source': None})
+  none = with_changes(config, init={'source': None})
   assert pretrained.with_source(none, str(llama)).init.source == str(llama)
   assert pretrained.with_source(config, str(llama)) == config
   assert pretrained.with_source(none, None) == none
-  upper = none.replace(init={'method': 'upper'})  # the flag names the model after the settings were read
+  upper = with_changes(
+    none, init={'method': 'upper'}
+  )  # the flag names the model after the settings were read
   assert pretrained.with_source(upper, str(llama)).init.method == 'upper'
   with pytest.raises(ConfigError, match=r'init\.method=upper has no model to take layers from'):
     pretrained.with_source(upper, None)
   with pytest.raises(ConfigError, match='differ; give one of them'):
     pretrained.with_source(config, 'elsewhere')
   assert 'init_from' in entry_points.load('mor_jax.train').FLAGS
-  same = none.replace(data={'tokenizer': 'source'})
+  same = with_changes(none, data={'tokenizer': 'source'})
   assert pretrained.with_source(same, str(llama)).data.tokenizer == str(llama / 'tokenizer.json')
   with pytest.raises(ConfigError, match=r'data\.tokenizer=source .* not set: give --init_from'):
     pretrained.with_source(same, None)

@@ -7,10 +7,10 @@ import pytest
 import tiny_run
 
 from mor_jax import train
-from mor_jax.config import Config, ConfigError
+from mor_jax.config import Config, ConfigError, with_changes
 from mor_jax.data import loader
 from mor_jax.model import flops
-from mor_jax.training import metrics
+from mor_jax.runs import metrics
 from mor_jax.training.budget import with_budgeted_steps
 
 FLOPS_PER_STEP = 8 * 64 * flops.paper_flops_per_token(tiny_run.CONFIG.model, 64)
@@ -18,7 +18,7 @@ FLOPS_PER_STEP = 8 * 64 * flops.paper_flops_per_token(tiny_run.CONFIG.model, 64)
 
 def budgeted(paid: float, **train_settings) -> Config:
   """The tiny run with a budget of the FLOPs of so many steps."""
-  return tiny_run.CONFIG.replace(train={'flops_budget': paid * FLOPS_PER_STEP} | train_settings)
+  return with_changes(tiny_run.CONFIG, train={'flops_budget': paid * FLOPS_PER_STEP} | train_settings)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def budgeted(paid: float, **train_settings) -> Config:
 )
 def test_released_runs(model, released_steps):
   """Steps that the authors' config files of their 360M runs state; the defaults are that size."""
-  config = Config().replace(model=model, train={'flops_budget': 16.5e18})
+  config = with_changes(Config(), model=model, train={'flops_budget': 16.5e18})
   assert abs(with_budgeted_steps(config).train.steps - released_steps) <= 1
 
 
@@ -69,7 +69,7 @@ def test_interrupted_run_resumes_and_ends_with_the_budget(tmp_path, monkeypatch)
   cache = {'max_documents': 10, 'validation_fraction': 0.2, 'cache_dir': str(tmp_path / 'cache')}
   ramp = {'accumulation': 2, 'ramp_batch': 4, 'ramp_steps': 6}
   config = budgeted(17, steps=7, log_every=1, eval_every=0, eval_rows=8, sample_tokens=0, **ramp)
-  config = config.replace(model={'vocab_size': None}, data=cache, checkpoint={'every_steps': 6})
+  config = with_changes(config, model={'vocab_size': None}, data=cache, checkpoint={'every_steps': 6})
   config = dataclasses.replace(config, name='budgeted')
   folder = tmp_path / 'run'
   batches, starts = loader.train_batches, []
@@ -106,7 +106,7 @@ def test_budget_counts_the_smaller_batches_of_a_ramp():
     'warmup_steps': 0,
     'steps': 50,
   }
-  config = tiny_run.CONFIG.replace(train=ramp)
+  config = with_changes(tiny_run.CONFIG, train=ramp)
   per_row = config.data.seq_len * flops.paper_flops_per_token(config.model, config.data.seq_len)
   budget = (2 * 2 + 2 * 4 + 10 * 8) * per_row  # two steps of 2 rows, two of 4, ten of 8
-  assert with_budgeted_steps(config.replace(train={'flops_budget': budget})).train.steps == 14
+  assert with_budgeted_steps(with_changes(config, train={'flops_budget': budget})).train.steps == 14

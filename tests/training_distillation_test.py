@@ -10,7 +10,7 @@ import tiny
 import tiny_run
 from scipy.special import log_softmax, rel_entr, softmax
 
-from mor_jax.config import ConfigError
+from mor_jax.config import ConfigError, with_changes
 from mor_jax.interop.weights import HeldWeights
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
@@ -46,8 +46,8 @@ def test_divergence_of_the_most_probable_tokens():
 
 def settings(**change):
   """A vanilla teacher and a recursive student of one vocabulary."""
-  return tiny_run.CONFIG.replace(
-    model={'kind': 'recursive'}, distill={'weight': 0.7, 'temperature': 2.0} | change
+  return with_changes(
+    tiny_run.CONFIG, model={'kind': 'recursive'}, distill={'weight': 0.7, 'temperature': 2.0} | change
   )
 
 
@@ -105,7 +105,7 @@ def test_a_teacher_that_is_the_student_adds_nothing():
 
 @pytest.mark.slow
 def test_steps_bring_the_model_closer_to_the_teacher_and_leave_the_teacher_alone():
-  config = settings(weight=50.0).replace(train={'accumulation': 2})
+  config = with_changes(settings(weight=50.0), train={'accumulation': 2})
   (teacher, theirs), model = teacher_of(config), Transformer(config.model)
   held = HeldWeights(teacher.model.config, {'params': theirs})
   abstract = distillation.abstract_parameters(
@@ -128,7 +128,7 @@ def test_steps_bring_the_model_closer_to_the_teacher_and_leave_the_teacher_alone
 
 def test_settings_that_cannot_work_are_refused():
   with pytest.raises(ConfigError, match=r'distill\.temperature=2\.0 has no effect with distill\.weight=0'):
-    tiny_run.CONFIG.replace(distill={'temperature': 2.0})
+    with_changes(tiny_run.CONFIG, distill={'temperature': 2.0})
   with pytest.raises(ConfigError, match=r'distill\.top_k=0 is not allowed'):
     settings(top_k=0)
   config = settings()

@@ -14,18 +14,19 @@ import pytest
 import tiny_run
 from rich.console import Console
 
-from mor_jax.config import Config, ConfigError
+from mor_jax.config import Config, ConfigError, with_changes
+from mor_jax.runs.metrics import MetricsLog, read
+from mor_jax.runs.progress import Progress
 from mor_jax.training import loop
-from mor_jax.training.goodput import Ledger
-from mor_jax.training.metrics import MetricsLog, read
-from mor_jax.training.nonfinite import NonFiniteError
-from mor_jax.training.profiling import Profiler, parse_span
-from mor_jax.training.progress import Progress
 from mor_jax.training.state import TrainState
-from mor_jax.training.stopping import Signals, Stop
-from mor_jax.training.watchdog import Watchdog
+from mor_jax.training.watch.goodput import Ledger
+from mor_jax.training.watch.nonfinite import NonFiniteError
+from mor_jax.training.watch.profiling import Profiler, parse_span
+from mor_jax.training.watch.stopping import Signals, Stop
+from mor_jax.training.watch.watchdog import Watchdog
 
-CONFIG = Config().replace(
+CONFIG = with_changes(
+  Config(),
   train={'steps': 20, 'global_batch': 2, 'warmup_steps': 0, 'log_every': 5, 'eval_every': 8},
   checkpoint={'every_steps': 6},
   data={'seq_len': 4},
@@ -89,7 +90,7 @@ def test_logs_validates_and_saves_when_due(tmp_path):
 
 def test_metrics_are_written_before_the_checkpoint(tmp_path):
   """Else a run killed after the save would resume behind a gap in its metrics."""
-  config = CONFIG.replace(train={'log_every': 1})
+  config = with_changes(CONFIG, train={'log_every': 1})
   checkpoints, _, _ = _train(tmp_path, config=config)
   for step, records in checkpoints.saved.items():
     assert [r['step'] for r in records] == list(range(1, step + 1))
@@ -129,13 +130,13 @@ def test_no_more_steps_than_promised_are_done_without_a_finished_checkpoint(tmp_
       behind.append(step - finished[-1])
       yield {'tokens': np.zeros((2, 4), np.int32)}
 
-  config = CONFIG.replace(checkpoint={'max_unsaved_steps': bound})
+  config = with_changes(CONFIG, checkpoint={'max_unsaved_steps': bound})
   _train(tmp_path, config=config, batches=batches(), checkpoints=Slow(tmp_path / 'metrics.jsonl'))
   assert max(behind) == most
 
 
 def test_resumes_after_the_state_it_is_given(tmp_path):
-  _, before, _ = _train(tmp_path, config=CONFIG.replace(train={'steps': 12}))
+  _, before, _ = _train(tmp_path, config=with_changes(CONFIG, train={'steps': 12}))
   checkpoints, after, _ = _train(tmp_path, first=12)
   assert list(checkpoints.saved) == [18, 20]
   assert after[: len(before)] == before
@@ -174,7 +175,7 @@ def test_non_finite_numbers_stop_the_run(tmp_path, name):
     rf'{name} is nan at step 14 \(gradient norms: embed 3, router nan\); the update was not applied; '
     r'the last checkpoint is checkpoints/7$'
   )
-  config = CONFIG.replace(train={'log_every': 1}, checkpoint={'every_steps': 7})
+  config = with_changes(CONFIG, train={'log_every': 1}, checkpoint={'every_steps': 7})
   with pytest.raises(NonFiniteError, match=expected):
     _train(tmp_path, jax.jit(diverging), config)
   assert max(r['step'] for r in read(tmp_path / 'metrics.jsonl')) == 13
@@ -219,7 +220,9 @@ def test_a_signal_saves_and_ends_the_loop(tmp_path, signals):
       _send()
     return _step(state, batch)
 
-  checkpoints, records, _ = _train(tmp_path, step, CONFIG.replace(train={'log_every': 1}), signals=signals)
+  checkpoints, records, _ = _train(
+    tmp_path, step, with_changes(CONFIG, train={'log_every': 1}), signals=signals
+  )
   assert list(checkpoints.saved) == [6, 8]
   assert [r['step'] for r in records] == list(range(1, 9))
   assert not any('validation/nll' in r for r in records)
@@ -298,7 +301,7 @@ def test_steps_are_queued_ahead_of_their_metrics(tmp_path):
     metrics = {'loss': Lazy(number), 'grad_norm': 1.0, 'learning_rate': 0.1, **_GOING_ON}
     return dataclasses.replace(state, step=np.int32(number)), metrics
 
-  _train(tmp_path, step, CONFIG.replace(train={'eval_every': 0}, checkpoint={'every_steps': 100}))
+  _train(tmp_path, step, with_changes(CONFIG, train={'eval_every': 0}, checkpoint={'every_steps': 100}))
   order = {event: position for position, event in enumerate(events)}
   for number in range(1, 18):
     assert order['dispatched', number + 2] < order['fetched', number] < order['dispatched', number + 3]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny_run
 
+from mor_jax.config import with_changes
 from mor_jax.training import optimizer, phases
 
 CONFIG = tiny_run.CONFIG
@@ -23,7 +24,7 @@ def train(config, steps):
 
 
 def test_capacities_fall_in_at_most_eight_sizes():
-  config = CONFIG.replace(model={'capacity_warmup_steps': 70})
+  config = with_changes(CONFIG, model={'capacity_warmup_steps': 70})
   plan = phases.plan(config)
   assert [first for first, _ in plan] == [0, 10, 20, 30, 40, 50, 60, 70]
   capacities = np.array([phase.model.step_capacities for _, phase in plan])
@@ -32,12 +33,16 @@ def test_capacities_fall_in_at_most_eight_sizes():
   np.testing.assert_allclose(capacities[:-1, 1], 0.5 + 0.5 * 0.5 * (1 + np.cos(np.pi * t / 70)))
   assert plan[-1][1] == config
   assert phases.plan(CONFIG) == [(0, CONFIG)]
-  assert [first for first, _ in phases.plan(CONFIG.replace(model={'capacity_warmup_steps': 2}))] == [0, 1, 2]
+  assert [first for first, _ in phases.plan(with_changes(CONFIG, model={'capacity_warmup_steps': 2}))] == [
+    0,
+    1,
+    2,
+  ]
 
 
 def test_capacities_and_batch_together_take_at_most_eight_sizes():
   ramp = {'global_batch': 64, 'accumulation': 16, 'ramp_batch': 8, 'ramp_steps': 12, 'steps': 200}
-  config = CONFIG.replace(model={'capacity_warmup_steps': 10}, train=ramp)
+  config = with_changes(CONFIG, model={'capacity_warmup_steps': 10}, train=ramp)
   plan = phases.plan(config)
   assert len(plan) <= phases.MAX_SIZES
   assert [first for first, _ in plan] == sorted({0, 4, 8, 12, 2, 5, 7, 10})
@@ -66,7 +71,7 @@ def test_each_step_runs_the_program_of_its_phase():
 
 def test_balance_warmup_sends_every_token_all_the_way_and_then_the_bias_follows_the_load():
   model = {'router': 'token_choice', 'balancing': 'loss_free', 'balance_warmup_steps': 2}
-  states, metrics = train(CONFIG.replace(model=model), steps=4)
+  states, metrics = train(with_changes(CONFIG, model=model), steps=4)
   chosen = np.array([values['counts']['chosen_R'] for values in metrics])
   assert (chosen[:2, 0] == 0).all()
   assert (chosen[2:, 0] > 0).all(), 'after the warm-up tokens choose for themselves'
@@ -76,8 +81,8 @@ def test_balance_warmup_sends_every_token_all_the_way_and_then_the_bias_follows_
 
 def test_moving_threshold_is_updated_once_a_step_whatever_the_micro_batches():
   model = {'selection': 'ema_threshold', 'causality': 'none'}
-  whole, _ = train(CONFIG.replace(model=model), steps=2)
-  split, _ = train(CONFIG.replace(model=model, train={'accumulation': 4}), steps=2)
+  whole, _ = train(with_changes(CONFIG, model=model), steps=2)
+  split, _ = train(with_changes(CONFIG, model=model, train={'accumulation': 4}), steps=2)
   assert whole[1].routing['updates'].tolist() == [0, 2]
   np.testing.assert_allclose(whole[1].routing['threshold'], split[1].routing['threshold'], rtol=1e-4)
   assert abs(whole[1].routing['threshold'][1]) > 1e-4
@@ -87,7 +92,7 @@ def test_auxiliary_routers_are_a_group_of_their_own():
   """Ten times the learning rate, and a clipping that the rest of the model neither feels nor causes."""
   params = {'layers': {'kernel': jnp.ones(3)}, 'aux_router': {'output': {'kernel': jnp.ones(3)}}}
   grads = {'layers': {'kernel': jnp.full(3, 0.1)}, 'aux_router': {'output': {'kernel': jnp.full(3, 1e6)}}}
-  train_config = CONFIG.replace(train={'weight_decay': 0.0, 'clip_norm': 1e3}).train
+  train_config = with_changes(CONFIG, train={'weight_decay': 0.0, 'clip_norm': 1e3}).train
   both = optimizer.make_optimizer(train_config, aux_router=True)
   updates, _ = both.update(grads, both.init(params), params)
   alone = optimizer.make_optimizer(train_config)
@@ -100,7 +105,7 @@ def test_auxiliary_routers_are_a_group_of_their_own():
 
 @pytest.mark.parametrize('change', [{'causality': 'none'}, {'router': 'token_choice', 'balancing': 'none'}])
 def test_a_random_router_is_drawn_anew_in_every_step(change):
-  states, metrics = train(CONFIG.replace(model={'random_router': True, **change}), steps=2)
+  states, metrics = train(with_changes(CONFIG, model={'random_router': True, **change}), steps=2)
   assert 'router' not in states[0].params
   first, second = (values['counts']['last_step_selected_T'] for values in metrics)
   assert (first != second).any()

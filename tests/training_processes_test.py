@@ -16,15 +16,15 @@ import io, itertools, sys, time
 import jax, jax.numpy as jnp, numpy as np
 from pathlib import Path
 from rich.console import Console
-from mor_jax.config import Config
+from mor_jax.config import Config, with_changes
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.training import loop
-from mor_jax.training.goodput import Ledger
-from mor_jax.training.metrics import MetricsLog
-from mor_jax.training.progress import Progress
+from mor_jax.training.watch.goodput import Ledger
+from mor_jax.runs.metrics import MetricsLog
+from mor_jax.runs.progress import Progress
 from mor_jax.training.state import TrainState
-from mor_jax.training.stopping import Signals, Stop
-from mor_jax.training.watchdog import Watchdog
+from mor_jax.training.watch.stopping import Signals, Stop
+from mor_jax.training.watch.watchdog import Watchdog
 
 address, index, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]) / sys.argv[2]
 jax.config.update('jax_cpu_collectives_implementation', 'gloo')
@@ -33,7 +33,7 @@ mesh = mesh_lib.make_mesh()
 folder.mkdir()
 eval_every = int(sys.argv[4])
 train = {'steps': 500, 'global_batch': 2, 'warmup_steps': 0, 'log_every': 1, 'eval_every': eval_every}
-config = Config().replace(train=train, data={'seq_len': 4})
+config = with_changes(Config(), train=train, data={'seq_len': 4})
 
 @jax.jit
 def step(state, batch):

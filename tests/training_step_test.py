@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from mor_jax.config import Config
+from mor_jax.config import Config, with_changes
 from mor_jax.model import flops
 from mor_jax.training.loss import predicted
 from mor_jax.training.meter import add_up, router_metrics
@@ -71,7 +71,7 @@ def test_accumulation_makes_the_same_update():
   assert len(set(targets.tolist())) > 1
   results = []
   for accumulation in (1, 4):
-    run = tiny_run.run(config.replace(train={'accumulation': accumulation}))
+    run = tiny_run.run(with_changes(config, train={'accumulation': accumulation}))
     state, metrics = run.step(run.initial(), batch)
     metrics |= router_metrics(add_up(None, metrics.pop('counts')))
     results.append((jax.tree.map(np.asarray, state.opt_state[1][0].mu), metrics))
@@ -102,7 +102,7 @@ def test_an_update_that_is_not_finite_halts_for_good():
 
 def test_skips_as_many_updates_as_allowed():
   """A skipped batch leaves everything but the step as it was; the optimiser never hears of it."""
-  run = tiny_run.run(tiny_run.CONFIG.replace(train={'on_nonfinite': 'skip', 'max_skipped': 1}))
+  run = tiny_run.run(with_changes(tiny_run.CONFIG, train={'on_nonfinite': 'skip', 'max_skipped': 1}))
   batch = next(tiny_run.batches())
   sound = run.initial()
   broken = sound.replace(params=jax.tree.map(lambda leaf: leaf * 1e30, sound.params))
@@ -128,7 +128,7 @@ def _assert_same(state, expected) -> None:
 def test_initial_parameters_follow_the_seed():
   first = tiny_run.run().initial().params
   again = tiny_run.run().initial().params
-  other = tiny_run.run(tiny_run.CONFIG.replace(train={'seed': 1})).initial().params
+  other = tiny_run.run(with_changes(tiny_run.CONFIG, train={'seed': 1})).initial().params
   kernel = lambda params: np.asarray(params['embed']['embedding'])  # noqa: E731
   np.testing.assert_array_equal(kernel(first), kernel(again))
   assert not np.allclose(kernel(first), kernel(other))
@@ -147,7 +147,7 @@ def test_state_is_donated():
 @pytest.mark.slow
 def test_rows_may_be_split_over_devices():
   """4 CPU devices in a process of their own make the losses of one device, with accumulation (float32)."""
-  config = tiny_run.CONFIG.replace(train={'accumulation': 2})
+  config = with_changes(tiny_run.CONFIG, train={'accumulation': 2})
   script = f"""
 import sys
 sys.path[:0] = {[str(GOLDEN.parents[1]), str(GOLDEN.parents[2])]}
@@ -155,7 +155,7 @@ import tiny_run, training_step_test
 from mor_jax.parallel import mesh
 tiny_run.MESH = mesh.make_mesh()
 assert tiny_run.MESH.shape['replica'] == 4
-config = tiny_run.CONFIG.replace(train={{'accumulation': 2}})
+config = with_changes(tiny_run.CONFIG, train={{'accumulation': 2}})
 print([metrics['loss'] for metrics in training_step_test.train(5, config)])
 """
   environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}

@@ -14,9 +14,9 @@ import pytest
 import tiny_run
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mor_jax.config import DistillConfig, ModelConfig, ParallelConfig
+from mor_jax.config import DistillConfig, ModelConfig, ParallelConfig, with_changes
 from mor_jax.parallel import mesh as mesh_lib
-from mor_jax.parallel.collectives import collective_bytes
+from mor_jax.planning.collectives import collective_bytes
 from mor_jax.training import distillation
 from mor_jax.training import loss as loss_lib
 from mor_jax.training.vocabulary_loss import next_token_nll, sum_over_tokens
@@ -73,7 +73,7 @@ def test_chunks_in_bfloat16_are_as_exact_as_all_at_once():
 def test_chunks_change_no_gradient_of_a_training_step(tied):
   """A whole model with padding, packed documents and two micro-batches, each in uneven chunks of 30 tokens."""
   shape = {'kind': 'vanilla', 'num_layers': 1, 'tie_embeddings': tied}
-  config = tiny_run.CONFIG.replace(model=shape, train={'accumulation': 2})
+  config = with_changes(tiny_run.CONFIG, model=shape, train={'accumulation': 2})
   run = tiny_run.run(config)
   params = run.initial().params
   batch_ABT = {name: jnp.asarray(rows[-8:].reshape(2, 4, -1)) for name, rows in tiny_run.rows().items()}

@@ -11,7 +11,7 @@ import pytest
 
 from mor_jax.config import ConfigError
 from mor_jax.data import dataset, foreign, shards
-from mor_jax.training.restore import load_run
+from mor_jax.runs.restore import load_run
 
 PACKAGE = pathlib.Path(__file__).parents[1] / 'mor_jax'
 RUNS_CODE = {'pickle', 'cloudpickle', 'dill', 'joblib', 'shelve', 'marshal', 'runpy'}

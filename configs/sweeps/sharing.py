@@ -8,7 +8,7 @@ are raised. The paper (360M, 10 B tokens): full 2.8471; two recursions: Middle-C
 Middle-Sequence 2.9303, Sequence 2.9467; three: 2.8760, 2.9363, 2.9753, 3.0245.
 """
 
-from mor_jax.model_config import SHARING_SCHEMES
+from mor_jax.config.model import SHARING_SCHEMES
 from mor_jax.sweeping import axes
 
 

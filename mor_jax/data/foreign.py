@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from mor_jax.settings import ConfigError
+from mor_jax.errors import ConfigError
 
 _FEATURES = 'features.json'
 _CLASS_KEYS = ('pythonClassName', 'python_class_name', 'type')  # by age of the format

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mor_jax.config import Config, ConfigError
+from mor_jax.config import Config, ConfigError, with_changes
 from mor_jax.evaluation import nll
 from mor_jax.model.transformer import Transformer
-from mor_jax.training.run_folder import write_atomically
+from mor_jax.runs.run_folder import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def check(config: Config, capacities: tuple[float, ...]) -> Config:
       f'only expert-choice routers have thresholds to calibrate; this model has model.kind={model.kind}, '
       f'model.router={model.router}, model.random_router={model.random_router}'
     )
-  return config.replace(model={'capacities': capacities})
+  return with_changes(config, model={'capacities': capacities})
 
 
 def calibrate(

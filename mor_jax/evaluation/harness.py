@@ -22,7 +22,7 @@ from mor_jax.inference.engine import Engine
 from mor_jax.inference.requests import Request, RequestError
 from mor_jax.inference.scheduler import Scheduler
 from mor_jax.model import flops
-from mor_jax.training.restore import LoadedRun
+from mor_jax.runs.restore import LoadedRun
 
 MAX_NEW_TOKENS = 256  # where a task does not say, as the harness has it
 

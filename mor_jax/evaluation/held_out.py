@@ -15,8 +15,8 @@ from mor_jax.data import dataset as dataset_lib
 from mor_jax.data import loader
 from mor_jax.data.tokenizer import MADE_HERE, Tokenizer
 from mor_jax.evaluation import nll
+from mor_jax.runs.restore import LoadedRun
 from mor_jax.training.meter import router_metrics
-from mor_jax.training.restore import LoadedRun
 
 Advance = Callable[[int], None]
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.config import Config, ConfigError, ModelConfig
+from mor_jax.config import Config, ConfigError, ModelConfig, with_changes
+from mor_jax.config.typed import from_dict
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.interop import folders, huggingface, names, tensors, weights
 from mor_jax.interop.weights import HeldWeights, NamedWeights, Weights
 from mor_jax.model.transformer import Transformer
-from mor_jax.settings import from_dict
 
 OURS = 'mor_jax'  # key of config.json with all settings of the model
 
@@ -130,7 +130,7 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
     fields |= _routing(rest, is_expert=kind == 'expert')
   if rest:
     raise ConfigError(f'settings not supported: {", ".join(f"{k}={v!r}" for k, v in sorted(rest.items()))}')
-  return Config().replace(model=fields).model
+  return with_changes(Config(), model=fields).model
 
 
 def _routing(rest: dict[str, Any], is_expert: bool) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from mor_jax.config import ConfigError
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.interop import folders, huggingface, official
 from mor_jax.interop.weights import Weights
-from mor_jax.training import stored
+from mor_jax.runs import stored
 
 
 def is_run(path: Path) -> bool:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mor_jax.settings import ConfigError, RunError
+from mor_jax.errors import ConfigError, RunError
 
 PATIENCE = 30  # seconds to find the other processes, and to notice that one has died
 

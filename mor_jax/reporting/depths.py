@@ -10,7 +10,7 @@ from mor_jax.data import loader
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.evaluation import depth
 from mor_jax.reporting.runs import Run
-from mor_jax.training.restore import load_run
+from mor_jax.runs.restore import load_run
 
 ROWS_AT_ONCE = 4
 SHOWN_TOKENS = 700

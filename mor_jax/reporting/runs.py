@@ -10,8 +10,8 @@ import numpy as np
 from mor_jax.config import Config, ConfigError
 from mor_jax.evaluation import nll
 from mor_jax.model import flops
-from mor_jax.training import metrics
-from mor_jax.training.run_folder import RunFolder
+from mor_jax.runs import metrics
+from mor_jax.runs.run_folder import RunFolder
 
 AXES = {
   'tokens': 'training tokens',

@@ -13,8 +13,8 @@ from mor_jax import cli
 from mor_jax.config import Config, ConfigError
 from mor_jax.data import schedule
 from mor_jax.model import flops
+from mor_jax.runs.run_folder import RunFolder
 from mor_jax.training import budget
-from mor_jax.training.run_folder import RunFolder
 
 SEEDS = ('train.seed', 'data.seed')
 """Settings that make no other experiment, only another sample of it."""

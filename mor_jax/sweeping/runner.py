@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from mor_jax.settings import RunError
+from mor_jax.errors import RunError
+from mor_jax.runs.run_folder import write_atomically
 from mor_jax.sweeping.plan import Plan, PlannedRun
 from mor_jax.sweeping.status import Display, Status
-from mor_jax.training.run_folder import write_atomically
 
 TRAIN = (sys.executable, '-m', 'mor_jax.train')
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

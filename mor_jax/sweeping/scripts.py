@@ -4,8 +4,8 @@ import shlex
 from pathlib import Path
 
 from mor_jax.config import ConfigError
+from mor_jax.runs.run_folder import write_atomically
 from mor_jax.sweeping.plan import Plan, PlannedRun
-from mor_jax.training.run_folder import write_atomically
 
 SLURM = """#!/usr/bin/env bash
 # The unfinished runs of the sweep {sweep} of {config}, {count} jobs: in the folder of the repository, with the

@@ -1,6 +1,6 @@
 """Training for a given amount of compute: the steps that `train.flops_budget` pays for."""
 
-from mor_jax.config import Config, ConfigError
+from mor_jax.config import Config, ConfigError, with_changes
 from mor_jax.data import schedule
 from mor_jax.model import flops
 
@@ -26,4 +26,4 @@ def with_budgeted_steps(config: Config) -> Config:
         f'train.{name}={getattr(train, name)} is more than the {steps} steps that '
         f'train.flops_budget={train.flops_budget:g} pays for; lower it, or raise the budget'
       )
-  return config.replace(train={'steps': steps})
+  return with_changes(config, train={'steps': steps})

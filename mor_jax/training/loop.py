@@ -10,22 +10,22 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from mor_jax.checkpoints.checkpoint import Checkpoints
 from mor_jax.config import Config
 from mor_jax.data import schedule
 from mor_jax.parallel import mesh as mesh_lib
-from mor_jax.training import goodput
-from mor_jax.training.alarm import SpikeAlarm
-from mor_jax.training.checkpoint import Checkpoints
-from mor_jax.training.goodput import Ledger
+from mor_jax.runs.metrics import MetricsLog, Record
+from mor_jax.runs.progress import Progress
 from mor_jax.training.meter import Meter
-from mor_jax.training.metrics import MetricsLog, Record
-from mor_jax.training.nonfinite import NonFiniteError
-from mor_jax.training.profiling import Profiler
-from mor_jax.training.progress import Progress
 from mor_jax.training.state import TrainState
 from mor_jax.training.step import TrainStep, split_batch
-from mor_jax.training.stopping import Interrupted, Stop
-from mor_jax.training.watchdog import Watchdog
+from mor_jax.training.watch import goodput
+from mor_jax.training.watch.alarm import SpikeAlarm
+from mor_jax.training.watch.goodput import Ledger
+from mor_jax.training.watch.nonfinite import NonFiniteError
+from mor_jax.training.watch.profiling import Profiler
+from mor_jax.training.watch.stopping import Interrupted, Stop
+from mor_jax.training.watch.watchdog import Watchdog
 
 
 @dataclasses.dataclass

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from mor_jax.model import router
-from mor_jax.training import nonfinite
-from mor_jax.training.alarm import SpikeAlarm
-from mor_jax.training.metrics import Record
+from mor_jax.runs.metrics import Record
+from mor_jax.training.watch import nonfinite
+from mor_jax.training.watch.alarm import SpikeAlarm
 
 
 class Meter:

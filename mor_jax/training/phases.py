@@ -8,7 +8,7 @@ training begins.
 
 import math
 
-from mor_jax.config import Config
+from mor_jax.config import Config, with_changes
 from mor_jax.data import schedule
 from mor_jax.training.loss import Batch
 from mor_jax.training.state import TrainState
@@ -31,10 +31,12 @@ def plan(config: Config) -> list[tuple[int, Config]]:
     capacities = next(capacities for begin, capacities in reversed(stairs) if begin <= first)
     if len(batches.stages) > 1:
       batch = {'global_batch': batches.rows(first), 'accumulation': batches.micro_batches(first)}
-      phase = config.replace(train={**batch, 'ramp_batch': None, 'ramp_steps': 0})
+      phase = with_changes(config, train={**batch, 'ramp_batch': None, 'ramp_steps': 0})
     else:
       phase = config
-    phases.append((first, phase if capacities is None else phase.replace(model={'capacities': capacities})))
+    phases.append(
+      (first, phase if capacities is None else with_changes(phase, model={'capacities': capacities}))
+    )
   return phases
 
 

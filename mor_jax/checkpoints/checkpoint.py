@@ -1,0 +1,343 @@
+"""Checkpoints of a run: written in the background, verified before use, removed when their successors are complete.
+
+A checkpoint is a folder named by its step, made by Orbax, with digests of all its files and a manifest
+(integrity.py). The manifest also says what the state belongs to: config, tokenizer, code, validation loss.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from mor_jax.checkpoints import integrity, retention
+from mor_jax.checkpoints.mirror import Mirror
+from mor_jax.config import CheckpointConfig, ConfigError
+from mor_jax.errors import RunError
+from mor_jax.parallel import runtime
+from mor_jax.training.state import TrainState
+
+RETRY_SECONDS = 60.0  # after a save that failed
+_REMOVED, _DAMAGED = '.removed', '.damaged'
+_FINISHED = 'finished'  # file in the folder: it says that there once was a finished checkpoint
+
+
+def _is_no_stack_of_orbax(record: logging.LogRecord) -> bool:
+  """Orbax logs the stack of a save that failed at a dozen places and raises it, too; the user gets one line."""
+  return not ('orbax' in record.pathname and record.exc_info)
+
+
+def ever_finished(folder: epath.Path, mirror: Mirror | None = None) -> bool:
+  """Whether a folder of checkpoints, or its mirror, ever had a finished one, even if nothing good is left of it."""
+  if mirror is not None and mirror.ever_finished():
+    return True
+  if not folder.is_dir():
+    return False
+  checkpoints = [path for path in folder.iterdir() if path.name.partition(_DAMAGED)[0].isdigit()]
+  return (folder / _FINISHED).exists() or any((path / integrity.MANIFEST).exists() for path in checkpoints)
+
+
+class Checkpoints:
+  """The checkpoints under one folder. Use as a context, which waits for the save under way.
+
+  With several processes all must call `newest_good`, `save` and `restore`, with the same steps.
+
+  Args:
+    folder: made at the first save, or when absent; local or gs://.
+    settings: when to save and what to keep.
+    about: JSON that goes with every checkpoint: what its state belongs to.
+    attachments: files copied into every checkpoint, such as the tokenizer.
+    report: shows a line to the user.
+    read_only: of a run that may be going on: nothing is renamed, removed or saved.
+    mirror: where finished checkpoints are copied, and taken from if they are missing here.
+  """
+
+  def __init__(
+    self,
+    folder: epath.PathLike,
+    settings: CheckpointConfig,
+    about: dict[str, Any] | None = None,
+    attachments: Sequence[epath.PathLike] = (),
+    report: Callable[[str], None] = print,
+    read_only: bool = False,
+    mirror: Mirror | None = None,
+  ):
+    path = epath.Path(folder)
+    self._folder = path if '://' in str(folder) else path.absolute()
+    self._settings, self._about, self._report = settings, about or {}, report
+    self._attachments = [epath.Path(path) for path in attachments]
+    self._read_only, self._mirror = read_only, mirror
+    self._finishing: threading.Thread | None = None
+    self._failure: str | None = None  # of the last save
+    self._holds_failure = False  # the checkpointer does, and would raise it at its next call
+    self._finished: int | None = None
+    self._saved_at = self._failed_at = time.monotonic()
+    logging.getLogger('absl').addFilter(_is_no_stack_of_orbax)
+    self._open()
+
+  def _open(self) -> None:
+    clean = not self._read_only
+    self._checkpointer = ocp.training.Checkpointer(self._folder, cleanup_tmp_directories=clean)
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._join()
+    self._checkpointer.close()
+
+  # ---- what there is ----
+
+  @property
+  def steps(self) -> list[int]:
+    """Steps of all checkpoints on disk, ascending, finished or not."""
+    if not self._folder.is_dir():
+      return []
+    return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
+
+  @property
+  def latest_step(self) -> int | None:
+    """Step of the newest finished checkpoint; None without any."""
+    return max((step for step in self.steps if (self.path(step) / integrity.MANIFEST).exists()), default=None)
+
+  def path(self, step: int) -> epath.Path:
+    """Folder of the checkpoint of a step."""
+    return self._folder / str(step)
+
+  def newest_good(self) -> int | None:
+    """Step of the newest checkpoint whose files are all as they were written; None if none was ever finished.
+
+    Newer ones that are damaged or unfinished are reported, and renamed out of the way unless `read_only`.
+
+    Raises:
+      RunError: there were checkpoints, but none is good; and so at every further call.
+    """
+    here, copies = self.steps, self._mirror.steps if self._mirror else []
+    for step in sorted({*here, *copies}, reverse=True):
+      if step in here:
+        if self._is_good(step):
+          return step
+        if not self._read_only:
+          self._set_aside(self.path(step))
+      if step in copies and not self.path(step).exists():
+        self._fetch(step)
+        if self._is_good(step):
+          return step
+        if not self._read_only:
+          self._set_aside(self.path(step))
+          if runtime.is_main():
+            self._mirror.set_aside(step)
+    if ever_finished(self._folder, self._mirror):
+      raise RunError(
+        f'none of the checkpoints in {self._folder} can be used, so there is nothing to resume from; restore one '
+        f'of them, or start over in another --workdir'
+      )
+    return None
+
+  def good(self, step: int) -> int:
+    """The step, if its checkpoint is there, or in the mirror, and its files are as they were written.
+
+    Raises:
+      ConfigError: there is no checkpoint of this step.
+      RunError: it cannot be used.
+    """
+    copies = self._mirror.steps if self._mirror else []
+    if step not in self.steps:
+      if step not in copies:
+        there = ', '.join(map(str, sorted({*self.steps, *copies}))) or 'none'
+        raise ConfigError(f'--step={step}: {self._folder} has no checkpoint of this step; there are {there}')
+      self._fetch(step)
+    if not self._is_good(step):
+      raise RunError(f'the checkpoint of --step={step} cannot be used; choose another')
+    return step
+
+  def _is_good(self, step: int) -> bool:
+    found = integrity.problems(self.path(step), jax.process_index(), jax.process_count())
+    for problem in found:
+      self._report(f'checkpoint {self.path(step)} cannot be used: {problem}')
+    return not runtime.anywhere(bool(found))
+
+  def _fetch(self, step: int) -> None:
+    if runtime.is_main():
+      self._report(f'taking the checkpoint of step {step} from the mirror')
+      self._mirror.fetch(step)
+    runtime.barrier('fetched')
+    if runtime.anywhere(not self.path(step).exists()):
+      raise RunError(
+        f'{self._folder} is not the same folder for all processes, which a mirror of checkpoints needs; put '
+        f'--workdir on a disk that all hosts share'
+      )
+    self._checkpointer.reload()
+
+  def _set_aside(self, folder: epath.Path) -> None:
+    if runtime.is_main():
+      number = 0
+      while (target := folder.with_name(f'{folder.name}{_DAMAGED}{number or ""}')).exists():
+        number += 1
+      folder.rename(target)
+      self._report(f'set it aside as {target.name}')
+    runtime.barrier('set aside')
+    self._checkpointer.reload()
+
+  # ---- saving ----
+
+  def wants_save(self) -> bool:
+    """Whether this process's clock asks for a save: it is time, or to try again one that failed.
+
+    Processes must agree before they save.
+    """
+    now = time.monotonic()
+    if self._failure is not None:
+      return now - self._failed_at > RETRY_SECONDS
+    minutes = self._settings.every_minutes
+    return minutes is not None and now - self._saved_at > 60 * minutes
+
+  def save(
+    self,
+    step: int,
+    state: TrainState,
+    validation_loss: float | None = None,
+    position: dict[str, Any] | None = None,
+  ) -> None:
+    """Begins to save; returns once the state is copied, so that it may be donated.
+
+    A save that fails, now or later, is reported, and nothing is removed for it; `wants_save` asks for
+    another.
+
+    Args:
+      validation_loss: of this state, to keep the best.
+      position: JSON; where this process stands in its stream of data, if it reads one.
+    """
+    self._join()
+    self._saved_at = time.monotonic()
+    try:
+      if (self.path(step)).exists():  # left by a save that failed half-way
+        self._remove(step)
+      response = self._checkpointer.save_async(step, state, force=True)
+    except Exception as error:  # the file system, Orbax, TensorStore: each has its own
+      self._note_failure(step, error)
+      return
+    about = {'step': step, 'validation_loss': validation_loss, **self._about}
+    self._finishing = threading.Thread(
+      target=self._finish, args=(step, response, about, position), name=f'checkpoint {step}'
+    )
+    self._finishing.start()
+
+  def _finish(self, step: int, response: Any, about: dict[str, Any], position: dict[str, Any] | None) -> None:
+    """Makes a save count once it is on disk, then removes what need not be kept. Runs on a thread."""
+    try:
+      response.result()
+      if runtime.is_main():
+        for path in self._attachments:
+          path.copy(self.path(step) / path.name, overwrite=True)
+      integrity.write_share(self.path(step), jax.process_index(), {'position': position})
+      if runtime.is_main():
+        integrity.publish(self.path(step), jax.process_count(), about)
+        if self._mirror is not None:
+          self._mirror.upload(step)
+        (self._folder / _FINISHED).write_text(f'{step}\n')
+        self._retain()
+      self._failure, self._finished = None, step
+    except Exception as error:
+      self._note_failure(step, error)
+
+  def await_finished(self, step: int) -> None:
+    """Waits for the save under way, unless this process has finished one of `step` or later.
+
+    One that fails is not waited for again.
+    """
+    if self._finishing is not None and (self._finished is None or self._finished < step):
+      self._finishing.join()
+
+  def _note_failure(self, step: int, error: Exception) -> None:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    self._failure, self._failed_at, self._holds_failure = reason, time.monotonic(), True
+    self._report(
+      f'WARNING: checkpoint {self.path(step)} could not be saved: {reason}; training goes on, another attempt '
+      f'follows in {RETRY_SECONDS:.0f} s or at the next checkpoint'
+    )
+
+  def _retain(self) -> None:
+    losses = {}
+    for step in sorted({*self.steps, *(self._mirror.steps if self._mirror else ())}):
+      folder = self.path(step) if self.path(step).exists() else self._mirror.path(step)
+      try:
+        losses[step] = integrity.read_manifest(folder)['validation_loss']
+      except ValueError:
+        continue  # unfinished or damaged: not ours to judge
+    for step in retention.to_remove(self._settings, losses):
+      self._remove(step)
+
+  def _remove(self, step: int) -> None:
+    """By rename first, so that nothing half-removed bears a checkpoint's name."""
+    if runtime.is_main():
+      if self._mirror is not None:
+        self._mirror.remove(step)
+      if not self.path(step).exists():
+        return
+      target = self.path(step).with_name(f'{step}{_REMOVED}')
+      if target.exists():
+        target.rmtree()
+      self.path(step).rename(target)
+      target.rmtree()
+
+  def _join(self) -> None:
+    """Waits for the save under way."""
+    if self._finishing is not None:
+      self._finishing.join()
+      self._finishing = None
+    if self._holds_failure:
+      # Replaced once and no more: a new one clears away what is half-written, and two would do so at a time.
+      with contextlib.suppress(Exception):
+        self._checkpointer.close()
+      self._open()
+      self._holds_failure = False
+
+  def wait(self) -> None:
+    """Returns when everything saved is complete on disk.
+
+    Raises:
+      RunError: the last save failed.
+    """
+    self._join()
+    if self._failure is not None:
+      kept = self.latest_step
+      remedy = f'run the same command again: it continues after step {kept}' if kept else 'there is none yet'
+      raise RunError(f'the last checkpoint could not be saved ({self._failure}); make room, then {remedy}')
+
+  # ---- restoring ----
+
+  def restore(self, step: int, abstract_state: TrainState) -> TrainState:
+    """The state of a step, laid out as `abstract_state` (shapes, dtypes, shardings) says."""
+    return self._checkpointer.load(step, abstract_state)
+
+  def restore_variables(self, step: int, abstract_state: TrainState) -> dict[str, Any]:
+    """Parameters and router state alone: all that a converted model has, and that using a model needs."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+      return ocp.load(self.path(step), abstract_state.variables)
+
+  def manifest(self, step: int) -> dict[str, Any]:
+    """What a checkpoint says about itself: step, processes, validation_loss, `about`."""
+    return integrity.read_manifest(self.path(step))
+
+  def position(self, step: int) -> dict[str, Any] | None:
+    """Where this process stood in its stream of data, None if it read none.
+
+    Raises:
+      RunError: the checkpoint is of another number of processes, each of which read a part.
+    """
+    processes = self.manifest(step)['processes']
+    positions = [integrity.read_share(self.path(step), process)['position'] for process in range(processes)]
+    if processes != jax.process_count() and any(position is not None for position in positions):
+      raise RunError(
+        f'the run read its data live (data.live=true) with {processes} processes and can only go on with as many, '
+        f'not with {jax.process_count()}; start {processes}, or prepare the data and begin a new run'
+      )
+    return positions[jax.process_index()] if processes == jax.process_count() else None

@@ -1,0 +1,69 @@
+"""From an ml_collections ConfigDict to a validated `Config`, and the list of settings that `--help` shows."""
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import config_dict
+
+from mor_jax.config.run import Config
+from mor_jax.config.typed import describe_field, from_dict, to_config_dict
+from mor_jax.config.validation import validate
+
+
+def default() -> config_dict.ConfigDict:
+  """A locked ConfigDict with every setting at its default, for config files to start from."""
+  return to_config_dict(Config())
+
+
+def resolve(settings: config_dict.ConfigDict | dict[str, Any]) -> Config:
+  """The validated `Config` of a ConfigDict or of the dict in a run's config.json.
+
+  Raises:
+    ConfigError: unknown setting, wrong type, or a value that cannot work.
+  """
+  raw = settings.to_dict() if isinstance(settings, config_dict.ConfigDict) else settings
+  config = from_dict(Config, raw)
+  validate(config)
+  return config
+
+
+def with_changes(config: Config, **sections: dict[str, Any]) -> Config:
+  """A validated copy with single settings changed: `with_changes(config, model={'dtype': 'float32'})`.
+
+  Raises:
+    ConfigError: a value that cannot work, alone or with the others.
+  """
+  changed = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
+  config = dataclasses.replace(config, **changed)
+  validate(config)
+  return config
+
+
+def describe(sections: Sequence[str] | None = None) -> str:
+  """The settings, all or of some sections, with type, default and meaning, one a line: the body of `--help`."""
+  lines = []
+  for section in dataclasses.fields(Config):
+    if sections is not None and section.name not in sections:
+      continue
+    value = getattr(Config(), section.name)
+    if not dataclasses.is_dataclass(value):
+      lines.append(describe_field(Config, section, value, 'config'))
+      continue
+    lines.append(f'\n  {type(value).__doc__.splitlines()[0]}')
+    for field in dataclasses.fields(value):
+      text = describe_field(type(value), field, getattr(value, field.name), f'config.{section.name}')
+      lines.append(text)
+  return '\n'.join(lines)
+
+
+def settings() -> dict[str, Any]:
+  """Type hint of every setting by its dotted name: `{'name': str, 'model.kind': str, ...}`."""
+  hints = {}
+  for name, hint in typing.get_type_hints(Config).items():
+    if dataclasses.is_dataclass(hint):
+      hints |= {f'{name}.{field}': kind for field, kind in typing.get_type_hints(hint).items()}
+    else:
+      hints[name] = hint
+  return hints

@@ -1,0 +1,228 @@
+"""The settings of a model, and what follows from them; the letters in names are those of `config.py`."""
+
+import dataclasses
+
+from mor_jax.config.typed import setting
+
+SHARING_SCHEMES = ('cycle', 'sequence', 'middle_cycle', 'middle_sequence')
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The architecture. Defaults are the paper's MoR at 360M (arXiv 2507.10524, Tables 3 and 6)."""
+
+  kind: str = setting('mor', 'what to build', ('vanilla', 'recursive', 'mor'))
+  vocab_size: int | None = setting(None, 'entries of the vocabulary; none: the tokenizer decides')
+  num_layers: int = setting(32, 'unrolled depth: layers a token passes when it takes every recursion')
+  d_model: int = setting(960, 'width D of the residual stream')
+  num_heads: int = setting(15, 'query heads H')
+  num_kv_heads: int = setting(5, 'key/value heads K (grouped-query attention)')
+  head_dim: int | None = setting(None, 'width E of a head; none: d_model / num_heads')
+  mlp_dim: int = setting(2560, 'hidden width F of the SwiGLU MLP')
+  rope_theta: float = setting(10000.0, 'base of the rotary position embedding')
+  rope_scaling: str = setting(
+    'none',
+    'slower rotations for longer texts: linear, all by rope_scaling_factor; llama3, as Llama 3.1: the slow ones',
+    ('none', 'linear', 'llama3'),
+  )
+  rope_scaling_factor: float = setting(1.0, 'rope_scaling: how many times slower')
+  rope_low_frequency_factor: float = setting(
+    1.0, 'llama3: rotations that turn less often than this in rope_original_length are slowed down in full'
+  )
+  rope_high_frequency_factor: float = setting(
+    4.0, 'llama3: those that turn more often than this are left alone, those between in part'
+  )
+  rope_original_length: int = setting(8192, 'llama3: longest text that the model saw before')
+  norm_epsilon: float = setting(1e-5, 'epsilon of RMSNorm')
+  tie_embeddings: bool = setting(True, 'use the embedding matrix as output head')
+  init_std: float = setting(0.02, 'standard deviation of initial weights')
+
+  num_recursions: int = setting(
+    2, 'times R the shared block is applied (recursive and mor); passes that share keys and values (vanilla)'
+  )
+  sharing: str = setting(
+    'middle_cycle',
+    'which layers share parameters (recursive and mor), or keys and values (vanilla with kv=shared)',
+    SHARING_SCHEMES,
+  )
+
+  share_norms: bool = setting(True, 'share the norm scales of shared layers too, as the authors do')
+  lora_rank: int = setting(0, 'rank of the change of the shared kernels that each recursion has; 0: none')
+  lora_alpha: float = setting(32.0, 'that change is scaled by lora_alpha / lora_rank')
+  lora_targets: str = setting('all', 'kernels that have it', ('all', 'query_value'))
+  recursion_encoding: bool = setting(False, "add a learned vector of its own to each recursion's input")
+
+  router: str = setting(
+    'expert_choice',
+    'who chooses (mor): expert_choice, each recursion its best tokens; token_choice, each token its depth',
+    ('expert_choice', 'token_choice'),
+  )
+  router_head: str = setting(
+    'linear', 'scores by a linear map, or an MLP of 2 or 4 times the width', ('linear', 'mlp', 'wide_mlp')
+  )
+  router_activation: str = setting(
+    'auto',
+    'squashes the scores; auto: sigmoid for expert_choice, softmax for token_choice; identity: not at all',
+    ('auto', 'sigmoid', 'tanh', 'softmax', 'identity'),
+  )
+  router_alpha: float | None = setting(
+    None, 'scale of the gate, alpha * activation(score); none: 0.1 with sigmoid and tanh, else 1'
+  )
+  router_temperature: float = setting(1.0, 'divides the router input')
+  router_z_loss_weight: float = setting(0.0, 'weight of the squared log-partition of the scores')
+  gating: str = setting(
+    'weighted',
+    "update of a token, w its gate: weighted x + w*f(x), the authors' code, where f has residuals of its "
+    'own; additive x + f(x); residual x + w*(f(x) - x), the paper (expert_choice)',
+    ('weighted', 'additive', 'residual'),
+  )
+  capacities: tuple[float, ...] | None = setting(
+    None, 'fraction of tokens that enter each recursion, not rising; none: (R - r) / R'
+  )
+  selection: str = setting(
+    'top_k',
+    'threshold of causal routing (expert_choice): top_k, a logit of 0; ema_threshold, a moving average '
+    'of the logit at the border of the top-k choice, kept in training',
+    ('top_k', 'ema_threshold'),
+  )
+  ema_decay: float = setting(0.99, 'decay of that moving average')
+  random_router: bool = setting(False, 'choose at random: uniform scores, as an ablation')
+  capacity_warmup_steps: int = setting(
+    0, 'optimiser steps in which capacities fall from 1 to their values, in at most 8 sizes (expert_choice)'
+  )
+  causality: str = setting(
+    'aux_loss',
+    'what teaches routers to decide without the future (expert_choice): aux_loss, a loss on their own '
+    'scores; aux_router, a second router on stopped gradients; none',
+    ('aux_loss', 'aux_router', 'none'),
+  )
+  aux_loss_weight: float = setting(0.001, 'weight of that loss (expert_choice)')
+  token_gating: str = setting(
+    'once',
+    "token_choice: once, when a token has finished, the authors' code; every_step, the paper",
+    ('once', 'every_step'),
+  )
+  balancing: str = setting(
+    'loss',
+    'what keeps all depths in use (token_choice): a loss; loss_free, a bias on the choice that follows '
+    'the load; none',
+    ('loss', 'loss_free', 'none'),
+  )
+  bias_update_rate: float = setting(0.001, 'change of that bias in an optimiser step (token_choice)')
+  balance_warmup_steps: int = setting(
+    0, 'first optimiser steps in which every token takes all recursions (token_choice)'
+  )
+  balancing_loss_weight: float = setting(0.1, 'weight of the balancing loss (token_choice)')
+  token_capacity_factor: float | None = setting(
+    None,
+    'token_choice: a recursion takes at most factor * (R - r) / R of the tokens, the latest are left out; '
+    'none: no limit, so every recursion has room for, and computes on, all tokens',
+  )
+  dispatch: str = setting(
+    'gather',
+    'gather: run a step on its selected tokens only; mask: on all, the reference',
+    ('gather', 'mask'),
+  )
+  threshold_slack: float = setting(
+    1.25, 'places of a step under threshold routing: ceil(capacity * max_len * slack)'
+  )
+  kv: str = setting(
+    'recursion_wise',
+    'keys and values of a recursion step: recursion_wise, those of its own tokens; shared, those of all '
+    'tokens at the first step; hybrid, shared ones overwritten by the tokens that go on',
+    ('recursion_wise', 'shared', 'hybrid'),
+  )
+
+  dtype: str = setting('bfloat16', 'activations and matrix products', ('bfloat16', 'float32'))
+  remat: str = setting(
+    'none',
+    'recomputed in the backward pass: nothing; all but matrix products (dots); every layer (full); '
+    "every layer and every recursion step (block); every layer, its input kept in the host's memory (offload, "
+    'TPU and GPU)',
+    ('none', 'dots', 'full', 'block', 'offload'),
+  )
+  attention: str = setting(
+    'auto',
+    'attention backend; auto: splash on TPU, cudnn on GPU (bfloat16), xla elsewhere; reference: the '
+    'definition, slow',
+    ('auto', 'reference', 'xla', 'splash', 'cudnn'),
+  )
+  unroll_layers: bool = setting(
+    False, 'compile every layer separately instead of scanning (exact XLA FLOP counts, slow compile)'
+  )
+
+  @property
+  def head_width(self) -> int:
+    """Width E of one head."""
+    return self.head_dim or self.d_model // self.num_heads
+
+  @property
+  def recursions(self) -> int:
+    """Recursions R; 1 for vanilla, which has no shared block."""
+    return 1 if self.kind == 'vanilla' else self.num_recursions
+
+  @property
+  def unique_ends(self) -> int:
+    """Layers before and after the recursions that share nothing: 1 each under middle_*, else 0."""
+    return 1 if self.sharing.startswith('middle') else 0
+
+  @property
+  def shared_depth(self) -> int:
+    """Layers in the shared block, that is per recursion."""
+    return (self.num_layers - 2 * self.unique_ends) // self.recursions
+
+  @property
+  def can_stop_early(self) -> bool:
+    """Whether fewer than R recursions make a model; under `sequence` sharing each layer repeats by itself."""
+    return self.kind != 'vanilla' and self.sharing.endswith('cycle')
+
+  @property
+  def passes(self) -> int:
+    """Passes over the middle layers between which keys and values may be shared.
+
+    R, or under `kv=shared` of a vanilla model the number that `num_recursions` gives: its layers
+    have parameters of their own and read the keys and values of those that R would tie them to.
+    """
+    return self.num_recursions if self.kv == 'shared' else self.recursions
+
+  @property
+  def num_unique_layers(self) -> int:
+    """Parameter slots U."""
+    return self.shared_depth + 2 * self.unique_ends
+
+  @property
+  def step_capacities(self) -> tuple[float, ...]:
+    """Fraction of the tokens that enters each recursion ((R - r) / R unless set; paper section 2.2.1)."""
+    if self.kind == 'mor' and self.router == 'expert_choice':
+      return self.capacities or self.balanced_capacities
+    if self.kind == 'mor' and self.token_capacity_factor is not None:
+      return tuple(min(1.0, self.token_capacity_factor * capacity) for capacity in self.balanced_capacities)
+    return (1.0,) * self.recursions
+
+  @property
+  def balanced_capacities(self) -> tuple[float, ...]:
+    """Fraction of the tokens that enters each recursion when all depths are equally common."""
+    return tuple((self.recursions - r) / self.recursions for r in range(self.recursions))
+
+  @property
+  def has_aux_router(self) -> bool:
+    """Whether second routers make the causal decisions."""
+    return self.kind == 'mor' and self.router == 'expert_choice' and self.causality == 'aux_router'
+
+  @property
+  def squash(self) -> str:
+    """The activation that `router_activation` stands for."""
+    if self.router_activation != 'auto':
+      return self.router_activation
+    return 'sigmoid' if self.router == 'expert_choice' else 'softmax'
+
+  @property
+  def gate_scale(self) -> float:
+    """The alpha that `router_alpha` stands for."""
+    if self.router_alpha is not None:
+      return self.router_alpha
+    return 0.1 if self.squash in ('sigmoid', 'tanh') else 1.0
+
+  def selected_tokens(self, seq_len: int) -> tuple[int, ...]:
+    """Tokens C_r that enter each recursion of a row of `seq_len`: max(1, floor(c_r * T))."""
+    return tuple(max(1, int(c * seq_len)) for c in self.step_capacities)

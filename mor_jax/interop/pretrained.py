@@ -1,0 +1,94 @@
+"""Pretrained models in a training: the one that it begins from, and the one that it learns from."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from mor_jax.config import Config, ConfigError, InitConfig, with_changes
+from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.interop import sources
+from mor_jax.interop.uptraining import SharedWeights
+from mor_jax.interop.weights import Weights
+from mor_jax.parallel import rules
+from mor_jax.training import distillation
+from mor_jax.training.distillation import Teacher
+
+
+def with_source(config: Config, init_from: str | None) -> Config:
+  """The config with what --init_from names as `init.source`, and with its tokenizer where it is to be used.
+
+  Raises:
+    ConfigError: --init_from and init.source differ, or a setting refers to a source without either.
+  """
+  if init_from is not None:
+    if config.init.source not in (None, init_from):
+      raise ConfigError(
+        f'--init_from={init_from} and --config.init.source={config.init.source} differ; give one of them'
+      )
+    config = with_changes(config, init={'source': init_from})
+  if config.init.source is None and config.init.method != InitConfig().method:
+    raise ConfigError(f'init.method={config.init.method} has no model to take layers from: give --init_from')
+  if config.distill.weight and not (config.distill.teacher or config.init.source):
+    raise ConfigError(
+      f'distill.weight={config.distill.weight} has no teacher: give --init_from, or set distill.teacher'
+    )
+  if config.data.tokenizer == 'source':
+    if config.init.source is None:
+      raise ConfigError('data.tokenizer=source is that of init.source, which is not set: give --init_from')
+    config = with_changes(config, data={'tokenizer': str(Path(config.init.source) / 'tokenizer.json')})
+  return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+  """A model on disk that a setting names, and its tokenizer."""
+
+  flag: str
+  path: str
+  weights: Weights
+  tokenizer: Tokenizer
+
+  def check_tokenizer(self, config: Config, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError unless token ids mean to the run what they mean to this model."""
+    if tokenizer.digest != self.tokenizer.digest:
+      raise ConfigError(
+        f'data.tokenizer={config.data.tokenizer} is not the tokenizer of {self.flag}={self.path}, so that the same '
+        f'ids mean other text; set --config.data.tokenizer={self.path}/tokenizer.json'
+      )
+
+
+def open_source(config: Config) -> Pretrained | None:
+  """The model to begin from. Raises ConfigError if it cannot be read."""
+  return _open('init.source', config.init.source)
+
+
+def open_teacher(config: Config) -> Pretrained | None:
+  """The model to learn from. Raises ConfigError if it cannot be read."""
+  if not config.distill.weight:
+    return None
+  flag = 'distill.teacher' if config.distill.teacher else 'init.source'
+  return _open(flag, config.distill.teacher or config.init.source)
+
+
+def _open(flag: str, path: str | None) -> Pretrained | None:
+  return None if path is None else Pretrained(flag, path, *sources.open_model(path, flag))
+
+
+def shared_weights(config: Config, source: Pretrained) -> SharedWeights:
+  """The weights that a run begins with. Raises ConfigError if the source does not fit."""
+  return SharedWeights(config.model, source.weights, config.init.method, config.train.seed)
+
+
+def make_teacher(config: Config, opened: Pretrained | None) -> Teacher | None:
+  """The teacher without its parameters. Raises ConfigError if it does not fit."""
+  if opened is None:
+    return None
+  return distillation.make_teacher(config.distill, opened.weights.config, config.model)
+
+
+def abstract_teacher(teacher: Teacher, mesh: Mesh) -> Any:
+  """Shapes, dtypes and shardings of its parameters."""
+  return distillation.abstract_parameters(teacher, partial(rules.shardings, mesh))

@@ -1,0 +1,105 @@
+"""Bytes that a compiled program moves between memory and cores, read from its HLO."""
+
+from mor_jax.planning import hlo
+
+# Nothing moves, or what moves is counted elsewhere: in the bodies of loops, at the start of a copy.
+_FREE = {
+  'parameter',
+  'constant',
+  'tuple',
+  'get-tuple-element',
+  'bitcast',
+  'while',
+  'conditional',
+  'call',
+  'async-start',
+  'async-update',
+  'async-done',
+  'copy-done',
+  'after-all',
+  'partition-id',
+  'replica-id',
+  'opt-barrier',
+  'iota',
+}
+_PARTIAL_READS = {'dynamic-slice', 'slice', 'gather'}
+_RENAMES = {'bitcast', 'copy', 'reshape', 'transpose', 'convert'}
+_BOOKKEEPING = ('AllocateBuffer', 'AssumeGatherIndicesInBound')
+
+
+def memory_traffic(program: hlo.Program) -> int:
+  """Bytes read from and written to a device's main memory in one run of the program.
+
+  Every kernel reads its operands and writes its results once, as XLA's own cost model has it: of an
+  array that is only sliced, the slice is read, of one that is updated in place, the update written.
+  Arrays that the compiler keeps in on-chip memory are free, copies to and from there cost one side.
+  """
+  return sum(
+    times * _moved(program, computation, instruction)
+    for computation, instruction, times in program.executions()
+    if instruction.opcode not in _FREE and not any(name in instruction.attributes for name in _BOOKKEEPING)
+  )
+
+
+def _moved(program: hlo.Program, computation: hlo.Computation, instruction: hlo.Instruction) -> int:
+  operands = [computation[name] for name in instruction.operands if name in computation]
+  if instruction.opcode == 'fusion' and instruction.called:
+    body = program.computations.get(instruction.called[0], {})
+    return _fusion_reads(body, operands) + _fusion_writes(body, instruction)
+  if instruction.opcode in _PARTIAL_READS:
+    return 2 * _size(instruction)
+  if instruction.opcode == 'dynamic-update-slice':
+    return 2 * _size(operands[1])
+  if instruction.opcode == 'copy-start':  # gives (destination, source, context)
+    destination, source = instruction.arrays[:2]
+    return sum(array.bytes for array in (destination, source) if array.memory == 0)
+  return sum(_size(operand) for operand in operands) + _size(instruction)
+
+
+def _fusion_reads(body: hlo.Computation, operands: list[hlo.Instruction]) -> int:
+  parameters = {}
+  for instruction in body.values():
+    if instruction.opcode == 'parameter':
+      number = int(instruction.attributes[1:].partition(')')[0])
+      parameters[number] = instruction.name
+  return sum(
+    min(_size(operand), _read_of(body, parameters[number]))
+    for number, operand in enumerate(operands)
+    if number in parameters and _size(operand)
+  )
+
+
+def _read_of(body: hlo.Computation, name: str) -> float:
+  """Bytes of a fusion's parameter that are used: all (infinite) unless it is only sliced or updated in place."""
+  total = 0.0
+  for user in body.values():
+    if name not in user.operands:
+      continue
+    if user.opcode in _PARTIAL_READS:
+      total += _size(user, everywhere=True)
+    elif user.opcode in _RENAMES:
+      total += _read_of(body, user.name)
+    elif user.opcode != 'dynamic-update-slice' or user.operands[0] != name:
+      return float('inf')
+  return total
+
+
+def _fusion_writes(body: hlo.Computation, fusion: hlo.Instruction) -> int:
+  root = next((instruction for instruction in body.values() if instruction.is_root), None)
+  if root is None:
+    return _size(fusion)
+  outputs = [body[name] for name in root.operands if name in body] if root.opcode == 'tuple' else [root]
+  written = 0
+  for output, array in zip(outputs, fusion.arrays, strict=False):
+    if array.memory:
+      continue
+    while output.opcode in _RENAMES and output.operands and output.operands[0] in body:
+      output = body[output.operands[0]]
+    in_place = output.opcode == 'dynamic-update-slice' and output.operands[1] in body
+    written += min(array.bytes, _size(body[output.operands[1]], everywhere=True)) if in_place else array.bytes
+  return written
+
+
+def _size(instruction: hlo.Instruction, everywhere: bool = False) -> int:
+  """Bytes of the arrays that lie in main memory, or wherever they lie."""
+  return sum(array.bytes for array in instruction.arrays if everywhere or array.memory == 0)

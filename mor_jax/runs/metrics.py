@@ -1,0 +1,79 @@
+"""The metrics of a run on disk: JSON lines and TensorBoard events."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from mor_jax.runs.run_folder import write_atomically
+
+Record = dict[str, float]
+
+
+class MetricsLog:
+  """metrics.jsonl and tensorboard/ of a run folder; every step occurs on one line. Use as a context.
+
+  Args:
+    folder: the run folder.
+    last_step: step that the run continues from; whatever an earlier process wrote about
+      later steps is dropped, and so is a line that it did not finish.
+    writes: whether this process is the one that writes; the others only remember.
+  """
+
+  def __init__(self, folder: Path, last_step: int, writes: bool = True):
+    path = folder / 'metrics.jsonl'
+    self.records = [record for record in read(path) if record['step'] <= last_step]
+    self._writes = writes
+    if writes:
+      write_atomically(path, ''.join(json.dumps(record) + '\n' for record in self.records))
+      self._file = path.open('a')
+      self._board = _summary_writer()(str(folder / 'tensorboard'), purge_step=last_step + 1)
+
+  def __enter__(self) -> 'MetricsLog':
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._writes:
+      self._file.close()
+      self._board.close()
+
+  def write(self, step: int, record: Record) -> None:
+    """Writes all that is known about a step."""
+    record = {'step': step, **record}
+    self.records.append(record)
+    if not self._writes:
+      return
+    self._file.write(json.dumps(record) + '\n')
+    self._file.flush()
+    for name, value in record.items():
+      if name != 'step':
+        self._board.add_scalar(name, value, step)
+
+
+def _summary_writer() -> type:
+  """tensorboardX's writer, imported where it is needed, and without PyTorch.
+
+  It imports PyTorch where there is one, for tensors that nobody gives it here: three seconds, and 200 MB.
+  """
+  hides = 'torch' not in sys.modules
+  if hides:
+    sys.modules['torch'] = None  # an import of it fails
+  try:
+    from tensorboardX import SummaryWriter
+  finally:
+    if hides:
+      del sys.modules['torch']
+  return SummaryWriter
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+  """The records of a metrics.jsonl, in order; an unfinished last line is left out, a missing file is empty."""
+  if not path.exists():
+    return []
+  records = []
+  for line in path.read_text(errors='replace').splitlines():
+    try:
+      records.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return records

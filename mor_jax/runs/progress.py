@@ -1,0 +1,83 @@
+"""How a running training shows itself: a bar on a terminal, one line per interval elsewhere."""
+
+import datetime
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from mor_jax.runs.metrics import Record
+
+
+class Progress:
+  """Steps done, loss, tokens per second and the time left. Use as a context.
+
+  Args:
+    console: where to print; decides by itself whether it is a terminal.
+    total: steps of the whole run.
+    done: steps that earlier processes did.
+  """
+
+  def __init__(self, console: Console, total: int, done: int):
+    self._console, self._total = console, total
+    self._bar = RichProgress(
+      TextColumn('step'),
+      MofNCompleteColumn(),
+      BarColumn(bar_width=None),
+      TextColumn('{task.fields[metrics]}'),
+      TimeElapsedColumn(),
+      TextColumn('ETA'),
+      TimeRemainingColumn(),
+      console=console,
+      expand=True,
+    )
+    self._task = self._bar.add_task('train', total=total, completed=done, metrics='')
+
+  def __enter__(self) -> 'Progress':
+    if self._console.is_terminal:
+      self._bar.start()
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._console.is_terminal:
+      self._bar.stop()
+
+  def advance(self, step: int) -> None:
+    """A step was dispatched."""
+    self._bar.update(self._task, completed=step)
+
+  def show(self, step: int, record: Record) -> None:
+    """The metrics of a step are known."""
+    if 'train/loss' in record:
+      loss, speed = record['train/loss'], record['train/tokens_per_second']
+      self._bar.update(self._task, metrics=f'loss {loss:.3f}  {speed:,.0f} tokens/s')
+      if not self._console.is_terminal:
+        self._print(self._line(step, record))
+    if 'validation/nll' in record:
+      self._print(self._validation_line(step, record))
+
+  def report(self, text: str) -> None:
+    """A line of its own, whatever shows the progress."""
+    self._print(text)
+
+  def _line(self, step: int, record: Record) -> str:
+    return (
+      f'step {step:>{len(str(self._total))}}/{self._total}  loss {record["train/loss"]:.4f}  '
+      f'lr {record["train/learning_rate"]:.2e}  grad norm {record["train/grad_norm"]:.2f}  '
+      f'{record["train/tokens_per_second"]:,.0f} tokens/s  ETA {self._time_left(step, record)}'
+    )
+
+  def _time_left(self, step: int, record: Record) -> str:
+    seconds = (self._total - step) * record['train/seconds_per_step']
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+  def _validation_line(self, step: int, record: Record) -> str:
+    text = (
+      f'step {step:>{len(str(self._total))}}/{self._total}  validation loss {record["validation/nll"]:.4f}'
+    )
+    if 'validation/dead_token_ratio' in record:
+      text += f'  dead tokens {record["validation/dead_token_ratio"]:.1%}'
+    return text
+
+  def _print(self, text: str) -> None:
+    self._console.print(text, highlight=False, markup=False, soft_wrap=True)

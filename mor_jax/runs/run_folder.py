@@ -1,0 +1,240 @@
+"""The folder of a run: what lies where, and whether it belongs to the run that wants to use it."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from mor_jax.checkpoints.mirror import DIRECT, Mirror, check_folder, scheme
+from mor_jax.config import Config, ConfigError, resolve, settings, with_changes
+from mor_jax.data.loader import Dataset
+
+MAY_CHANGE = (
+  'name',
+  'model.threshold_slack',
+  'model.dispatch',
+  'model.remat',
+  'model.attention',
+  'model.unroll_layers',
+  'data.cache_dir',
+  'data.prefetch',
+  'data.workers',
+  'data.max_bad_fraction',
+  'train.accumulation',
+  'train.loss_chunk',
+  'train.on_nonfinite',
+  'train.max_skipped',
+  'train.spike_zscore',
+  'train.hang_seconds',
+  'train.exit_on_hang',
+  'train.log_every',
+  'train.eval_every',
+  'train.eval_rows',
+  'train.sample_tokens',
+  'train.sample_prompt',
+  'train.sample_temperature',
+  'checkpoint.every_steps',
+  'checkpoint.every_minutes',
+  'checkpoint.max_unsaved_steps',
+  'checkpoint.keep',
+  'checkpoint.keep_every',
+  'checkpoint.keep_best',
+  'parallel.replica',
+  'parallel.fsdp',
+  'parallel.tensor',
+  'parallel.dcn_replica',
+  'parallel.dcn_fsdp',
+)
+"""Settings that a resumed run may change: they do not decide what is trained."""
+
+
+class RunFolder:
+  """Paths of a run, its config and its result. Nothing is made before `create`."""
+
+  def __init__(self, path: Path):
+    self.path = path
+    self._checkpoints = path / 'checkpoints'
+    self.metrics = path / 'metrics.jsonl'
+    self.tensorboard = path / 'tensorboard'
+    self.tokenizer = path / 'tokenizer.json'
+    self.goodput = path / 'goodput.json'
+    self.profile = path / 'profile'
+    self._config = path / 'config.json'
+    self._data = path / 'data.json'
+    self._summary = path / 'summary.json'
+    self.calibrations = path / 'calibrations.json'
+
+  def check(self, config: Config, allowed: Sequence[str] = (), writes: bool = True) -> None:
+    """Raises ConfigError unless the folder can be written and holds nothing or this very run.
+
+    Raises RunError where a remote folder for checkpoints does not answer.
+
+    Args:
+      allowed: settings that may differ from the run's, beside MAY_CHANGE.
+      writes: whether this process is the one of several that writes.
+    """
+    if writes:
+      _check_writable(self.path)
+    check_folder(config.checkpoint.folder, writes)
+    if not self._config.exists():
+      if self._checkpoints.exists():
+        raise ConfigError(
+          f'workdir={self.path} holds checkpoints but no config.json; choose another workdir or remove it'
+        )
+      return
+    unknown = [name for name in allowed if name not in settings()]
+    if unknown:
+      raise ConfigError(f'--allow_change={unknown[0]} is no setting; write it as in --config.SECTION.NAME')
+    if not self._data.exists():
+      raise ConfigError(
+        f'workdir={self.path} holds a converted model, not a training; choose another workdir, and train from the '
+        f'model with --init_from={self.path}'
+      )
+    differences = _differences(self.read_config().to_dict(), config.to_dict())
+    changed = {name: text for name, text in differences if name not in allowed}
+    if changed:
+      raise ConfigError(
+        f'workdir={self.path} holds a run with other settings: {"; ".join(changed.values())}; restore them to '
+        f'resume it, choose another workdir, or go on with the new ones: --allow_change={",".join(changed)}'
+      )
+
+  def with_vocabulary(self, config: Config) -> Config:
+    """The config with the size of the vocabulary that the run has had, where it names none."""
+    if config.model.vocab_size is not None or not self._config.exists():
+      return config
+    return with_changes(config, model={'vocab_size': self.read_config().model.vocab_size})
+
+  def read_config(self) -> Config:
+    """The config of the run. Raises ConfigError if there is none, or it cannot be read."""
+    try:
+      return resolve(json.loads(self._config.read_text()))
+    except FileNotFoundError:
+      raise ConfigError(f'{self.path} is not the folder of a run: it holds no {self._config.name}') from None
+    except (json.JSONDecodeError, ConfigError) as error:
+      raise ConfigError(
+        f'{self._config} cannot be read ({error}); choose another workdir or remove it'
+      ) from None
+
+  def checkpoint_folder(self, config: Config) -> epath.Path:
+    """Where Orbax writes the checkpoints of this run."""
+    folder = config.checkpoint.folder
+    return epath.Path(self._checkpoints if self.mirror(config) else folder or self._checkpoints)
+
+  def mirror(self, config: Config) -> Mirror | None:
+    """Where finished checkpoints are copied, if `checkpoint.folder` is nothing that Orbax can write to."""
+    folder = config.checkpoint.folder
+    if scheme(folder) in (None, DIRECT):
+      return None
+    return Mirror(folder, self._checkpoints)
+
+  def describe_checkpoints(self, config: Config, dataset: Dataset) -> dict[str, Any]:
+    """What every checkpoint says about the run that it is of."""
+    digest = dataset.manifest.tokenizer_digest
+    return {'config': config.to_dict(), 'tokenizer_digest': digest, 'code': code_version()}
+
+  def read_data(self) -> dict[str, Any]:
+    """Counts, tokenizer and source of the data that the run trains on, as its dataset's manifest has them."""
+    return json.loads(self._data.read_text())
+
+  def create(self, config: Config, dataset: Dataset) -> None:
+    """Writes tokenizer, description of the data and config, unless this run has written them before.
+
+    Args:
+      config: resolved, with the vocabulary's size.
+      dataset: what the run trains on.
+
+    Raises:
+      ConfigError: the run that the folder holds was on other data.
+    """
+    manifest = dataclasses.replace(dataset.manifest, files={})  # sizes of files may differ for equal rows
+    data = _to_json(dataclasses.asdict(manifest))
+    if self._config.exists():
+      stored = json.loads(self._data.read_text())
+      if stored['tokenizer_digest'] != manifest.tokenizer_digest:
+        raise ConfigError(
+          f'workdir={self.path} holds a run with another vocabulary: its tokenizer had {stored["vocab_size"]} '
+          f'entries, that of data.tokenizer={manifest.tokenizer} has {manifest.vocab_size} and differs; '
+          f'restore data.tokenizer ({self.tokenizer} is the one it had), or choose another workdir'
+        )
+      if self._data.read_text() != data:
+        raise ConfigError(
+          f'workdir={self.path} holds a run on other data ({self._data.name} differs: the corpus has changed; '
+          f"the embedded one is the running Python's); choose another workdir"
+        )
+    else:
+      self.path.mkdir(parents=True, exist_ok=True)
+      dataset.tokenizer.save(self.tokenizer)
+      write_atomically(self._data, data)
+    self.write_config(config)  # last: it says that the folder is a run's
+
+  def write_config(self, config: Config) -> None:
+    """Writes config.json."""
+    write_atomically(self._config, _to_json(config.to_dict()))
+
+  def read_summary(self) -> dict[str, Any] | None:
+    """The result of the run, if it has finished."""
+    return json.loads(self._summary.read_text()) if self._summary.exists() else None
+
+  def write_summary(self, summary: dict[str, Any]) -> None:
+    """Stores the result, which marks the run as finished."""
+    write_atomically(self._summary, _to_json(summary))
+
+
+def code_version() -> str:
+  """The git commit of the code, with '+' if files were changed; without git the installed version."""
+  here = Path(__file__).parent
+  git = ['git', '-C', str(here), 'describe', '--always', '--abbrev=40', '--dirty=+', '--exclude=*']
+  try:
+    return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+  except (OSError, subprocess.SubprocessError):
+    with contextlib.suppress(metadata.PackageNotFoundError):
+      return metadata.version('mor_jax')
+  return 'unknown'
+
+
+def write_atomically(path: Path, text: str) -> None:
+  """The file has the old content or the new one, whenever the process is killed."""
+  partial = path.with_name(f'{path.name}.partial')
+  partial.write_text(text)
+  os.replace(partial, path)
+
+
+def _to_json(value: Any) -> str:
+  return json.dumps(value, indent=2) + '\n'
+
+
+def _differences(
+  stored: dict[str, Any], wanted: dict[str, Any], prefix: str = ''
+) -> Iterator[tuple[str, str]]:
+  """(setting, what it was and is) of those that may not change by themselves."""
+  for name, value in stored.items():
+    key, other = f'{prefix}{name}', wanted[name]
+    if isinstance(value, dict):
+      yield from _differences(value, other, f'{key}.')
+    elif value != other and key not in MAY_CHANGE and not (key == 'model.vocab_size' and other is None):
+      yield key, f'{key} was {value}, now {other}'
+
+
+def _check_writable(folder: Path) -> None:
+  """Tries it out, and removes what it made: permissions alone do not tell (root, read-only disks)."""
+  missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      pass
+  except OSError as error:
+    raise ConfigError(
+      f'workdir={folder} cannot be written ({error.strerror}); choose another with --workdir'
+    ) from None
+  finally:
+    for path in missing:
+      if os.path.isdir(path):
+        path.rmdir()

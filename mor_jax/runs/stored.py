@@ -1,0 +1,133 @@
+"""Models on disk, leaf by leaf: the newest checkpoint of a run, and run folders that hold a converted model.
+
+A converted model is a run folder with config.json, tokenizer.json and a checkpoint of step 0 that has
+variables alone: it can be evaluated, generate text and be trained from (`--init_from`), but not resumed.
+"""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+from flax import traverse_util
+from orbax.checkpoint import v1 as ocp
+
+from mor_jax.checkpoints import integrity
+from mor_jax.checkpoints.checkpoint import Checkpoints, ever_finished
+from mor_jax.config import Config, ConfigError, ModelConfig
+from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.runs.run_folder import RunFolder, code_version
+
+_PARTS = ('params', 'routing')
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredWeights:
+  """Variables of a checkpoint, read leaf by leaf.
+
+  Attributes:
+    folder: of the run.
+    run_config: settings of the run.
+    step: of the checkpoint.
+    shapes, dtypes: of all leaves by path, 'params/layers/mlp/up/kernel', as stored.
+  """
+
+  folder: RunFolder
+  run_config: Config
+  step: int
+  shapes: dict[str, tuple[int, ...]]
+  dtypes: dict[str, np.dtype]
+  _path: epath.Path
+
+  @property
+  def config(self) -> ModelConfig:
+    """Settings of the model."""
+    return self.run_config.model
+
+  def leaf(self, path: str) -> np.ndarray:
+    """One leaf, on the host."""
+    abstract = np.empty(self.shapes[path], self.dtypes[path])  # its pages are never touched
+    keys = tuple(path.split('/'))
+    with _partial_loading():
+      loaded = ocp.load(self._path, traverse_util.unflatten_dict({keys: abstract}))
+    return np.asarray(traverse_util.flatten_dict(loaded)[keys])
+
+  def leaves(self) -> Iterator[tuple[str, np.ndarray]]:
+    """(path, leaf) of all, one at a time."""
+    for path in self.shapes:
+      yield path, self.leaf(path)
+
+  def tokenizer(self) -> Tokenizer:
+    """The tokenizer of the run."""
+    return Tokenizer.load(self.folder.tokenizer, self.run_config.data.separator)
+
+
+def open_run(path: str | os.PathLike) -> StoredWeights:
+  """The newest good checkpoint of a run, without reading it.
+
+  Raises:
+    ConfigError: the folder is no run's, or the run has no checkpoint yet.
+    RunError: none of its checkpoints is good.
+  """
+  folder = RunFolder(Path(path))
+  config = folder.read_config()
+  checkpoints_folder, mirror = folder.checkpoint_folder(config), folder.mirror(config)
+  step = None
+  if ever_finished(checkpoints_folder, mirror):
+    with Checkpoints(checkpoints_folder, config.checkpoint, read_only=True, mirror=mirror) as checkpoints:
+      step = checkpoints.newest_good()
+      where = None if step is None else checkpoints.path(step)
+  if step is None:
+    raise ConfigError(f'the run {path} has no checkpoint yet')
+  stored = {name: part for name, part in ocp.metadata(where).metadata.items() if name in _PARTS and part}
+  leaves = traverse_util.flatten_dict(stored, sep='/')
+  shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+  dtypes = {name: np.dtype(leaf.dtype) for name, leaf in leaves.items()}
+  return StoredWeights(folder, config, step, shapes, dtypes, where)
+
+
+def write_model(
+  path: str | os.PathLike, config: Config, weights: Any, tokenizer: Tokenizer, origin: str
+) -> None:
+  """Makes a run folder of a converted model, which gets its name last; nothing stays of an unfinished one.
+
+  Args:
+    config: of the run that the folder says it is of.
+    weights: `interop.weights.Weights`: its leaves are read and written one at a time, in their dtype.
+    origin: what was converted, for the checkpoint's manifest.
+
+  Raises:
+    ConfigError: the folder exists, or the weights turn out to be faulty.
+  """
+  path = Path(path)
+  if path.exists():
+    raise ConfigError(f'{path} exists; name a new folder, or remove it')
+  partial = path.with_name(f'{path.name}.partial')
+  shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir(parents=True)
+  try:
+    folder = RunFolder(partial)
+    checkpoint = epath.Path(folder.checkpoint_folder(Config())).absolute() / '0'
+    for name, leaf in weights.leaves():
+      ocp.partial.save(checkpoint, traverse_util.unflatten_dict({tuple(name.split('/')): leaf}))
+    ocp.partial.finalize(checkpoint)
+    tokenizer.save(folder.tokenizer)
+    tokenizer.save(checkpoint / folder.tokenizer.name)
+    integrity.write_share(checkpoint, 0, {'position': None})
+    about = {'config': config.to_dict(), 'tokenizer_digest': tokenizer.digest, 'code': code_version()}
+    integrity.publish(checkpoint, 1, {'step': 0, 'validation_loss': None, 'converted_from': origin, **about})
+    folder.write_config(config)
+    partial.rename(path)
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise
+
+
+def _partial_loading() -> ocp.Context:
+  context = ocp.Context()
+  context.pytree.loading.partial_load = True
+  return context

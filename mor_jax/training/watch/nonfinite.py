@@ -1,0 +1,43 @@
+"""Losses and gradients that are no numbers: what the user is told about them.
+
+The decision is the device's (`step.py`): such an update is never applied. The host reads about it a few steps later.
+"""
+
+import math
+
+from mor_jax.errors import RunError
+from mor_jax.runs.metrics import Record
+
+_MODULE = 'grad_norm/'
+
+
+class NonFiniteError(RunError):
+  """The loss or the gradient of a step is NaN or infinite. Its update and those after it were not applied.
+
+  Attributes:
+    step: the step that halted the training; the state is that of the step before.
+    records: (step, record) of logged steps before it that nobody has seen yet.
+  """
+
+  def __init__(self, step: int, values: Record, records: list[tuple[int, Record]]):
+    super().__init__(f'{describe(step, values)}; the update was not applied')
+    self.step, self.records = step, records
+
+  def add(self, text: str) -> None:
+    """Appends to the message."""
+    self.args = (f'{self}; {text}',)
+
+
+def is_finite(values: Record) -> bool:
+  """Whether a step with these metrics changed the parameters."""
+  return math.isfinite(values['loss']) and math.isfinite(values['grad_norm'])
+
+
+def describe(step: int, values: Record) -> str:
+  """Which number is not finite at a step, and the gradient norm of every module."""
+  names = [name for name in ('loss', 'grad_norm') if not math.isfinite(values[name])]
+  found = ' and '.join(f'{name} is {values[name]}' for name in names)
+  norms = [
+    f'{name.removeprefix(_MODULE)} {value:.3g}' for name, value in values.items() if name.startswith(_MODULE)
+  ]
+  return f'{found} at step {step}' + (f' (gradient norms: {", ".join(norms)})' if norms else '')
