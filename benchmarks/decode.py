@@ -26,7 +26,7 @@ from rich.console import Console
 
 from benchmarks import results
 from mor_jax import cli
-from mor_jax.config import Config, ConfigError
+from mor_jax.config import Config, ConfigError, with_changes
 from mor_jax.inference import prefill
 from mor_jax.inference.engine import Engine
 from mor_jax.inference.prefill import Prefix
@@ -137,24 +137,21 @@ COLUMNS = (
 def shape(layers: int, recursions: int, **change):
   """The 360m shape at the width of the flags."""
   heads = FLAGS.width // 64
-  return (
-    Config()
-    .replace(
-      model={
-        'kind': 'vanilla' if recursions == 1 else 'mor',
-        'num_layers': layers,
-        'num_recursions': recursions,
-        'd_model': FLAGS.width,
-        'num_heads': heads,
-        'num_kv_heads': heads // 3,
-        'mlp_dim': FLAGS.width * 8 // 3,
-        'vocab_size': FLAGS.vocab_size,
-        'dtype': 'float32',
-        **change,
-      }
-    )
-    .model
-  )
+  return with_changes(
+    Config(),
+    model={
+      'kind': 'vanilla' if recursions == 1 else 'mor',
+      'num_layers': layers,
+      'num_recursions': recursions,
+      'd_model': FLAGS.width,
+      'num_heads': heads,
+      'num_kv_heads': heads // 3,
+      'mlp_dim': FLAGS.width * 8 // 3,
+      'vocab_size': FLAGS.vocab_size,
+      'dtype': 'float32',
+      **change,
+    },
+  ).model
 
 
 def random_variables(model: Transformer, seed: int = 0) -> dict:

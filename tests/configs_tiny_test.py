@@ -21,7 +21,7 @@ def test_variants_are_comparable():
     assert with_changes(config, model={'kind': 'mor'}).to_dict() | {'name': ''} == configs[
       'mor'
     ].to_dict() | {'name': ''}
-  parameters = flops.count_parameters(configs['mor'].replace(model={'vocab_size': 257}).model)
+  parameters = flops.count_parameters(with_changes(configs['mor'], model={'vocab_size': 257}).model)
   assert 3e6 < parameters.total < 8e6
   assert resolve(get_config()) == configs['mor']
 
@@ -35,7 +35,7 @@ def test_unknown_variant_is_refused():
 
 @pytest.mark.slow
 def test_tiny_run_learns(tmp_path):
-  config = resolve(get_config()).replace(data={'cache_dir': str(tmp_path / 'cache')})
+  config = with_changes(resolve(get_config()), data={'cache_dir': str(tmp_path / 'cache')})
   train.main(config, str(tmp_path / 'run'))
   summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
   assert summary['validation/nll'] < summary['validation/bigram_entropy'] - 0.2

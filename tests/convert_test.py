@@ -12,7 +12,7 @@ import tiny
 from absl import flags
 from absl.testing import flagsaver
 
-from mor_jax.config import Config, ConfigError, DataConfig
+from mor_jax.config import Config, ConfigError, DataConfig, with_changes
 from mor_jax.data import tokenizer as tokenizer_lib
 from mor_jax.interop import huggingface, official, tensors
 from mor_jax.interop.weights import HeldWeights
@@ -104,7 +104,7 @@ def test_a_bias_of_the_routers_state_is_kept(tokenizer, tmp_path):
     vocab_size=257, num_recursions=2, router='token_choice', balancing='loss_free'
   )
   variables['routing'] = {'bias': np.array([0.25, -0.5], np.float32)}
-  config = Config(model=model.config).replace()
+  config = with_changes(Config(model=model.config))
   stored.write_model(tmp_path / 'run', config, HeldWeights(model.config, variables), tokenizer, 'memory')
   np.testing.assert_array_equal(load_run(tmp_path / 'run').variables['routing']['bias'], [0.25, -0.5])
 
@@ -151,7 +151,7 @@ def test_what_cannot_be_meant_is_refused(run_convert, tmp_path):
 
 def test_a_converted_model_is_no_training_to_resume(tokenizer, tmp_path):
   model, variables = tiny.model(kind='vanilla', vocab_size=257)
-  config = Config(model=model.config).replace()
+  config = with_changes(Config(model=model.config))
   stored.write_model(tmp_path / 'run', config, HeldWeights(model.config, variables), tokenizer, 'memory')
   with pytest.raises(ConfigError, match=r'holds a converted model, not a training; .*--init_from='):
     RunFolder(tmp_path / 'run').check(config)

@@ -18,9 +18,10 @@ from mor_jax.config import Config, ConfigError, with_changes
 ROOT = Path(__file__).parents[1]
 CONFIG = """
 from mor_jax import config
+from mor_jax.config.typed import to_config_dict
 
 def get_config():
-  settings = config.to_config_dict(config.resolve(SETTINGS))
+  settings = to_config_dict(config.resolve(SETTINGS))
   return settings
 """
 SWEEP = """

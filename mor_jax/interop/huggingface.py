@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.config import Config, ConfigError, ModelConfig
+from mor_jax.config import Config, ConfigError, ModelConfig, with_changes
 from mor_jax.data.tokenizer import END_OF_TEXT, Tokenizer
 from mor_jax.interop import folders, names, tensors, weights
 from mor_jax.interop.weights import HeldWeights, NamedWeights, Weights
@@ -98,22 +98,19 @@ def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     raise ConfigError(f'{where} is not a Llama checkpoint that can be read: {"; ".join(problems)}')
   heads = config['num_attention_heads']
   head_dim = config.get('head_dim')
-  return (
-    Config()
-    .replace(
-      model={
-        **{ours: config[theirs] for ours, theirs in _SHAPE.items()},
-        **rope,
-        'kind': 'vanilla',
-        'num_kv_heads': config.get('num_key_value_heads') or heads,
-        'head_dim': None if head_dim in (None, config['hidden_size'] // heads) else head_dim,
-        'tie_embeddings': bool(config.get('tie_word_embeddings', False)),
-        'init_std': float(config.get('initializer_range', 0.02)),
-        'dtype': 'float32' if (config.get('dtype') or config.get('torch_dtype')) == 'float32' else 'bfloat16',
-      }
-    )
-    .model
-  )
+  return with_changes(
+    Config(),
+    model={
+      **{ours: config[theirs] for ours, theirs in _SHAPE.items()},
+      **rope,
+      'kind': 'vanilla',
+      'num_kv_heads': config.get('num_key_value_heads') or heads,
+      'head_dim': None if head_dim in (None, config['hidden_size'] // heads) else head_dim,
+      'tie_embeddings': bool(config.get('tie_word_embeddings', False)),
+      'init_std': float(config.get('initializer_range', 0.02)),
+      'dtype': 'float32' if (config.get('dtype') or config.get('torch_dtype')) == 'float32' else 'bfloat16',
+    },
+  ).model
 
 
 def _rope(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:

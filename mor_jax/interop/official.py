@@ -52,7 +52,7 @@ def open_weights(
     raw = folders.read_config(Path(path))
     if OURS not in raw:
       raise ConfigError(f'{path} does not say what model it is of; name a file of settings (--settings)')
-    config = Config(model=from_dict(ModelConfig, raw[OURS], 'model.')).replace().model
+    config = with_changes(Config(model=from_dict(ModelConfig, raw[OURS], 'model.'))).model
   return NamedWeights(config, names.official(config), held, untied)
 
 
