@@ -152,6 +152,7 @@ def test_rows_may_be_split_over_devices():
 import sys
 sys.path[:0] = {[str(GOLDEN.parents[1]), str(GOLDEN.parents[2])]}
 import tiny_run, training_step_test
+from mor_jax.config import with_changes
 from mor_jax.parallel import mesh
 tiny_run.MESH = mesh.make_mesh()
 assert tiny_run.MESH.shape['replica'] == 4
