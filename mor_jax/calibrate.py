@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 from mor_jax import cli
-from mor_jax.config import ConfigError
 from mor_jax.data import loader, schedule
 from mor_jax.evaluation import calibration as calibration_lib
 from mor_jax.evaluation import nll
@@ -20,19 +19,22 @@ from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.runs.restore import load_run
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string('checkpoint', None, 'folder of the run')
-flags.DEFINE_list('capacities', None, 'fraction of the tokens that shall enter each recursion, not rising')
-flags.DEFINE_integer('rows', 256, 'rows of the train split to calibrate on')
-flags.DEFINE_integer('eval_rows', 256, 'rows of the validation split to compare on')
+
+
+def define_flags() -> None:
+  """Defines the flags of this command."""
+  cli.define_checkpoint()
+  flags.DEFINE_list('capacities', None, 'fraction of the tokens that shall enter each recursion, not rising')
+  flags.DEFINE_integer('rows', 256, 'rows of the train split to calibrate on')
+  flags.DEFINE_integer('eval_rows', 256, 'rows of the validation split to compare on')
 
 
 def main() -> None:
   """Calibrates, stores and compares. Raises ConfigError for flags that cannot work."""
   console = Console()
-  capacities = _capacities()
-  for name in ('rows', 'eval_rows'):
-    if FLAGS[name].value < 1:
-      raise ConfigError(f'--{name}={FLAGS[name].value} is not allowed: must be >= 1')
+  cli.require('checkpoint', 'capacities')
+  capacities = cli.numbers('capacities')
+  cli.check_least(rows=1, eval_rows=1)
   run = load_run(FLAGS.checkpoint)
   wanted = calibration_lib.check(run.config, capacities)
   dataset = loader.open_dataset(run.config.data, report=console.print)
@@ -58,18 +60,6 @@ def main() -> None:
     table.add_row(label, *(column[label] for column in columns))
   console.print(table)
   console.print(f'stored in {run.folder.calibrations}', soft_wrap=True)
-
-
-def _capacities() -> tuple[float, ...]:
-  for name in ('checkpoint', 'capacities'):
-    if not FLAGS[name].value:
-      raise ConfigError(f'--{name} is missing (--help shows an example)')
-  try:
-    return tuple(float(item) for item in FLAGS.capacities)
-  except ValueError:
-    raise ConfigError(
-      f'--capacities={",".join(FLAGS.capacities)} must be numbers separated by commas'
-    ) from None
 
 
 def _trained_thresholds(run) -> list[float]:
@@ -106,4 +96,5 @@ def _column(config, variables, thresholds, dataset, mesh) -> dict[str, str]:
 
 
 if __name__ == '__main__':
+  define_flags()
   cli.run(main, __doc__, with_config=False)

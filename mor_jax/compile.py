@@ -24,22 +24,27 @@ from mor_jax.runs import summary
 from mor_jax.training import budget
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string(
-  'topology', None, 'v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4, cpu:8 ...; default: this machine'
-)
-flags.DEFINE_integer('slices', 1, 'slices of that topology, joined by the network between them')
-flags.DEFINE_boolean(
-  'suggest', False, 'find the rows at once and the remat that fit, by compiling a dozen programs'
-)
-flags.DEFINE_boolean(
-  'fast',
-  False,
-  'let the compiler optimise little: takes a third of the time; temporaries may differ by 15%',
-)
-flags.DEFINE_boolean('remedies', True, 'try what would help, by compiling that too, if the step does not fit')
-flags.DEFINE_boolean('json', False, 'print one JSON object, with figures of one device')
-
 DOES_NOT_FIT = 1
+
+
+def define_flags() -> None:
+  """Defines the flags of this command."""
+  flags.DEFINE_string(
+    'topology', None, 'v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4, cpu:8 ...; default: this machine'
+  )
+  flags.DEFINE_integer('slices', 1, 'slices of that topology, joined by the network between them')
+  flags.DEFINE_boolean(
+    'suggest', False, 'find the rows at once and the remat that fit, by compiling a dozen programs'
+  )
+  flags.DEFINE_boolean(
+    'fast',
+    False,
+    'let the compiler optimise little: takes a third of the time; temporaries may differ by 15%',
+  )
+  flags.DEFINE_boolean(
+    'remedies', True, 'try what would help, by compiling that too, if the step does not fit'
+  )
+  flags.DEFINE_boolean('json', False, 'print one JSON object, with figures of one device')
 
 
 def main(config: Config, workdir: str | None) -> int:
@@ -135,4 +140,5 @@ def _as_json(attempt: fitting.Attempt) -> dict:
 
 
 if __name__ == '__main__':
+  define_flags()
   cli.run(main, __doc__)

@@ -29,24 +29,26 @@ from mor_jax.interop.weights import Weights
 from mor_jax.runs import stored
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string(
-  'checkpoint', None, 'what to convert: folder of a run, Llama folder, or weights of the authors'
-)
-flags.DEFINE_string('output', None, 'folder to write, which must not exist')
-flags.DEFINE_string(
-  'settings', None, "JSON file with the settings of the authors' weights (docs/uptraining.md)"
-)
-flags.DEFINE_string('tokenizer', None, "tokenizer.json, where there is none beside the authors' weights")
-flags.DEFINE_string('separator', '<|endoftext|>', 'its token that ends a text')
-flags.DEFINE_enum('untied', 'refuse', ['refuse', 'average'], 'where copies of a shared tensor differ')
-flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'dtype to write; default: as it is')
+
+
+def define_flags() -> None:
+  """Defines the flags of this command."""
+  flags.DEFINE_string(
+    'checkpoint', None, 'what to convert: folder of a run, Llama folder, or weights of the authors'
+  )
+  flags.DEFINE_string('output', None, 'folder to write, which must not exist')
+  flags.DEFINE_string(
+    'settings', None, "JSON file with the settings of the authors' weights (docs/uptraining.md)"
+  )
+  flags.DEFINE_string('tokenizer', None, "tokenizer.json, where there is none beside the authors' weights")
+  flags.DEFINE_string('separator', '<|endoftext|>', 'its token that ends a text')
+  flags.DEFINE_enum('untied', 'refuse', ['refuse', 'average'], 'where copies of a shared tensor differ')
+  flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'dtype to write; default: as it is')
 
 
 def main() -> None:
   """Reads, converts and writes. Raises ConfigError, with nothing written."""
-  for name in ('checkpoint', 'output'):
-    if not FLAGS[name].value:
-      raise ConfigError(f'--{name} is missing (--help shows an example)')
+  cli.require('checkpoint', 'output')
   source, output = Path(FLAGS.checkpoint), folders.require_new(FLAGS.output)
   if not source.exists():
     raise ConfigError(f'--checkpoint={source} does not exist')
@@ -137,4 +139,5 @@ def _cast(weights: Weights, dtype: str | None) -> Weights:
 
 
 if __name__ == '__main__':
+  define_flags()
   cli.run(main, __doc__, with_config=False)

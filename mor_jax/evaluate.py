@@ -30,40 +30,45 @@ from mor_jax.runs.restore import LoadedRun, load_run
 from mor_jax.runs.run_folder import write_atomically
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string('checkpoint', None, 'folder of the run')
-flags.DEFINE_integer('step', None, 'step of the checkpoint; default: the newest')
-flags.DEFINE_string(
-  'data',
-  None,
-  "folder of a prepared dataset, or documents as in data.source; default: the run's own validation split",
-)
-flags.DEFINE_integer('rows', None, 'validation rows to use, 0: all; default: train.eval_rows of the run')
-flags.DEFINE_integer('batch_size', None, 'rows computed together; default: 8 for each device')
-flags.DEFINE_enum(
-  'dtype', None, ['float32', 'bfloat16'], 'of activations and matrix products; default: as trained'
-)
-flags.DEFINE_boolean('json', False, 'print the result as JSON, everything else to stderr')
-flags.DEFINE_string(
-  'output', None, 'file for the result; default: evaluation.json, or few_shot.json, in the run folder'
-)
-flags.DEFINE_list('tasks', None, 'tasks of lm-evaluation-harness to run')
-flags.DEFINE_string('include_path', None, '--tasks: folder with YAML files of more tasks')
-flags.DEFINE_integer('num_fewshot', None, '--tasks: examples before each question; default: as the task says')
-flags.DEFINE_float('limit', None, '--tasks: examples of each task to use, below 1 a share of them')
-flags.DEFINE_enum(
-  'routing',
-  None,
-  ['threshold', 'topk'],
-  '--tasks: threshold, which is causal, or topk, which looks at the whole text; default: threshold',
-)
-flags.DEFINE_integer('max_len', None, '--tasks: longest text in tokens; default: data.seq_len of the run')
-flags.DEFINE_string(
-  'prefix_token', None, '--tasks: token before a text without context; default: data.separator of the run'
-)
-flags.DEFINE_string('use_cache', None, '--tasks: file in which the harness keeps answers for the next time')
-
 ONLY_TASKS = ('include_path', 'num_fewshot', 'limit', 'routing', 'max_len', 'prefix_token', 'use_cache')
 NOT_TASKS = ('data', 'rows')
+
+
+def define_flags() -> None:
+  """Defines the flags of this command."""
+  cli.define_checkpoint()
+  flags.DEFINE_integer('step', None, 'step of the checkpoint; default: the newest')
+  flags.DEFINE_string(
+    'data',
+    None,
+    "folder of a prepared dataset, or documents as in data.source; default: the run's own validation split",
+  )
+  flags.DEFINE_integer('rows', None, 'validation rows to use, 0: all; default: train.eval_rows of the run')
+  flags.DEFINE_integer('batch_size', None, 'rows computed together; default: 8 for each device')
+  flags.DEFINE_enum(
+    'dtype', None, ['float32', 'bfloat16'], 'of activations and matrix products; default: as trained'
+  )
+  flags.DEFINE_boolean('json', False, 'print the result as JSON, everything else to stderr')
+  flags.DEFINE_string(
+    'output', None, 'file for the result; default: evaluation.json, or few_shot.json, in the run folder'
+  )
+  flags.DEFINE_list('tasks', None, 'tasks of lm-evaluation-harness to run')
+  flags.DEFINE_string('include_path', None, '--tasks: folder with YAML files of more tasks')
+  flags.DEFINE_integer(
+    'num_fewshot', None, '--tasks: examples before each question; default: as the task says'
+  )
+  flags.DEFINE_float('limit', None, '--tasks: examples of each task to use, below 1 a share of them')
+  flags.DEFINE_enum(
+    'routing',
+    None,
+    ['threshold', 'topk'],
+    '--tasks: threshold, which is causal, or topk, which looks at the whole text; default: threshold',
+  )
+  flags.DEFINE_integer('max_len', None, '--tasks: longest text in tokens; default: data.seq_len of the run')
+  flags.DEFINE_string(
+    'prefix_token', None, '--tasks: token before a text without context; default: data.separator of the run'
+  )
+  flags.DEFINE_string('use_cache', None, '--tasks: file in which the harness keeps answers for the next time')
 
 
 def main() -> None:
@@ -89,14 +94,8 @@ def main() -> None:
 
 
 def _check_flags() -> None:
-  if not FLAGS.checkpoint:
-    raise ConfigError(
-      '--checkpoint is missing: name the folder of a run, for example --checkpoint=runs/tiny-mor'
-    )
-  for name, least in (('rows', 0), ('batch_size', 1), ('step', 0), ('num_fewshot', 0), ('max_len', 2)):
-    value = FLAGS[name].value
-    if value is not None and value < least:
-      raise ConfigError(f'--{name}={value} is not allowed: must be >= {least}')
+  cli.require_checkpoint()
+  cli.check_least(rows=0, batch_size=1, step=0, num_fewshot=0, max_len=2)
   for name in NOT_TASKS if FLAGS.tasks else ONLY_TASKS:
     if FLAGS[name].value is not None:
       given = 'is not used with --tasks' if FLAGS.tasks else 'is for --tasks, which is not given'
@@ -189,4 +188,5 @@ class Follow:
 
 
 if __name__ == '__main__':
+  define_flags()
   cli.run(main, __doc__, with_config=False)

@@ -34,41 +34,48 @@ from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.runs.restore import LoadedRun, load_run
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string('checkpoint', None, 'folder of the run')
-flags.DEFINE_string('prompt', None, 'beginning of the text')
-flags.DEFINE_string('prompt_file', None, 'file with the beginning of the text')
-flags.DEFINE_string('input', None, 'batch mode: JSONL file with prompts')
-flags.DEFINE_string('output', None, 'batch mode: JSONL file for the answers; default: standard output')
-flags.DEFINE_integer('num_samples', 1, 'continuations of the prompt, with seeds --seed, --seed + 1, ...')
-flags.DEFINE_integer('max_new_tokens', 128, 'tokens to generate at most; --max_len may end a text before')
-flags.DEFINE_float('temperature', 0.7, 'divides the logits; 0 always takes the most likely token')
-flags.DEFINE_integer('top_k', 0, 'sample from so many of the most likely tokens; 0: from all')
-flags.DEFINE_float('top_p', 1.0, 'sample from the most likely tokens that together have this probability')
-flags.DEFINE_float('repetition_penalty', 1.0, 'above 1: tokens that occurred before become less likely')
-flags.DEFINE_integer('seed', 0, 'equal seeds give equal texts')
-flags.DEFINE_multi_string('stop', [], 'text that ends the continuation; may be given several times')
-flags.DEFINE_boolean('ignore_end_of_text', False, 'go on after the token that ends documents')
-flags.DEFINE_integer('max_recursions', None, 'recursions a token takes at most; default: as trained')
-flags.DEFINE_float(
-  'threshold_shift', 0.0, 'added to the router thresholds: above 0 saves computation, below 0 spends more'
-)
-flags.DEFINE_list('capacities', None, 'use the thresholds that mor_jax.calibrate stored for these capacities')
-flags.DEFINE_boolean('show_depth', False, 'colour every token by the recursions that it took')
-flags.DEFINE_integer(
-  'max_len', None, 'longest text in tokens, prompt included; default: data.seq_len of the run'
-)
-flags.DEFINE_integer(
-  'slots',
-  None,
-  'texts generated together; default: --num_samples, or 16 in batch mode, and more if devices need it',
-)
-flags.DEFINE_float('slack', None, 'places of a recursion per token expected; default: model.threshold_slack')
-flags.DEFINE_enum(
-  'cache_dtype', None, sorted(cache.DTYPES), 'keys and values; default: the dtype of the model'
-)
-
 STREAMING_TICKS = 8
 DEFAULT_SLOTS = 16
+
+
+def define_flags() -> None:
+  """Defines the flags of this command."""
+  cli.define_checkpoint()
+  flags.DEFINE_string('prompt', None, 'beginning of the text')
+  flags.DEFINE_string('prompt_file', None, 'file with the beginning of the text')
+  flags.DEFINE_string('input', None, 'batch mode: JSONL file with prompts')
+  flags.DEFINE_string('output', None, 'batch mode: JSONL file for the answers; default: standard output')
+  flags.DEFINE_integer('num_samples', 1, 'continuations of the prompt, with seeds --seed, --seed + 1, ...')
+  flags.DEFINE_integer('max_new_tokens', 128, 'tokens to generate at most; --max_len may end a text before')
+  flags.DEFINE_float('temperature', 0.7, 'divides the logits; 0 always takes the most likely token')
+  flags.DEFINE_integer('top_k', 0, 'sample from so many of the most likely tokens; 0: from all')
+  flags.DEFINE_float('top_p', 1.0, 'sample from the most likely tokens that together have this probability')
+  flags.DEFINE_float('repetition_penalty', 1.0, 'above 1: tokens that occurred before become less likely')
+  flags.DEFINE_integer('seed', 0, 'equal seeds give equal texts')
+  flags.DEFINE_multi_string('stop', [], 'text that ends the continuation; may be given several times')
+  flags.DEFINE_boolean('ignore_end_of_text', False, 'go on after the token that ends documents')
+  flags.DEFINE_integer('max_recursions', None, 'recursions a token takes at most; default: as trained')
+  flags.DEFINE_float(
+    'threshold_shift', 0.0, 'added to the router thresholds: above 0 saves computation, below 0 spends more'
+  )
+  flags.DEFINE_list(
+    'capacities', None, 'use the thresholds that mor_jax.calibrate stored for these capacities'
+  )
+  flags.DEFINE_boolean('show_depth', False, 'colour every token by the recursions that it took')
+  flags.DEFINE_integer(
+    'max_len', None, 'longest text in tokens, prompt included; default: data.seq_len of the run'
+  )
+  flags.DEFINE_integer(
+    'slots',
+    None,
+    'texts generated together; default: --num_samples, or 16 in batch mode, and more if devices need it',
+  )
+  flags.DEFINE_float(
+    'slack', None, 'places of a recursion per token expected; default: model.threshold_slack'
+  )
+  flags.DEFINE_enum(
+    'cache_dtype', None, sorted(cache.DTYPES), 'keys and values; default: the dtype of the model'
+  )
 
 
 def main() -> int:
@@ -88,10 +95,7 @@ def main() -> int:
 
 
 def _check_flags() -> None:
-  if not FLAGS.checkpoint:
-    raise ConfigError(
-      '--checkpoint is missing: name the folder of a run, for example --checkpoint=runs/tiny-mor'
-    )
+  cli.require_checkpoint()
   given = [name for name in ('prompt', 'prompt_file', 'input') if FLAGS[name].value is not None]
   if len(given) != 1:
     found = ' and '.join(f'--{name}' for name in given) or 'none of them'
@@ -103,10 +107,7 @@ def _check_flags() -> None:
     )
   if FLAGS.output and not FLAGS.input:
     raise ConfigError(f'--output={FLAGS.output} is for batch mode: give --input too')
-  for name in ('num_samples', 'slots'):
-    value = FLAGS[name].value
-    if value is not None and value < 1:
-      raise ConfigError(f'--{name}={value} is not allowed: must be >= 1')
+  cli.check_least(num_samples=1, slots=1)
 
 
 def _tokenizer(run: LoadedRun) -> Tokenizer:
@@ -165,12 +166,7 @@ def _engine(run: LoadedRun, wanted: int, mesh: Mesh) -> Engine:
 
 
 def _calibrated(run: LoadedRun):
-  try:
-    wanted = tuple(float(item) for item in FLAGS.capacities)
-  except ValueError:
-    raise ConfigError(
-      f'--capacities={",".join(FLAGS.capacities)} must be numbers separated by commas'
-    ) from None
+  wanted = cli.numbers('capacities')
   stored = {entry.capacities: entry for entry in calibration.read(run.folder.calibrations)}
   if wanted not in stored:
     text = ','.join(FLAGS.capacities)
@@ -243,4 +239,5 @@ def _answer_file(run: LoadedRun, tokenizer: Tokenizer, template: Request, mesh: 
 
 
 if __name__ == '__main__':
+  define_flags()
   cli.run(main, __doc__, with_config=False, sections=('parallel',))

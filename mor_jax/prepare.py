@@ -21,20 +21,23 @@ from mor_jax.data import dataset as dataset_lib
 from mor_jax.data import inspection
 from mor_jax.units import quantity
 
-_INSPECT = flags.DEFINE_string('inspect', None, 'show rows and statistics of this prepared dataset instead')
-_ROWS = flags.DEFINE_integer('rows', 3, 'rows that --inspect shows')
-_SPLIT = flags.DEFINE_string('split', 'train', 'split that --inspect shows: train or validation')
-
+FLAGS = flags.FLAGS
 SECONDS_BETWEEN_LINES = 10.0
+
+
+def define_flags() -> None:
+  """Defines the flags of this command."""
+  flags.DEFINE_string('inspect', None, 'show rows and statistics of this prepared dataset instead')
+  flags.DEFINE_integer('rows', 3, 'rows that --inspect shows')
+  flags.DEFINE_string('split', 'train', 'split that --inspect shows: train or validation')
 
 
 def main(config: Config, workdir: str | None) -> None:
   """Prepares or inspects. Raises ConfigError."""
   console = Console()
-  if _INSPECT.value:
-    if _ROWS.value < 0:
-      raise ConfigError(f'--rows={_ROWS.value} is not allowed: must be >= 0')
-    inspection.show(console, dataset_lib.open_dataset(_INSPECT.value), _SPLIT.value, _ROWS.value)
+  if FLAGS.inspect:
+    cli.check_least(rows=0)
+    inspection.show(console, dataset_lib.open_dataset(FLAGS.inspect), FLAGS.split, FLAGS.rows)
     return
   if config.data.live:
     raise ConfigError(
@@ -105,4 +108,5 @@ class Meter:
 
 
 if __name__ == '__main__':
+  define_flags()
   cli.run(main, __doc__, needs_config=False)

@@ -15,16 +15,19 @@ from mor_jax import cli
 from mor_jax.config import ConfigError
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string('output', None, 'the page; default: report.html in the folder of the first run')
-flags.DEFINE_integer('tokens', 16384, 'validation tokens whose depths are looked at; 0: none')
+
+
+def define_flags() -> None:
+  """Defines the flags of this command."""
+  flags.DEFINE_string('output', None, 'the page; default: report.html in the folder of the first run')
+  flags.DEFINE_integer('tokens', 16384, 'validation tokens whose depths are looked at; 0: none')
 
 
 def main(paths: list[str]) -> None:
   """Reads the runs and writes the page. Raises ConfigError before anything is written."""
   if not paths:
     raise ConfigError('name the folder of at least one run: python -m mor_jax.report runs/tiny')
-  if FLAGS.tokens < 0:
-    raise ConfigError(f'--tokens={FLAGS.tokens} is not allowed: must be >= 0')
+  cli.check_least(tokens=0)
   if importlib.util.find_spec('matplotlib') is None:
     raise ConfigError("the plots need matplotlib: pip install 'mor_jax[report]', or pip install matplotlib")
   from mor_jax.reporting import build  # matplotlib is an optional extra
@@ -39,4 +42,5 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == '__main__':
+  define_flags()
   cli.run(main, __doc__, with_config=False, with_arguments=True)

@@ -27,16 +27,22 @@ from mor_jax.sweeping.status import Display, Status
 from mor_jax.units import quantity
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string('sweep', None, 'what to vary, a file with get_sweep(base): PATH or PATH:VARIANT')
-flags.DEFINE_integer('parallel', 1, 'runs at a time; with --write=slurm the most jobs at a time, 1: no limit')
-flags.DEFINE_list('gpus', [], 'GPUs to share among the runs at a time; default: each run sees all')
-flags.DEFINE_enum(
-  'write',
-  None,
-  ['shell', 'slurm', 'results'],
-  'do not train, but write: shell, sweep.sh; slurm, sweep.sbatch; results, table and report',
-)
-flags.DEFINE_integer('report_tokens', 4096, 'validation tokens whose depths the report looks at; 0: none')
+
+
+def define_flags() -> None:
+  """Defines the flags of this command."""
+  flags.DEFINE_string('sweep', None, 'what to vary, a file with get_sweep(base): PATH or PATH:VARIANT')
+  flags.DEFINE_integer(
+    'parallel', 1, 'runs at a time; with --write=slurm the most jobs at a time, 1: no limit'
+  )
+  flags.DEFINE_list('gpus', [], 'GPUs to share among the runs at a time; default: each run sees all')
+  flags.DEFINE_enum(
+    'write',
+    None,
+    ['shell', 'slurm', 'results'],
+    'do not train, but write: shell, sweep.sh; slurm, sweep.sbatch; results, table and report',
+  )
+  flags.DEFINE_integer('report_tokens', 4096, 'validation tokens whose depths the report looks at; 0: none')
 
 
 def main(_: Config, workdir: str | None) -> int:
@@ -68,9 +74,7 @@ def main(_: Config, workdir: str | None) -> int:
 def _check_flags() -> None:
   if not FLAGS.sweep:
     raise ConfigError('--sweep is missing: name a file, for example --sweep=configs/sweeps/router.py')
-  for name, least in (('parallel', 1), ('report_tokens', 0)):
-    if FLAGS[name].value < least:
-      raise ConfigError(f'--{name}={FLAGS[name].value} is not allowed: must be >= {least}')
+  cli.check_least(parallel=1, report_tokens=0)
   if FLAGS.gpus and FLAGS.write:
     raise ConfigError(f'--gpus={",".join(FLAGS.gpus)} is for runs on this machine; leave it out with --write')
   if len(FLAGS.gpus) % FLAGS.parallel:
@@ -128,4 +132,5 @@ def _print(console: Console, text: str) -> None:
 
 
 if __name__ == '__main__':
+  define_flags()
   cli.run(main, __doc__)

@@ -48,16 +48,20 @@ from mor_jax.training.watch.stopping import Signals, Stop
 from mor_jax.training.watch.watchdog import Watchdog
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list(
-  'allow_change', [], 'settings that a resumed run may change although they decide what is trained'
-)
-flags.DEFINE_string(
-  'init_from', None, 'vanilla model that a new training begins from; the same as --config.init.source'
-)
-flags.DEFINE_string(
-  'profile', None, 'START:STOP: trace these steps, STOP left out, into profile/ of the run folder'
-)
 ROWS_NAMED = 64  # of a batch, in a message
+
+
+def define_flags() -> None:
+  """Defines the flags of this command."""
+  flags.DEFINE_list(
+    'allow_change', [], 'settings that a resumed run may change although they decide what is trained'
+  )
+  flags.DEFINE_string(
+    'init_from', None, 'vanilla model that a new training begins from; the same as --config.init.source'
+  )
+  flags.DEFINE_string(
+    'profile', None, 'START:STOP: trace these steps, STOP left out, into profile/ of the run folder'
+  )
 
 
 def main(
@@ -306,6 +310,7 @@ def _validator(
 
 
 if __name__ == '__main__':
+  define_flags()
   cli.run(
     lambda config, workdir: main(
       pretrained.with_source(config, FLAGS.init_from), workdir, FLAGS.allow_change, FLAGS.profile

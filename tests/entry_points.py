@@ -1,4 +1,4 @@
-"""Entry points in the process of the tests, one after another: several have flags of the same names."""
+"""The flags of entry points in the process of the tests, one after another: several have the same names."""
 
 import importlib
 import sys
@@ -10,12 +10,15 @@ OURS = ('mor_jax.', 'benchmarks.')
 
 
 def load(name: str) -> ModuleType:
-  """An entry point, imported anew; its flags, at their defaults, take the place of those of the one before."""
+  """An entry point with its flags at their defaults, in place of those of the one before."""
   for module, defined in flags.FLAGS.flags_by_module_dict().copy().items():
     for flag in defined.copy() if module.startswith(OURS) else ():
       delattr(flags.FLAGS, flag.name)
-  sys.modules.pop(name, None)
+  if name.startswith('benchmarks.'):  # a script, which defines its flags when it is imported
+    sys.modules.pop(name, None)
   loaded = importlib.import_module(name)
+  if name.startswith('mor_jax.'):
+    loaded.define_flags()
   if not flags.FLAGS.is_parsed():
     flags.FLAGS(['test'])
   return loaded

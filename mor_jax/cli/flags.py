@@ -1,156 +1,29 @@
-"""How every entry point starts: flags -> validated Config -> main -> exit code.
+"""Flags and settings: each setting of `config.Config` is an absl flag of its own, `--config.SECTION.NAME`.
 
-Wraps absl's app.run. A wrong flag or setting ends with one sentence on stderr and exit code 2, where
-absl and ml_collections would show a traceback. Each setting of `config.Config` is an absl flag of its
-own, `--config.SECTION.NAME`, so every form absl knows works: `--flag=value`, `--flag value`, `--noflag`.
-
-Exit codes: 0 finished, 1 error, 2 bad flags or settings, 130 interrupted; main may return others.
+So every form that absl knows works: `--flag=value`, `--flag value`, `--noflag`. Flags that several commands
+have are defined and checked here.
 """
 
 import difflib
 import inspect
 import os
 import runpy
-import signal
-import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_dict
 
 from mor_jax import config as config_lib
 from mor_jax.config import Config, ConfigError
 from mor_jax.config.typed import unwrap_optional
-from mor_jax.errors import RunError
-from mor_jax.parallel import host_memory
 
 FLAGS = flags.FLAGS
-FAILED = 1
-BAD_FLAGS = 2
-INTERRUPTED = 130
-HELP_FLAGS = ('h', '?', 'help', 'helpshort', 'helpfull')
+flags.disclaim_key_flags()  # what is defined here is a flag of the command that calls for it
 
 
-def run(
-  main: Callable[..., int | None],
-  doc: str,
-  with_config: bool = True,
-  needs_config: bool = True,
-  with_arguments: bool = False,
-  several_processes: bool = False,
-  sections: Sequence[str] = (),
-) -> NoReturn:
-  """Parses the command line, calls main and exits with what it returns (None: 0).
-
-  Args:
-    main: `main(config, workdir)`; workdir is the value of --workdir or None. Without config: `main()`.
-      May raise ConfigError. Reads flags that the entry point defined itself from `flags.FLAGS`.
-    doc: shown by --help; the first words say what the program does, an example says how.
-    with_config: define --config, the settings and --workdir.
-    needs_config: require --config; without, the settings start from their defaults.
-    several_processes: define --coordinator and its kin, and connect the processes before main.
-    sections: without config, sections of settings to define nevertheless; `overrides` has what was given.
-    with_arguments: main takes the words of the command line that are no flags, a list, as its last argument.
-  """
-  if with_config:
-    flags.DEFINE_string('config', None, 'settings to start from, configs/NAME.py or configs/NAME.py:VARIANT')
-    flags.DEFINE_string('workdir', None, 'folder of the run; default: runs/NAME')
-  _define_settings(None if with_config else sections)
-  if several_processes:
-    _define_process_flags()
-
-  def parse(argv: list[str]) -> list[Any]:
-    if any(arg.startswith('-') and arg.lstrip('-') in HELP_FLAGS for arg in argv[1:]):
-      signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
-      print(_help(main, doc, with_config, several_processes, sections))
-      sys.exit(0)
-    try:
-      words = _parse_flags(argv)
-      if words and not with_arguments:
-        raise ConfigError(
-          f'unexpected argument {words[0]!r}: flags are written --NAME=VALUE (--help lists all flags)'
-        )
-      arguments = [_load_config(needs_config), FLAGS.workdir] if with_config else []
-      return [*arguments, words] if with_arguments else arguments
-    except ConfigError as error:
-      _refuse(error)
-
-  def guarded_main(arguments: list[Any]) -> int | None:
-    host_memory.keep_freed()
-    try:
-      if several_processes and _join_processes():
-        return _run_among_others(main, arguments)
-      return main(*arguments)
-    except ConfigError as error:
-      _refuse(error)
-    except RunError as error:
-      print(f'error: {error}', file=sys.stderr)
-      return FAILED
-    except KeyboardInterrupt:
-      print('interrupted', file=sys.stderr)
-      return INTERRUPTED
-
-  app.run(guarded_main, flags_parser=parse)
-
-
-def _refuse(error: ConfigError) -> NoReturn:
-  print(f'error: {error}', file=sys.stderr)
-  sys.exit(BAD_FLAGS)
-
-
-def use_compilation_cache(config: Config) -> None:
-  """Compiled programs are kept in the cache folder of the datasets, so that a restart begins at once."""
-  import jax  # not needed by those who only read flags
-
-  from mor_jax.data import dataset
-
-  if jax.config.jax_compilation_cache_dir is None:
-    jax.config.update('jax_compilation_cache_dir', str(dataset.cache_dir(config.data) / 'xla'))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)  # small programs add up
-
-
-# ---- several processes ----
-
-
-def _define_process_flags() -> None:
-  flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, where several processes meet')
-  flags.DEFINE_integer('num_processes', None, 'how many processes take part in the training')
-  flags.DEFINE_integer('process_id', None, 'which of them this is, from 0')
-  flags.DEFINE_boolean(
-    'cluster', None, 'ask SLURM or the TPU pod who takes part; default: if it shows several processes'
-  )
-
-
-def _join_processes() -> bool:
-  """Connects this process with the others of its training; False if it is alone."""
-  from mor_jax.parallel import runtime  # JAX is not needed before
-
-  given = runtime.Processes(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
-  processes = runtime.find(given, FLAGS.cluster)
-  runtime.initialize(processes)
-  return processes is not None
-
-
-def _run_among_others(main: Callable[..., int | None], arguments: list[Any]) -> int | None:
-  """As `guarded_main`, but a failure ends the process at once: an ordinary exit would wait for the others."""
-  from mor_jax.parallel import runtime
-
-  try:
-    return main(*arguments)
-  except (ConfigError, RunError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    code = BAD_FLAGS if isinstance(error, ConfigError) else FAILED
-    runtime.leave(code)
-  except KeyboardInterrupt:
-    runtime.leave(INTERRUPTED)
-  except Exception:
-    traceback.print_exc()
-    runtime.leave(FAILED)
-
-
-# ---- flags ----
+# ---- settings as flags ----
 
 
 _PARSERS = {
@@ -197,7 +70,7 @@ def _check_known(name: str) -> None:
     raise ConfigError(f'unknown setting {name}{hint} (--help of mor_jax.train lists all settings)')
 
 
-def _define_settings(sections: Sequence[str] | None) -> None:
+def define_settings(sections: Sequence[str] | None) -> None:
   """A flag for every setting of some sections; None: of all."""
   for name, hint in config_lib.settings().items():
     if sections is not None and name.partition('.')[0] not in sections:
@@ -208,7 +81,7 @@ def _define_settings(sections: Sequence[str] | None) -> None:
     flags.DEFINE_flag(flag)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def parse(argv: list[str]) -> list[str]:
   """Sets FLAGS and returns the words that are no flags; raises ConfigError for anything absl does not accept."""
   try:
     leftover = FLAGS(argv)
@@ -233,10 +106,56 @@ def _suggestion(unknown: str) -> str:
   return f'; did you mean {best[0]}?' if best else ' (--help lists all flags)'
 
 
+# ---- flags that several commands have ----
+
+
+def define_checkpoint() -> None:
+  """--checkpoint, the trained model that a command uses."""
+  flags.DEFINE_string('checkpoint', None, 'folder of the run')
+
+
+def require_checkpoint() -> None:
+  """Raises ConfigError without --checkpoint."""
+  if not FLAGS.checkpoint:
+    raise ConfigError(
+      '--checkpoint is missing: name the folder of a run, for example --checkpoint=runs/tiny-mor'
+    )
+
+
+def require(*names: str) -> None:
+  """Raises ConfigError unless these flags are given."""
+  for name in names:
+    if not FLAGS[name].value:
+      raise ConfigError(f'--{name} is missing (--help shows an example)')
+
+
+def check_least(**least: int) -> None:
+  """Raises ConfigError if one of these flags has a value below what it must be at least."""
+  for name, minimum in least.items():
+    value = FLAGS[name].value
+    if value is not None and value < minimum:
+      raise ConfigError(f'--{name}={value} is not allowed: must be >= {minimum}')
+
+
+def numbers(name: str) -> tuple[float, ...]:
+  """The numbers of a list flag. Raises ConfigError for other words."""
+  words = FLAGS[name].value
+  try:
+    return tuple(float(word) for word in words)
+  except ValueError:
+    raise ConfigError(f'--{name}={",".join(words)} must be numbers separated by commas') from None
+
+
 # ---- config ----
 
 
-def _load_config(needs_config: bool) -> Config:
+def define_config() -> None:
+  """--config and --workdir."""
+  flags.DEFINE_string('config', None, 'settings to start from, configs/NAME.py or configs/NAME.py:VARIANT')
+  flags.DEFINE_string('workdir', None, 'folder of the run; default: runs/NAME')
+
+
+def given_config(needs_config: bool) -> Config:
   """The validated Config of --config and the overrides; raises ConfigError."""
   if not FLAGS.config and needs_config:
     raise ConfigError('--config is missing: name a file of settings, for example --config=configs/tiny.py')
@@ -311,26 +230,3 @@ def _check_arguments(called: Callable, arguments: list[Any], has_variant: bool) 
     inspect.signature(called).bind(*arguments)
   except TypeError:
     raise ConfigError('the file has no variants' if has_variant else 'add a variant, PATH:VARIANT') from None
-
-
-# ---- help ----
-
-
-def _help(
-  main: Callable, doc: str, with_config: bool, several_processes: bool, sections: Sequence[str]
-) -> str:
-  own = sys.argv[0] if main.__module__ == '__main__' else main.__module__
-  names = [(flag.name, flag) for flag in FLAGS.get_flags_for_module(own)]
-  if with_config:
-    names += [(name, FLAGS[name]) for name in ('config', 'workdir')]
-  if several_processes:
-    names += [(name, FLAGS[name]) for name in ('coordinator', 'num_processes', 'process_id', 'cluster')]
-  lines = [doc.strip(), '', 'Flags:']
-  for name, flag in names:
-    default = '' if flag.default is None else f'={flag.default}'
-    lines.append(f'  --{name}{default}  ({flag.flag_type()})\n      {flag.help}')
-  if with_config:
-    lines += ['', 'Settings, each overrides that of the config file:', config_lib.describe()]
-  elif sections:
-    lines += ['', 'Settings:', config_lib.describe(sections)]
-  return '\n'.join(lines)
