@@ -16,11 +16,11 @@ from rich.console import Console
 from mor_jax import cli
 from mor_jax.config import Config, ConfigError, with_changes
 from mor_jax.config.validation import SPECIAL_AND_BYTE_TOKENS
+from mor_jax.console import print_rows, print_table
 from mor_jax.interop import pretrained
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.planning import ahead_of_time, fitting, program_report, topology
 from mor_jax.planning.ahead_of_time import Program
-from mor_jax.runs import summary
 from mor_jax.training import budget
 
 FLAGS = flags.FLAGS
@@ -59,13 +59,13 @@ def main(config: Config, workdir: str | None) -> int:
   config = budget.with_budgeted_steps(_with_vocabulary(config))
   program = compile_config(config, may_lower='train.accumulation' not in cli.overrides())
   name = f'{config.name} on {FLAGS.topology or "this machine"}'
-  summary.print_table(console, name, program_report.describe(program, config))
+  print_table(console, name, program_report.describe(program, config))
   report = program_report.as_json(program) | {'topology': FLAGS.topology}
   if FLAGS.suggest:
     attempts = _try(console, fitting.suggestions(program, compile_config))
     choice = fitting.best(attempts)
     if choice:
-      summary.print_rows(console, [('suggested', choice.flags), ('', program_report.speed(choice.program))])
+      print_rows(console, [('suggested', choice.flags), ('', program_report.speed(choice.program))])
     report |= {'tried': [_as_json(attempt) for attempt in attempts]}
     report |= {'suggested': _as_json(choice) if choice else None}
     fits = choice is not None
@@ -131,7 +131,7 @@ def _try(console: Console, attempts: Iterable[fitting.Attempt]) -> list[fitting.
   done = []
   for attempt in attempts:
     done.append(attempt)
-    summary.print_rows(console, [('tried', f'{attempt.flags}: {program_report.memory(attempt.program)}')])
+    print_rows(console, [('tried', f'{attempt.flags}: {program_report.memory(attempt.program)}')])
   return done
 
 

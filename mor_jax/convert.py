@@ -23,7 +23,9 @@ from rich.console import Console
 
 from mor_jax import cli
 from mor_jax.config import Config, ConfigError, DataConfig, with_changes
+from mor_jax.console import print_line
 from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.files import require_new
 from mor_jax.interop import folders, huggingface, official, sources
 from mor_jax.interop.weights import Weights
 from mor_jax.runs import stored
@@ -49,14 +51,15 @@ def define_flags() -> None:
 def main() -> None:
   """Reads, converts and writes. Raises ConfigError, with nothing written."""
   cli.require('checkpoint', 'output')
-  source, output = Path(FLAGS.checkpoint), folders.require_new(FLAGS.output)
+  source, output = Path(FLAGS.checkpoint), Path(FLAGS.output)
+  require_new(output)
   if not source.exists():
     raise ConfigError(f'--checkpoint={source} does not exist')
   if sources.is_run(source):
     what = export(source, output, FLAGS.dtype)
   else:
     what = bring_in(source, output)
-  Console().print(f'wrote {what} to {output}', highlight=False, soft_wrap=True)
+  print_line(Console(), f'wrote {what} to {output}')
 
 
 def export(source: Path, output: Path, dtype: str | None = None) -> str:

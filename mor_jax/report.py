@@ -6,6 +6,7 @@ in a folder beside it.
 """
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 from absl import flags
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from mor_jax import cli
 from mor_jax.config import ConfigError
+from mor_jax.console import print_line
 
 FLAGS = flags.FLAGS
 
@@ -32,12 +34,11 @@ def main(paths: list[str]) -> None:
     raise ConfigError("the plots need matplotlib: pip install 'mor_jax[report]', or pip install matplotlib")
   from mor_jax.reporting import build  # matplotlib is an optional extra
 
-  console = Console()
   build.write_page(
     paths,
     Path(FLAGS.output or Path(paths[0]) / 'report.html'),
     FLAGS.tokens,
-    lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
+    partial(print_line, Console()),
   )
 
 

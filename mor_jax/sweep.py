@@ -14,6 +14,7 @@ in --workdir, by default runs/sweep-NAME. Both files are Python, and run as such
 import importlib.util
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 from absl import flags
@@ -21,6 +22,7 @@ from rich.console import Console
 
 from mor_jax import cli
 from mor_jax.config import Config, ConfigError
+from mor_jax.console import print_line
 from mor_jax.sweeping import plan as plan_lib
 from mor_jax.sweeping import results, runner, scripts
 from mor_jax.sweeping.status import Display, Status
@@ -63,10 +65,10 @@ def main(_: Config, workdir: str | None) -> int:
     status = training.status
     if ended_by:
       finished = sum(one.state == 'finished' for one in status.values())
-      _print(console, f'stopped: {finished} of {len(plan.runs)} runs finished; the same command goes on')
+      print_line(console, f'stopped: {finished} of {len(plan.runs)} runs finished; the same command goes on')
       return 128 + ended_by
-  _print(console, f'\n{results.write(plan, status)}')
-  _print(console, f'wrote {plan.folder / "results.md"} and results.csv')
+  print_line(console, f'\n{results.write(plan, status)}')
+  print_line(console, f'wrote {plan.folder / "results.md"} and results.csv')
   _report(console, plan)
   return int(any(one.state == 'failed' for one in status.values()))
 
@@ -90,18 +92,18 @@ def _describe(console: Console, plan: plan_lib.Plan, status: dict[str, Status]) 
   states = [one.state for one in status.values()]
   counts = ', '.join(f'{states.count(state)} {state}' for state in dict.fromkeys(states))
   tokens, work = sum(run.tokens for run in plan.runs), sum(run.work for run in plan.runs)
-  _print(
+  print_line(
     console, f'{plan.sweep} of {plan.config}: {len(plan.runs)} runs ({counts}), {quantity(tokens)} tokens'
   )
-  _print(console, f'  varies        {", ".join(plan.axes)}')
-  _print(console, f'  compute       {quantity(work)}FLOPs forward, as the paper counts')
-  _print(console, f'  workdir       {plan.folder}')
+  print_line(console, f'  varies        {", ".join(plan.axes)}')
+  print_line(console, f'  compute       {quantity(work)}FLOPs forward, as the paper counts')
+  print_line(console, f'  workdir       {plan.folder}')
 
 
 def _write_script(console: Console, plan: plan_lib.Plan, status: dict[str, Status]) -> int:
   runs = [run for run in plan.runs if status[run.name].state != 'finished']
   if not runs:
-    _print(console, 'all runs have finished; --write=results shows them')
+    print_line(console, 'all runs have finished; --write=results shows them')
     return 0
   words = [word for word in sys.argv[1:] if not word.startswith(('--write', '--parallel'))]
   collect = shlex.join(['python', '-m', 'mor_jax.sweep', *words, '--write=results'])
@@ -109,7 +111,7 @@ def _write_script(console: Console, plan: plan_lib.Plan, status: dict[str, Statu
     path = scripts.write_shell(plan, runs, collect)
   else:
     path = scripts.write_slurm(plan, runs, FLAGS.parallel, collect)
-  _print(console, f'wrote {path}: {len(runs)} runs; how to use it stands in it')
+  print_line(console, f'wrote {path}: {len(runs)} runs; how to use it stands in it')
   return 0
 
 
@@ -117,18 +119,14 @@ def _report(console: Console, plan: plan_lib.Plan) -> None:
   """The page of all runs that have something to show."""
   shown = [str(run.folder.path) for run in plan.runs if run.folder.metrics.exists()]
   if importlib.util.find_spec('matplotlib') is None:
-    _print(console, "no report, which needs matplotlib: pip install 'mor_jax[report]'")
+    print_line(console, "no report, which needs matplotlib: pip install 'mor_jax[report]'")
   elif not shown:
-    _print(console, 'no report, since no run has metrics')
+    print_line(console, 'no report, since no run has metrics')
   else:
     from mor_jax.reporting import build  # matplotlib is an optional extra
 
     output = Path(plan.folder / 'report.html')
-    build.write_page(shown, output, FLAGS.report_tokens, lambda text: _print(console, text))
-
-
-def _print(console: Console, text: str) -> None:
-  console.print(text, highlight=False, markup=False, soft_wrap=True)
+    build.write_page(shown, output, FLAGS.report_tokens, partial(print_line, console))
 
 
 if __name__ == '__main__':

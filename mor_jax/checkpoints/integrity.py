@@ -13,6 +13,8 @@ from typing import Any
 
 from etils import epath
 
+from mor_jax.files import write_atomically
+
 MANIFEST = 'manifest.json'
 PATIENCE = 600.0  # seconds for other processes to leave their digests
 _SHARE = re.compile(r'process_(\d+)\.json')
@@ -101,13 +103,6 @@ def problems(folder: epath.Path, part: int = 0, parts: int = 1) -> list[str]:
     except OSError as error:
       found.append(f'{name} cannot be read ({error.strerror})')
   return found
-
-
-def write_atomically(path: epath.Path, text: str) -> None:
-  """The file has the old content or the new one, whenever the process is killed."""
-  partial = path.with_name(f'{path.name}.partial')
-  partial.write_text(text)
-  partial.replace(path)
 
 
 def _files(folder: epath.Path, prefix: str = '') -> list[str]:

@@ -289,9 +289,8 @@ def _write_dataset(
     splits=splits,
     files={path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
   )
-  partial = folder / f'{_MANIFEST}.partial'
-  partial.write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + '\n', encoding='utf-8')
-  partial.rename(folder / _MANIFEST)  # last: it says that all is there
+  # Last: it says that all is there.
+  write_atomically(folder / _MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2) + '\n')
 
 
 def _tokenizer(data: DataConfig, path: pathlib.Path) -> tokenizers.Tokenizer:
@@ -299,9 +298,7 @@ def _tokenizer(data: DataConfig, path: pathlib.Path) -> tokenizers.Tokenizer:
   if path.exists():
     return tokenizers.Tokenizer.load(path, data.separator)
   tokenizer = tokenizers.build(data)
-  partial = path.with_suffix('.partial')
-  tokenizer.save(partial)
-  partial.rename(path)
+  tokenizer.save(path)
   return tokenizer
 
 

@@ -260,9 +260,7 @@ class SplitWriter:
     note = ShardNote(self._units, self._hash.hexdigest(), self._file.num_bytes, dict(self._counts))
     path = self._note_path(len(self.notes))
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix('.partial')
-    partial.write_text(json.dumps(dataclasses.asdict(note)))
-    partial.rename(path)  # now the shard counts as finished
+    write_atomically(path, json.dumps(dataclasses.asdict(note)))  # now the shard counts as finished
     self.notes.append(note)
     self._start_shard()
 

@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from mor_jax.config import ConfigError, DataConfig
 from mor_jax.data import corpus, hubs
 from mor_jax.data.document import Document
+from mor_jax.files import write_atomically
 
 END_OF_TEXT = '<|endoftext|>'
 TRAINING_BYTES_PER_ENTRY = (
@@ -75,7 +76,7 @@ class Tokenizer:
 
   def save(self, path: str | os.PathLike) -> None:
     """Writes the tokenizer.json, which the `tokenizers` and `transformers` libraries can also read."""
-    pathlib.Path(path).write_text(self._backend.to_str(), encoding='utf-8')
+    write_atomically(pathlib.Path(path), self._backend.to_str())
 
   @classmethod
   def load(cls, path: str | os.PathLike, separator: str = END_OF_TEXT) -> 'Tokenizer':

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from mor_jax.config import Config, ConfigError, with_changes
 from mor_jax.evaluation import nll
 from mor_jax.model.transformer import Transformer
-from mor_jax.runs.run_folder import write_atomically
+from mor_jax.files import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mor_jax.console import print_line
+
 # Few-shot accuracy of models on 16.5e18 FLOPs at 360M (paper, Table 3), in per cent, in the order of BENCHMARKS.
 TABLE_3 = {
   'vanilla, 315M': (32.0, 37.8, 65.6, 50.5, 39.6, 28.0),
@@ -39,7 +41,7 @@ def print_held_out(console: Console, result: dict[str, Any]) -> None:
     f'{result["run"]}, step {result["step"]:,}: {data["rows"]:,} rows of {data["seq_len"]:,} tokens of '
     f'{data["source"]}, {first["predicted_tokens"]:,} tokens predicted'
   )
-  console.print(text, highlight=False, markup=False, soft_wrap=True)
+  print_line(console, text)
   _print(console, 'Whole model', _whole(result))
   if len(first['recursion_limits']) > 1:
     _print(console, 'By recursion limit', _limits(modes))

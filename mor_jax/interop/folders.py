@@ -1,12 +1,12 @@
 """Checkpoint folders of other libraries: config.json, weights and tokenizer, complete or not there."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from mor_jax.config import ConfigError
 from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.files import new_folder
 from mor_jax.interop import tensors
 from mor_jax.interop.names import Table
 from mor_jax.interop.weights import Weights
@@ -22,14 +22,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     raise ConfigError(f'{folder}/config.json cannot be read ({error})') from None
 
 
-def require_new(folder: str | Path) -> Path:
-  """The path of a folder to be written. Raises ConfigError if there is something."""
-  folder = Path(folder)
-  if folder.exists():
-    raise ConfigError(f'{folder} exists; name a new folder, or remove it')
-  return folder
-
-
 def write(
   folder: str | Path, table: Table, weights: Weights, config: dict[str, Any], tokenizer: Tokenizer | None
 ) -> None:
@@ -38,11 +30,7 @@ def write(
   Raises:
     ConfigError: the folder exists, or the weights turn out to be faulty while they are read.
   """
-  folder = require_new(folder)
-  partial = folder.with_name(f'{folder.name}.partial')
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
-  try:
+  with new_folder(Path(folder)) as partial:
     tensors.write_safetensors(partial, table, weights.shapes, weights.dtypes, weights.leaves())
     (partial / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
     if tokenizer is not None:
@@ -50,7 +38,3 @@ def write(
       ends = {'eos_token': tokenizer.separator, 'bos_token': tokenizer.separator}
       about = {'tokenizer_class': 'PreTrainedTokenizerFast', **ends}
       (partial / 'tokenizer_config.json').write_text(json.dumps(about, indent=2) + '\n')
-    partial.rename(folder)
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
-    raise

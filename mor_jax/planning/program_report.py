@@ -1,9 +1,9 @@
 """A compiled train step as a user reads it, and as JSON."""
 
 from mor_jax.config import Config
+from mor_jax.console import Row
 from mor_jax.planning import collectives
 from mor_jax.planning.ahead_of_time import Program
-from mor_jax.runs.summary import Row
 from mor_jax.units import megabytes, quantity
 
 

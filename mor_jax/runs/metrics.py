@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mor_jax.runs.run_folder import write_atomically
+from mor_jax.files import write_atomically
 
 Record = dict[str, float]
 

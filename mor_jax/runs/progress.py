@@ -3,9 +3,9 @@
 import datetime
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
+from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mor_jax.console import Bar, print_line
 from mor_jax.runs.metrics import Record
 
 
@@ -20,45 +20,44 @@ class Progress:
 
   def __init__(self, console: Console, total: int, done: int):
     self._console, self._total = console, total
-    self._bar = RichProgress(
-      TextColumn('step'),
+    self._bar = Bar(
+      console,
+      'step',
       MofNCompleteColumn(),
       BarColumn(bar_width=None),
-      TextColumn('{task.fields[metrics]}'),
+      '{task.fields[metrics]}',
       TimeElapsedColumn(),
-      TextColumn('ETA'),
+      'ETA',
       TimeRemainingColumn(),
-      console=console,
-      expand=True,
+      total=total,
+      completed=done,
+      metrics='',
     )
-    self._task = self._bar.add_task('train', total=total, completed=done, metrics='')
 
   def __enter__(self) -> 'Progress':
-    if self._console.is_terminal:
-      self._bar.start()
+    self._bar.__enter__()
     return self
 
   def __exit__(self, *_) -> None:
-    if self._console.is_terminal:
-      self._bar.stop()
+    self._bar.__exit__()
 
   def advance(self, step: int) -> None:
     """A step was dispatched."""
-    self._bar.update(self._task, completed=step)
+    self._bar.update(completed=step)
 
   def show(self, step: int, record: Record) -> None:
     """The metrics of a step are known."""
     if 'train/loss' in record:
       loss, speed = record['train/loss'], record['train/tokens_per_second']
-      self._bar.update(self._task, metrics=f'loss {loss:.3f}  {speed:,.0f} tokens/s')
+      self._bar.update(metrics=f'loss {loss:.3f}  {speed:,.0f} tokens/s')
       if not self._console.is_terminal:
-        self._print(self._line(step, record))
+        print_line(self._console, self._line(step, record))
     if 'validation/nll' in record:
-      self._print(self._validation_line(step, record))
+      print_line(self._console, self._validation_line(step, record))
 
   def report(self, text: str) -> None:
     """A line of its own, whatever shows the progress."""
-    self._print(text)
+    print_line(self._console, text)
 
   def _line(self, step: int, record: Record) -> str:
     return (
@@ -79,5 +78,3 @@ class Progress:
       text += f'  dead tokens {record["validation/dead_token_ratio"]:.1%}'
     return text
 
-  def _print(self, text: str) -> None:
-    self._console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -16,6 +16,7 @@ from etils import epath
 from mor_jax.checkpoints.mirror import DIRECT, Mirror, check_folder, scheme
 from mor_jax.config import Config, ConfigError, resolve, settings, with_changes
 from mor_jax.data.loader import Dataset
+from mor_jax.files import write_atomically
 
 MAY_CHANGE = (
   'name',
@@ -198,13 +199,6 @@ def code_version() -> str:
     with contextlib.suppress(metadata.PackageNotFoundError):
       return metadata.version('mor_jax')
   return 'unknown'
-
-
-def write_atomically(path: Path, text: str) -> None:
-  """The file has the old content or the new one, whenever the process is killed."""
-  partial = path.with_name(f'{path.name}.partial')
-  partial.write_text(text)
-  os.replace(partial, path)
 
 
 def _to_json(value: Any) -> str:

@@ -6,7 +6,6 @@ variables alone: it can be evaluated, generate text and be trained from (`--init
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from mor_jax.checkpoints import integrity
 from mor_jax.checkpoints.checkpoint import Checkpoints, ever_finished
 from mor_jax.config import Config, ConfigError, ModelConfig
 from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.files import new_folder
 from mor_jax.runs.run_folder import RunFolder, code_version
 
 _PARTS = ('params', 'routing')
@@ -103,13 +103,7 @@ def write_model(
   Raises:
     ConfigError: the folder exists, or the weights turn out to be faulty.
   """
-  path = Path(path)
-  if path.exists():
-    raise ConfigError(f'{path} exists; name a new folder, or remove it')
-  partial = path.with_name(f'{path.name}.partial')
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
-  try:
+  with new_folder(Path(path)) as partial:
     folder = RunFolder(partial)
     checkpoint = epath.Path(folder.checkpoint_folder(Config())).absolute() / '0'
     for name, leaf in weights.leaves():
@@ -121,10 +115,6 @@ def write_model(
     about = {'config': config.to_dict(), 'tokenizer_digest': tokenizer.digest, 'code': code_version()}
     integrity.publish(checkpoint, 1, {'step': 0, 'validation_loss': None, 'converted_from': origin, **about})
     folder.write_config(config)
-    partial.rename(path)
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
-    raise
 
 
 def _partial_loading() -> ocp.Context:

@@ -1,33 +1,16 @@
 """What a user reads before and after a training."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
-from rich.console import Console
 
 from mor_jax.config import Config, ModelConfig
+from mor_jax.console import Row
 from mor_jax.data import schedule
 from mor_jax.data.loader import Dataset
 from mor_jax.model import flops
 from mor_jax.units import megabytes, quantity
-
-Row = tuple[str, str]
-
-
-def print_table(console: Console, title: str, rows: Iterable[Row]) -> None:
-  """A title and rows under it."""
-  console.print(f'\n{title}', highlight=False, markup=False, soft_wrap=True, style='bold')
-  print_rows(console, rows)
-
-
-def print_rows(console: Console, rows: Iterable[Row]) -> None:
-  """Label and text, aligned; a line stays one line however long."""
-  for label, text in rows:
-    aligned = text.replace('\n', '\n' + ' ' * 16)
-    console.print(f'  {label:<13} {aligned}', highlight=False, markup=False, soft_wrap=True)
-
 
 def describe_run(config: Config, mesh: Mesh, dataset: Dataset, workdir: Path) -> list[Row]:
   """What runs where: devices, model, costs, data, folder. Needs the vocabulary's size in the config."""

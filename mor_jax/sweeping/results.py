@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from mor_jax.runs.run_folder import write_atomically
+from mor_jax.files import write_atomically
 from mor_jax.sweeping.plan import SEEDS, Plan, PlannedRun, value_of
 from mor_jax.sweeping.status import Status
 from mor_jax.units import quantity

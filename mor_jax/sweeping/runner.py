@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mor_jax.errors import RunError
-from mor_jax.runs.run_folder import write_atomically
+from mor_jax.files import write_atomically
 from mor_jax.sweeping.plan import Plan, PlannedRun
 from mor_jax.sweeping.status import Display, Status
 

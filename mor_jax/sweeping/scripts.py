@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from mor_jax.config import ConfigError
-from mor_jax.runs.run_folder import write_atomically
+from mor_jax.files import write_atomically
 from mor_jax.sweeping.plan import Plan, PlannedRun
 
 SLURM = """#!/usr/bin/env bash

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskProgressColumn, TimeElapsedColumn
 
+from mor_jax.console import Bar, print_line
 from mor_jax.sweeping.plan import Plan, PlannedRun
 
 UPDATE_SECONDS = 2.0
@@ -43,30 +44,29 @@ class Display:
     self._done_before = self._done = 0.0
     self._updated = self._said = -LINE_SECONDS
     self._waited_for: set[str] = set()
-    self._bar = Progress(
-      TextColumn('{task.fields[ended]}/{task.fields[runs]} runs'),
+    self._bar = Bar(
+      console,
+      '{task.fields[ended]}/{task.fields[runs]} runs',
       BarColumn(bar_width=None),
       TaskProgressColumn(),
-      TextColumn('{task.fields[running]}'),
+      '{task.fields[running]}',
       TimeElapsedColumn(),
-      TextColumn('ETA {task.fields[left]}'),
-      console=console,
-      expand=True,
+      'ETA {task.fields[left]}',
+      total=sum(run.work for run in plan.runs),
+      ended=0,
+      runs=len(plan.runs),
+      running='',
+      left='-',
     )
-    total = sum(run.work for run in plan.runs)
-    fields = {'ended': 0, 'runs': len(plan.runs), 'running': '', 'left': '-'}
-    self._task = self._bar.add_task('sweep', total=total, **fields)
 
   def __enter__(self) -> 'Display':
     self._begin = time.monotonic()
     self._done_before = sum(work_done(run) for run in self._plan.runs)
-    if self._console.is_terminal:
-      self._bar.start()
+    self._bar.__enter__()
     return self
 
   def __exit__(self, *_) -> None:
-    if self._console.is_terminal:
-      self._bar.stop()
+    self._bar.__exit__()
 
   def started(self, run: PlannedRun) -> None:
     """A training began, or resumed."""
@@ -104,7 +104,7 @@ class Display:
     shares = ', '.join(f'{run.name} {work_done(run) / run.work:.0%}' for run in running)
     ended = sum(one.state in ('finished', 'failed') for one in status.values())
     self._bar.update(
-      self._task, completed=self._done, ended=ended, running=escape(shares), left=self._left(status)
+      completed=self._done, ended=ended, running=escape(shares), left=self._left(status)
     )
     if not self._console.is_terminal and now > self._said + LINE_SECONDS and shares:
       self._print(f'running: {shares}; ETA {self._left(status)}')
@@ -125,7 +125,7 @@ class Display:
 
   def _print(self, text: str) -> None:
     self._said = time.monotonic()
-    self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+    print_line(self._console, text)
 
 
 def work_done(run: PlannedRun) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mor_jax.runs.run_folder import write_atomically
+from mor_jax.files import write_atomically
 
 START_UP, COMPILE, DATA_WAIT, STEPS = 'start_up', 'compile', 'data_wait', 'steps'
 VALIDATION, CHECKPOINT, LOST = 'validation', 'checkpoint', 'lost'

@@ -1,0 +1,40 @@
+"""Files and folders that are as they were or complete, whenever the process is killed."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from mor_jax.errors import ConfigError
+
+
+def write_atomically(path: Path, text: str) -> None:
+  """Writes a file, which has its old content or the new one. `path` may be an `etils.epath.Path`."""
+  partial = path.with_name(f'{path.name}.partial')
+  partial.write_text(text, encoding='utf-8')
+  partial.replace(path)
+
+
+def require_new(folder: Path) -> None:
+  """Raises ConfigError if there is something at the path of a folder to be written."""
+  if folder.exists():
+    raise ConfigError(f'{folder} exists; name a new folder, or remove it')
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+  """The folder to write to, which gets the name `folder` at the end; nothing stays of an unfinished one.
+
+  Raises:
+    ConfigError: the folder exists.
+  """
+  require_new(folder)
+  partial = folder.with_name(f'{folder.name}.partial')
+  shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir(parents=True)
+  try:
+    yield partial
+    partial.rename(folder)
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise
