@@ -36,9 +36,14 @@ def single_layer(config: ModelConfig) -> nn.Module:
   return _rematerialized(config, in_loop=False)(config)
 
 
-def stacked_layers(config: ModelConfig, count: int) -> nn.Module:
-  """A stack of `count` decoder layers; takes and returns what one takes, `PerLayer` with a leading layer axis."""
-  at_once = 1 if config.sharing.endswith('sequence') and config.passes > 1 else count // _passes_of_own(config)
+def stacked_layers(config: ModelConfig) -> nn.Module:
+  """The block: N = `config.shared_depth` layers, each leaf of their parameters with a leading axis N.
+
+  It takes and returns what one layer does, `PerLayer` and what the memory keeps with a leading layer axis. How
+  many layers a call runs is for that axis to say: under `sequence` sharing, passes over one layer at a time.
+  """
+  cut = config.passes if config.kind == 'vanilla' else 1  # parts of the stack that are run one by one
+  at_once = 1 if config.sharing.endswith('sequence') and config.passes > 1 else config.shared_depth // cut
   scanned = nn.scan(
     _rematerialized(config, in_loop=at_once > 1 and not config.unroll_layers),
     variable_axes={'params': 0},
@@ -46,28 +51,25 @@ def stacked_layers(config: ModelConfig, count: int) -> nn.Module:
     in_axes=(0, nn.broadcast, nn.broadcast),
     unroll=config.unroll_layers,
     metadata_params={nn.PARTITION_NAME: 'layers'},
-    check_constancy_invariants=False,  # they are traced once more to check it
+    check_constancy_invariants=False,  # the check would trace every layer once more
   )
   return scanned(config)
-
-
-def _passes_of_own(config: ModelConfig) -> int:
-  """Passes over layers with parameters of their own that one stack is cut into."""
-  return config.passes if config.kind == 'vanilla' else 1
 
 
 def _rematerialized(config: ModelConfig, in_loop: bool) -> type[DecoderLayer]:
   if config.remat == 'none':
     return DecoderLayer
-  # The compiler merges what is computed again with what was computed first, unless a loop keeps them apart;
-  # it makes no loop of a single layer, and then would keep all activations of the first and the last.
+  # The compiler merges what is computed again with what was computed first, unless a loop keeps them apart. It
+  # makes no loop of a single layer, and would then keep all activations of the first and the last.
   return nn.remat(DecoderLayer, prevent_cse=not in_loop, policy=_POLICIES[config.remat])
 
 
-def initialize(layers: nn.Module, x_BCD: jax.Array, memory: Row, count: int | None = None) -> jax.Array:
-  """Runs a layer, or a stack of `count`, so that its parameters come to be."""
+def make_parameters(layers: nn.Module, memory: Row, count: int | None = None) -> None:
+  """Runs a layer, or a stack of `count`, on tokens of zeros, as `init` needs it."""
+  config, positions_BC = layers.config, memory.context.positions_BC
+  x_BCD = jnp.zeros((*positions_BC.shape, config.d_model), config.dtype)
   index = jnp.zeros(() if count is None else (count,), jnp.int32)
-  return layers(x_BCD, PerLayer(index), memory, rotation(layers.config, memory.context.positions_BC))[0]
+  layers(x_BCD, PerLayer(index), memory, rotation(config, positions_BC))
 
 
 def run_layers(
@@ -96,18 +98,14 @@ def run_layers(
   Returns:
     The residual stream, and what the memory keeps of each layer.
   """
-  config = layers.config
   layer = PerLayer(jnp.zeros((), jnp.int32) if count is None else jnp.arange(count), kept)
-
-  def call(layers, x_BCD, layer, memory, turns):
-    return layers(x_BCD, layer, memory, turns)
-
-  prepared = nn.map_variables(call, 'params', trans_in_fn=partial(_prepare, config, own or {}))
-  return prepared(layers, x_BCD, layer, memory, turns)
+  prepare = partial(_prepare, layers.config, own or {})
+  call = nn.map_variables(lambda bound, *inputs: bound(*inputs), 'params', trans_in_fn=prepare)
+  return call(layers, x_BCD, layer, memory, turns)
 
 
 def _prepare(config: ModelConfig, own: dict, variables: dict) -> dict:
-  params = relaxation.relax(config, variables['params'], own)
+  params = relaxation.relax(config, nn.unbox(variables['params']), own)
 
   def cast(path, leaf):
     return leaf.astype(config.dtype) if path[-1].key == 'kernel' else leaf
