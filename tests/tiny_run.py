@@ -72,7 +72,7 @@ class Run:
   @functools.cached_property
   def abstract(self) -> TrainState:
     """Shapes of the state."""
-    return abstract_state(self._initialize, MESH)
+    return abstract_state(self._initialize)
 
   @functools.cached_property
   def step(self):

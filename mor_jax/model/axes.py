@@ -22,7 +22,6 @@ from jax.sharding import AxisType, PartitionSpec
 Names = Sequence[str | None]
 
 
-
 class Leaf(nn.Module):
   """One parameter under the module's name, for those who compute with it themselves: {leaf: array}.
 

@@ -85,9 +85,7 @@ def route_gathered(
     entered_BT = active_BT
     if count == length:  # nothing to leave out: no need to move tokens
       indices_BC = jnp.broadcast_to(jnp.arange(length), active_BT.shape)
-      x_BTD, remembered = _step_on_all(
-        block, params['own'], x_BTD, context, logits_BT, active_BT, remembered
-      )
+      x_BTD, remembered = _step_on_all(block, params['own'], x_BTD, context, logits_BT, active_BT, remembered)
     else:
       indices_BC, chosen_BC = top_k(logits_BT, active_BT, count)
       x_BCD = tokens.take(x_BTD, indices_BC)
@@ -122,9 +120,7 @@ def route_masked(
       overflow_BT = jnp.zeros_like(selected_BT)
     else:
       selected_BT, overflow_BT = admit(causal_BT, active_BT, starts_BT, limit, always, params['threshold'])
-    x_BTD, remembered = _step_on_all(
-      block, params['own'], x_BTD, context, logits_BT, selected_BT, remembered
-    )
+    x_BTD, remembered = _step_on_all(block, params['own'], x_BTD, context, logits_BT, selected_BT, remembered)
     return (x_BTD, selected_BT, remembered), (logits_BT, causal_BT, active_BT, selected_BT, overflow_BT)
 
   start = x_BTD, context.segments_BC > 0, None

@@ -45,7 +45,9 @@ class Steps(nn.Module):
       steps['norms'] = _NormScales(cfg, stacked, name='norms')()
     if cfg.recursion_encoding:
       names, init = ('recursions', 'norm'), nn.initializers.normal(cfg.init_std)
-      steps['encoding'] = axes.Leaf('embedding', (cfg.recursions, cfg.d_model), names, init, name='encoding')()
+      steps['encoding'] = axes.Leaf(
+        'embedding', (cfg.recursions, cfg.d_model), names, init, name='encoding'
+      )()
     return steps
 
 
@@ -59,7 +61,9 @@ class _LowRank(nn.Module):
   def __call__(self) -> dict:
     cfg, kernels = self.config, projections(self.config)
     return {
-      name.replace('/', '_'): _Factors(kernels[name], cfg.lora_rank, self.stacked, name=name.replace('/', '_'))()
+      name.replace('/', '_'): _Factors(
+        kernels[name], cfg.lora_rank, self.stacked, name=name.replace('/', '_')
+      )()
       for name in LORA_TARGETS[cfg.lora_targets]
     }
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from mor_jax.config import Config
 from mor_jax.model import router
+from mor_jax.model.transformer import parameter_axes
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import rules
 from mor_jax.training import loss as loss_lib
@@ -48,6 +49,7 @@ def make_train_step(
   may_skip = config.train.max_skipped if config.train.on_nonfinite == 'skip' else 0
   loss = loss_lib.make_loss(model.apply, config.model, config.train.loss_chunk, mesh, teacher)
   gradient = jax.value_and_grad(loss, has_aux=True)
+  names = parameter_axes(config.model)
 
   def train_step(state: TrainState, batch_ABT: loss_lib.Batch, *theirs):
     batch_ABT = loss_lib.visible_batch(batch_ABT, config.data.segment_mask)
@@ -63,7 +65,7 @@ def make_train_step(
     is_finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['grad_norm'])
     new_state = _only_finite(state, new_state, is_finite, may_skip)
     metrics |= {'skipped': new_state.skipped, 'halted': new_state.halted}
-    return rules.laid_out(mesh, new_state), rules.laid_out(mesh, metrics)
+    return rules.laid_out(mesh, new_state, names), rules.laid_out(mesh, metrics, {})
 
   return jax.jit(rules.on_mesh(mesh, train_step), donate_argnums=0)
 
@@ -79,11 +81,13 @@ def _only_finite(old: TrainState, new: TrainState, is_finite: jax.Array, may_ski
 
 
 def _grad_norms(grads: Any) -> dict[str, jax.Array]:
-  """'grad_norm' of everything, and 'grad_norm/NAME' of each module: 'embed', 'layers.attention' (all layers'), ..."""
+  """'grad_norm' of everything, and 'grad_norm/NAME' of each module: 'embed', 'block.attention' (all its layers), ..."""
   modules = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
     names = [entry.key for entry in path[:2]]
-    modules.setdefault('.'.join(names) if names[0] == 'layers' else names[0], []).append(leaf)
+    modules.setdefault('.'.join(names) if names[0] in ('first', 'block', 'last') else names[0], []).append(
+      leaf
+    )
   norms = {f'grad_norm/{name}': optax.tree.norm(leaves) for name, leaves in modules.items()}
   return {'grad_norm': optax.tree.norm(grads), **norms}
 
