@@ -40,9 +40,17 @@ def model(seed: int = 0, **overrides) -> tuple[Transformer, dict]:
 
 @functools.cache
 def _variables(made: Transformer, seed: int) -> dict:
-  """Drawn with NumPy: compiling the model's own initialiser would take longer than most tests."""
-  shapes = nn.unbox(abstract_variables(made.config))
+  """Drawn with NumPy: compiling the model's own initialiser would take longer than most tests.
+
+  All unique layers are drawn as one stack, so that models that differ only in what they share have the same.
+  """
+  config, shapes = made.config, nn.unbox(abstract_variables(made.config))
+  parts = {name: leaves for name, leaves in shapes['params'].items() if name in ('first', 'block', 'last')}
+  others = {name: leaves for name, leaves in shapes['params'].items() if name not in parts}
   rng = np.random.default_rng(seed)
+
+  def stacked(leaf):
+    return jax.ShapeDtypeStruct((config.num_unique_layers, *leaf.shape[1:]), leaf.dtype)
 
   def draw(path, leaf):
     noise = rng.normal(size=leaf.shape).astype(leaf.dtype)
@@ -50,9 +58,14 @@ def _variables(made: Transformer, seed: int) -> dict:
       return jnp.zeros(leaf.shape, leaf.dtype)
     if path[-1].key == 'scale':
       return 0.1 * noise + (path[1].key != 'steps')  # what a step has of its own is a change
-    return noise * made.config.init_std * (3 if 'router' in path[1].key else 1)
+    return noise * config.init_std * (3 if 'router' in path[1].key else 1)
 
-  return jax.tree_util.tree_map_with_path(draw, shapes)
+  every = {**shapes, 'params': {**others, 'layers': jax.tree.map(stacked, parts['block'])}}
+  drawn = jax.tree_util.tree_map_with_path(draw, every)
+  layers, ends = drawn['params'].pop('layers'), config.unique_ends
+  cuts = {'first': 0, 'block': slice(ends, config.num_unique_layers - ends), 'last': -1}
+  drawn['params'] |= {name: jax.tree.map(lambda leaf, at=cuts[name]: leaf[at], layers) for name in parts}
+  return drawn
 
 
 def layer_parameters(config: ModelConfig, params: dict, slot: int) -> dict:

@@ -87,6 +87,10 @@ class Run:
     micro_batches = split_batch(batch, self.config.train.accumulation)
     return mesh_lib.put(micro_batches, mesh_lib.micro_batch_sharding(MESH))
 
+  def placed(self, state: TrainState) -> TrainState:
+    """A state made by hand where the compiled step expects it; elsewhere the step would be compiled anew."""
+    return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, spec.sharding), state, self.abstract)
+
   def initial(self) -> TrainState:
     """The state at step 0."""
     return self._initialize(jnp.uint32(self.config.train.seed))

@@ -1,8 +1,11 @@
 """One optimiser step: gradients of all micro-batches, one update, metrics."""
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +23,7 @@ from mor_jax.training.distillation import Teacher
 from mor_jax.training.optimizer import learning_rate_schedule
 from mor_jax.training.state import TrainState
 
+_MADE = itertools.count()
 TrainStep = Callable[..., tuple[TrainState, dict[str, Any]]]
 
 
@@ -67,7 +71,21 @@ def make_train_step(
     metrics |= {'skipped': new_state.skipped, 'halted': new_state.halted}
     return rules.laid_out(mesh, new_state, names), rules.laid_out(mesh, metrics, {})
 
-  return jax.jit(rules.on_mesh(mesh, train_step), donate_argnums=0)
+  return jax.jit(rules.on_mesh(mesh, _traced_once(train_step)), donate_argnums=0)
+
+
+def _traced_once(function: Callable) -> Callable:
+  """The function, which fails when it is traced again: a step that is compiled anew during a run takes minutes."""
+
+  @functools.wraps(function)
+  def counted(*args):
+    return function(*args)
+
+  # Chex counts by source and name, so that two steps in one process need two names.
+  counted.__name__ = f'{function.__name__}_{next(_MADE)}'
+  guarded = chex.assert_max_traces(counted, n=1)
+  guarded.__name__ = function.__name__
+  return guarded
 
 
 def _only_finite(old: TrainState, new: TrainState, is_finite: jax.Array, may_skip: int) -> TrainState:
