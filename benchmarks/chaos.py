@@ -181,7 +181,7 @@ class Run:
 def shapes(model: ModelConfig, train: TrainConfig, seq_len: int) -> TrainState:
   """What the state of a run looks like."""
   mesh, optimizer = mesh_lib.make_mesh(), make_optimizer(train, model.has_aux_router)
-  return abstract_state(initializer(Transformer(model), optimizer, mesh, seq_len), mesh)
+  return abstract_state(initializer(Transformer(model), optimizer, mesh, seq_len))
 
 
 def wait(processes: list[subprocess.Popen], seconds: float = 300) -> list[int]:

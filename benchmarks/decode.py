@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from flax import linen as nn
 from rich.console import Console
 
 from benchmarks import results
@@ -34,7 +35,7 @@ from mor_jax.inference.requests import Request
 from mor_jax.inference.scheduler import Scheduler
 from mor_jax.model import cache as cache_lib
 from mor_jax.model import flops
-from mor_jax.model.transformer import Transformer
+from mor_jax.model.transformer import Transformer, abstract_variables
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer('width', 192, 'model width, a multiple of 192')
@@ -156,7 +157,7 @@ def shape(layers: int, recursions: int, **change):
 
 def random_variables(model: Transformer, seed: int = 0) -> dict:
   """Variables like fresh ones."""
-  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+  shapes = nn.unbox(abstract_variables(model.config))
   rng = np.random.default_rng(seed)
 
   def draw(path, leaf):

@@ -42,7 +42,7 @@ def main() -> None:
     return
   options = [f'--new_tokens={FLAGS.new_tokens}']
   running = {
-    name: sides.Side('benchmarks.decode_huggingface', [f'--side={name}', *options])
+    name: sides.Side(['-m', 'benchmarks.decode_huggingface', f'--side={name}', *options])
     for name in ('mor_jax', 'transformers')
   }
   about = {f'{name} {key}': value for name, side in running.items() for key, value in side.about.items()}

@@ -60,7 +60,7 @@ def main() -> None:
     options += [f'--weights={Path(folder) / "llama"}']
     running = {}
     for name in (OURS, UNROLLED, *FLAGS.against):  # the first writes the weights
-      running[name] = sides.Side('benchmarks.peers', [f'--side={name}', *options])
+      running[name] = sides.Side(['-m', 'benchmarks.peers', f'--side={name}', *options])
     about = {name: side.about for name, side in running.items()}
     turns = [
       {name: side.ask(turn) for name, side in running.items()}

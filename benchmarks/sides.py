@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from mor_jax.errors import RunError
@@ -15,8 +16,8 @@ class Side:
   """A process that answers questions, one at a time.
 
   Args:
-    module: entry point that calls `serve`.
-    options: its flags.
+    arguments: of Python; what they start calls `serve`.
+    folder: checkout whose code it imports; None: this one.
 
   Attributes:
     about: what it said of itself when it was ready.
@@ -25,10 +26,16 @@ class Side:
     RunError: the process ended.
   """
 
-  def __init__(self, module: str, options: Sequence[str]):
-    self._what = ' '.join([module, *options])
+  def __init__(self, arguments: Sequence[str], folder: Path | None = None):
+    self._what = ' '.join(arguments)
+    environment = os.environ | ({'PYTHONPATH': str(folder)} if folder else {})
     self._process = subprocess.Popen(
-      [sys.executable, '-m', module, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+      [sys.executable, *arguments],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+      cwd=folder,
+      env=environment,
     )
     self.about = self._read()
 

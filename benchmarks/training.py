@@ -92,7 +92,7 @@ class TrainingStep:
     model, optimizer = Transformer(config.model), make_optimizer(config.train)
     initialize = initializer(model, optimizer, self._mesh, config.data.seq_len)
     step = make_train_step(model, config, optimizer, self._mesh)
-    arguments = abstract_state(initialize, self._mesh), abstract_batch(config, self._mesh)
+    arguments = abstract_state(initialize), abstract_batch(config, self._mesh)
     traced = step.trace(*arguments)
     self.jaxpr = traced.jaxpr
     self.compiled = traced.lower().compile()

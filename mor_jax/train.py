@@ -138,7 +138,7 @@ def _run(
   model = Transformer(config.model)
   optimizer = make_optimizer(config.train, config.model.has_aux_router)
   initialize = initializer(model, optimizer, mesh, config.data.seq_len)
-  abstract = abstract_state(initialize, mesh)
+  abstract = abstract_state(initialize)
   abstract_theirs = (pretrained.abstract_teacher(teacher, mesh),) if teacher else ()
 
   about = folder.describe_checkpoints(config, dataset)

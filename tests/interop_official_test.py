@@ -44,7 +44,7 @@ def total_loss(model, variables, tokens_BT, chunk):
     logprobs_BTV = jax.nn.log_softmax(output.logits[:, :-1])
     total = -jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1).mean()
   else:
-    x_BTD, kernel_DV, _ = model.apply(variables, tokens_BT, method=Transformer.hidden_and_head)
+    x_BTD, kernel_DV, _ = model.apply(variables, tokens_BT, method=Transformer.states_and_head)
     targets_BT, mask_BT = tokens_BT[:, 1:], jnp.ones_like(tokens_BT[:, 1:], bool)
     nll = vocabulary_loss.next_token_nll
     summed = vocabulary_loss.sum_over_tokens(nll, x_BTD[:, :-1], kernel_DV, (targets_BT, mask_BT), chunk)
@@ -229,11 +229,11 @@ def test_untied_copies_are_all_named_or_averaged(tmp_path):
   for name in (query.format(2), query.format(3), key):
     assert name in str(error.value)
   _, variables = official.load(path, fixture.settings, untied='average')
-  layers = variables['params']['layers']
-  np.testing.assert_allclose(layers['attention']['query']['kernel'][1], 3.0)
-  tied = official.load(fixture.weights, fixture.settings)[1]['params']['layers']
+  layers = variables['params']['block']
+  np.testing.assert_allclose(layers['attention']['query']['kernel'][0], 3.0)
+  tied = official.load(fixture.weights, fixture.settings)[1]['params']['block']
   np.testing.assert_allclose(
-    layers['attention']['key']['kernel'][2], tied['attention']['key']['kernel'][2] + 1 / 3, atol=1e-6
+    layers['attention']['key']['kernel'][1], tied['attention']['key']['kernel'][1] + 1 / 3, atol=1e-6
   )
   np.testing.assert_array_equal(layers['mlp']['up']['kernel'], tied['mlp']['up']['kernel'])
 

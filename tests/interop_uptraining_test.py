@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import tiny
 import tiny_run
+from flax import linen as nn
 
 from mor_jax.config import ConfigError
 from mor_jax.interop import uptraining, weights
 from mor_jax.interop.uptraining import SharedWeights, depths, source_layers
 from mor_jax.interop.weights import HeldWeights
-from mor_jax.model.transformer import Transformer
+from mor_jax.model.transformer import Transformer, abstract_variables
 from mor_jax.training.state import begin_from
 
 VANILLA, VARIABLES = tiny.model(kind='vanilla', seed=5)
@@ -86,9 +87,9 @@ def test_a_lower_rank_is_the_best_approximation_of_each_steps_own_layer():
   """What is left of a kernel, norm folded in, is the tail of the singular values that the rank cuts off."""
   config = tiny.config(kind='recursive', num_recursions=2, lora_rank=6)
   made = weights.tree(SharedWeights(config, SOURCE, 'average'))['params']
-  layers, scale = VARIABLES['params']['layers'], config.lora_alpha / config.lora_rank
+  layers, scale = VARIABLES['params']['block'], config.lora_alpha / config.lora_rank
   up = layers['mlp_norm']['scale'][:, :, None] * layers['mlp']['up']['kernel']
-  shared, lora = made['layers']['mlp']['up']['kernel'][1:3], made['steps']['lora']['mlp_up']
+  shared, lora = made['block']['mlp']['up']['kernel'], made['steps']['lora']['mlp_up']
   for step in range(2):
     for layer in range(2):
       wanted = up[1 + 2 * step + layer]
@@ -110,7 +111,7 @@ def test_a_mor_model_that_takes_every_step_is_the_original():
       lora_rank=48,
     )
   )
-  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))['params']
+  shapes = nn.unbox(abstract_variables(model.config))['params']
   routers = jax.tree.map(
     lambda leaf: np.zeros(leaf.shape, leaf.dtype), {'router': shapes['router']}
   )  # 2 sigmoid(0)
@@ -123,15 +124,17 @@ def test_a_mor_model_that_takes_every_step_is_the_original():
 
 def test_layers_are_taken_bit_for_bit_and_averaged():
   config = tiny.config(kind='recursive', num_recursions=2)
-  up, ours = VARIABLES['params']['layers']['mlp']['up']['kernel'], {}
+  up, ours = VARIABLES['params']['block']['mlp']['up']['kernel'], {}
   for method in ('upper', 'average'):
     made = weights.tree(SharedWeights(config, SOURCE, method))['params']
-    ours[method] = made['layers']['mlp']['up']['kernel']
+    ours[method] = {part: made[part]['mlp']['up']['kernel'] for part in ('first', 'block', 'last')}
     np.testing.assert_array_equal(made['embed']['embedding'], VARIABLES['params']['embed']['embedding'])
     np.testing.assert_array_equal(made['final_norm']['scale'], VARIABLES['params']['final_norm']['scale'])
-  np.testing.assert_array_equal(ours['upper'], up[np.array([0, 3, 4, 5])])
-  np.testing.assert_allclose(ours['average'][1:3], (up[1:3] + up[3:5]) / 2, rtol=1e-6)
-  np.testing.assert_array_equal(ours['average'][[0, 3]], up[np.array([0, 5])])
+  np.testing.assert_array_equal(ours['upper']['block'], up[3:5])
+  np.testing.assert_allclose(ours['average']['block'], (up[1:3] + up[3:5]) / 2, rtol=1e-6)
+  for method in ours:
+    np.testing.assert_array_equal(ours[method]['first'], up[0])
+    np.testing.assert_array_equal(ours[method]['last'], up[5])
 
 
 def test_a_vanilla_model_stays_what_it_is():
@@ -155,13 +158,13 @@ def test_the_state_begins_with_the_weights_and_fresh_routers():
   run = tiny_run.run()
   config = run.config.model
   vanilla = Transformer(dataclasses.replace(config, kind='vanilla'))
-  original = vanilla.init(jax.random.key(7), jnp.zeros((1, 4), jnp.int32))
+  original = nn.unbox(vanilla.init(jax.random.key(7), jnp.zeros((1, 4), jnp.int32)))
   shared = SharedWeights(config, HeldWeights(vanilla.config, original), 'lower')
   fresh, state = run.initial(), begin_from(run.initial(), shared)
   jax.tree.map(np.testing.assert_array_equal, state.params['router'], fresh.params['router'])
   jax.tree.map(np.testing.assert_array_equal, state.opt_state, fresh.opt_state)
   np.testing.assert_array_equal(
-    state.params['layers']['mlp']['up']['kernel'][1], original['params']['layers']['mlp']['up']['kernel'][1]
+    state.params['block']['mlp']['up']['kernel'][0], original['params']['block']['mlp']['up']['kernel'][1]
   )
   shardings = [leaf.sharding for leaf in jax.tree.leaves(run.abstract.params)]
   assert [leaf.sharding for leaf in jax.tree.leaves(state.params)] == shardings

@@ -18,6 +18,7 @@ import numpy as np
 import tiny
 
 from mor_jax.config import Config, ParallelConfig
+from mor_jax.model.transformer import parameter_axes
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import rules
 from mor_jax.planning.collectives import collective_bytes
@@ -46,15 +47,15 @@ def loss_and_gradient(
   """Loss, gradients on the host, and bytes of collectives of the program for that mesh."""
   mesh = mesh_lib.make_mesh(ParallelConfig(*shape), jax.devices()[: int(np.prod(shape))])
   made, variables = tiny.model(**{'vocab_size': 64, **model})
-  loss = loss_lib.make_loss(made.apply, made.config, chunk, mesh)
+  loss, names = loss_lib.make_loss(made.apply, made.config, chunk, mesh), parameter_axes(made.config)
 
   def compute(params, batch):
     whole = loss_lib.normalizers(made.config, batch['segment_ids'][None])
     routing, key = variables.get('routing', {}), jax.random.key(0)
     (value, _), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, whole, routing, key)
-    return value, rules.laid_out(mesh, grads)
+    return value, rules.laid_out(mesh, grads, names)
 
-  params = jax.device_put(variables['params'], rules.shardings(mesh, variables['params']))
+  params = jax.device_put(variables['params'], rules.shardings(mesh, variables['params'], names))
   rows = mesh_lib.put(batch(), mesh_lib.batch_sharding(mesh))
   compiled = jax.jit(rules.on_mesh(mesh, compute)).lower(params, rows).compile()
   value, grads = jax.device_get(compiled(params, rows))

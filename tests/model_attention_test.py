@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from mor_jax.config import ConfigError, ParallelConfig
 from mor_jax.model import attention, attention_pallas, attention_splash, attention_xla
 from mor_jax.model.context import TokenContext
-from mor_jax.model.layers import rotate, rotation
-from mor_jax.model.transformer import Transformer
+from mor_jax.model.rotary import rotate, rotation
+from mor_jax.model.transformer import Transformer, abstract_variables, parameter_axes
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import rules
 from mor_jax.planning import topology
@@ -188,15 +189,15 @@ def test_tpus_keep_no_scores(kv):
 
   length = 8192
   tokens_BT = jax.ShapeDtypeStruct((2, length), jnp.int32, sharding=row)
-  params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))['params']
+  params = nn.unbox(abstract_variables(model.config))['params']
   params = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     params,
-    rules.shardings(mesh, params),
+    rules.shardings(mesh, params, parameter_axes(model.config)),
   )
 
   def loss(params, tokens_BT):
-    return model.apply({'params': params}, tokens_BT, method='hidden')[0].sum()
+    return model.apply({'params': params}, tokens_BT, with_logits=False).hidden.sum()
 
   compiled = jax.jit(rules.on_mesh(mesh, jax.grad(loss))).lower(params, tokens_BT).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 2 * length**2, (
@@ -239,8 +240,8 @@ def test_rotation_depends_on_distance_only():
   q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 16)), jnp.float32) for _ in range(2))
 
   def score(query_position, key_position):
-    rotated_q = rotate(q, *rotation(config, jnp.array([[query_position]])))
-    rotated_k = rotate(k, *rotation(config, jnp.array([[key_position]])))
+    rotated_q = rotate(q, rotation(config, jnp.array([[query_position]])))
+    rotated_k = rotate(k, rotation(config, jnp.array([[key_position]])))
     return float((rotated_q * rotated_k).sum())
 
   np.testing.assert_allclose(score(9, 4), score(105, 100), rtol=1e-4)

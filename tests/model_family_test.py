@@ -10,8 +10,6 @@ import pytest
 
 from mor_jax.config import Config, ConfigError, with_changes
 from mor_jax.model import flops, relaxation, router, token_choice
-from mor_jax.model.layers import DecoderLayer, Memory
-from mor_jax.model.stack import layer_inputs
 from mor_jax.model.transformer import Transformer, token_context
 from tests import tiny
 
@@ -233,11 +231,11 @@ def test_relaxed_steps_equal_layers_written_out(sharing, change):
     order = [None, (0, 0), (1, 0), (0, 1), (1, 1), None]
   params, steps = variables['params'], variables['params']['steps']
   x_BTD = params['embed']['embedding'][TOKENS]
-  inputs = layer_inputs(model.config, token_context(TOKENS, None, None))
+  context = token_context(TOKENS, None, None)
   slot = {'cycle': lambda n: n, 'middle_sequence': lambda n: n + 1}[sharing]
   for depth, place in enumerate(order):
     index = (0 if depth == 0 else 3) if place is None else slot(place[1])
-    layer = jax.tree.map(lambda leaf, i=index: np.array(leaf[i]), params['layers'])
+    layer = jax.tree.map(np.array, tiny.layer_parameters(model.config, params, index))
     if place is not None:
       step, n = place
       for name, factors in steps.get('lora', {}).items():
@@ -248,10 +246,9 @@ def test_relaxed_steps_equal_layers_written_out(sharing, change):
       starts_pass = sharing == 'middle_sequence' or n == 0
       if 'encoding' in steps and starts_pass:
         x_BTD = x_BTD + steps['encoding']['embedding'][step]
-    x_BTD, _ = DecoderLayer(model.config).apply({'params': layer}, x_BTD, inputs)
-  got = model.apply(variables, TOKENS, method='hidden')[0]
-  expected = x_BTD / np.sqrt((x_BTD**2).mean(-1, keepdims=True) + 1e-5) * params['final_norm']['scale']
-  np.testing.assert_allclose(got, expected, atol=3e-5)
+    x_BTD, _ = tiny.run_layer(model.config, layer, x_BTD, context)
+  got = model.apply(variables, TOKENS).hidden
+  np.testing.assert_allclose(got, tiny.final_norm(model.config, params, x_BTD), atol=3e-5)
 
 
 def test_low_rank_factors_of_full_rank_are_exact():
@@ -271,16 +268,13 @@ def test_low_rank_factors_of_full_rank_are_exact():
 def test_vanilla_layers_that_read_shared_keys_and_values(sharing, source):
   model, variables = tiny.model(kind='vanilla', kv='shared', sharing=sharing, num_recursions=2)
   context = token_context(TOKENS, None, None)
-  inputs = layer_inputs(model.config, context)
   params, made = variables['params'], {}
   x_BTD = params['embed']['embedding'][TOKENS]
   for depth, origin in enumerate(source):
-    layer = {'params': jax.tree.map(lambda leaf, i=depth: leaf[i], params['layers'])}
-    memory = Memory(*made[origin], context) if origin in made else None
-    x_BTD, made[depth] = DecoderLayer(model.config).apply(layer, x_BTD, inputs, memory)
-  got = model.apply(variables, TOKENS, method='hidden')[0]
-  expected = x_BTD / np.sqrt((x_BTD**2).mean(-1, keepdims=True) + 1e-5) * params['final_norm']['scale']
-  np.testing.assert_allclose(got, expected, atol=3e-5)
+    layer = tiny.layer_parameters(model.config, params, depth)
+    x_BTD, made[depth] = tiny.run_layer(model.config, layer, x_BTD, context, made.get(origin))
+  got = model.apply(variables, TOKENS).hidden
+  np.testing.assert_allclose(got, tiny.final_norm(model.config, params, x_BTD), atol=3e-5)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,12 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor_jax.model.layers import DecoderLayer, Memory
-from mor_jax.model.stack import layer_inputs
 from mor_jax.model.transformer import Transformer, token_context
 from tests import backends, tiny
 
@@ -50,11 +49,6 @@ def loss(model, variables, tokens_BT, segments_BT, aux_weight=0.1):
 value_and_grad = jax.jit(jax.value_and_grad(loss, argnums=1, has_aux=True), static_argnums=0)
 
 
-def assert_trees_close(left, right, **tolerance):
-  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(left), jax.tree.leaves(right), strict=True):
-    np.testing.assert_allclose(a, b, err_msg=jax.tree_util.keystr(path), **tolerance)
-
-
 @pytest.mark.parametrize(('steps', 'capacities', 'change'), CASES + ON_OTHER_BACKENDS)
 def test_gather_equals_mask(steps, capacities, change, monkeypatch):
   backends.run_anywhere(monkeypatch)
@@ -74,7 +68,7 @@ def test_gather_equals_mask(steps, capacities, change, monkeypatch):
   real_BT = np.asarray(SEGMENTS > 0)
   np.testing.assert_allclose(output.logits[real_BT], reference.logits[real_BT], atol=2e-5)
   np.testing.assert_allclose(value, expected, rtol=1e-6)
-  assert_trees_close(gradients, expected_gradients, atol=2e-5, rtol=1e-4)
+  chex.assert_trees_all_close(gradients, expected_gradients, atol=2e-5, rtol=1e-4)
 
 
 def test_hybrid_memory_overwritten_everywhere_is_no_sharing():
@@ -98,19 +92,14 @@ def test_recursive_models_that_share_keys_and_values(sharing, order):
   made, variables = tiny.model(kind='recursive', sharing=sharing, kv='shared')
   tokens_BT = tiny.tokens(2, 12)
   context = token_context(tokens_BT, None, None)
-  inputs = layer_inputs(made.config, context)
   params = variables['params']
   x_BTD = params['embed']['embedding'][tokens_BT]
   remembered = {}
   for slot in order:
-    layer = {'params': jax.tree.map(lambda leaf, s=slot: leaf[s], params['layers'])}
-    memory = Memory(*remembered[slot], context) if slot in remembered else None
-    x_BTD, key_values = DecoderLayer(made.config).apply(layer, x_BTD, inputs, memory)
-    remembered.setdefault(slot, key_values)
-  got = made.apply(variables, tokens_BT, method='hidden')[0]
-  scale_D = params['final_norm']['scale']
-  expected = x_BTD / np.sqrt((x_BTD**2).mean(-1, keepdims=True) + 1e-5) * scale_D
-  np.testing.assert_allclose(got, expected, atol=2e-5)
+    layer = tiny.layer_parameters(made.config, params, slot)
+    x_BTD, remembered[slot] = tiny.run_layer(made.config, layer, x_BTD, context, remembered.get(slot))
+  got = made.apply(variables, tokens_BT).hidden
+  np.testing.assert_allclose(got, tiny.final_norm(made.config, params, x_BTD), atol=2e-5)
 
 
 def test_capacities_set_how_many_tokens_enter():
@@ -122,7 +111,7 @@ def test_capacities_set_how_many_tokens_enter():
 
 
 def test_a_recursive_model_with_one_recursion_is_vanilla():
-  recursive, variables = tiny.model(kind='recursive', num_recursions=1)
+  recursive, variables = tiny.model(kind='recursive', num_recursions=1, sharing='cycle')
   vanilla, _ = tiny.model(kind='vanilla')
   tokens_BT = tiny.tokens(2, 16)
   np.testing.assert_allclose(
@@ -142,9 +131,9 @@ def test_recursion_equals_the_unrolled_vanilla_model(sharing):
     'middle_sequence': (0, 1, 1, 2, 2, 3),
   }
   recursive, variables = tiny.model(kind='recursive', num_recursions=2, sharing=sharing)
-  slots = np.array(patterns[sharing])
-  params = {**variables['params']}
-  params['layers'] = jax.tree.map(lambda leaf: leaf[slots], params['layers'])
+  params = {name: variables['params'][name] for name in ('embed', 'final_norm')}
+  layers = [tiny.layer_parameters(recursive.config, variables['params'], slot) for slot in patterns[sharing]]
+  params['block'] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
   vanilla = Transformer(tiny.config(kind='vanilla'))
   tokens_BT = tiny.tokens(2, 16)
   np.testing.assert_allclose(
@@ -173,7 +162,7 @@ def test_memory_settings_do_not_change_results(kind, change):
   (value, _), gradients = value_and_grad(model, variables, tokens_BT, SEGMENTS)
   (expected, _), expected_gradients = value_and_grad(changed, variables, tokens_BT, SEGMENTS)
   np.testing.assert_allclose(value, expected, rtol=1e-6)
-  assert_trees_close(gradients, expected_gradients, atol=1e-6, rtol=1e-4)
+  chex.assert_trees_all_close(gradients, expected_gradients, atol=1e-6, rtol=1e-4)
 
 
 def test_gradients_of_a_stack_wait_in_the_computing_dtype():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor_jax.model import expert_choice, recursion, router
+from mor_jax.model import expert_choice, router
 from tests import tiny
 
 STRICT = {'num_layers': 5, 'num_recursions': 3, 'router_alpha': 0.8}
@@ -178,7 +178,7 @@ def test_places_run_out_and_are_counted():
   tokens_BT = tiny.tokens(4, 24)
   ample = apply(variables, tokens_BT, max_len=24, slack=3.0).routing
   tight = apply(variables, tokens_BT, max_len=24, slack=0.3).routing
-  assert recursion.step_places(made.config, 24, 0.3) == (8, 5, 3)
+  assert made.config.step_places(24, 0.3) == (8, 5, 3)
   assert ample.counts['overflow_R'].tolist() == [0, 0, 0]
   assert tight.counts['overflow_R'][1] > 0
   assert tight.counts['overflow_R'][0] == 0, 'a step of capacity 1 admits every token'
@@ -187,8 +187,8 @@ def test_places_run_out_and_are_counted():
 
 def test_places_are_whole_numbers_in_spite_of_float_capacities():
   config = tiny.config(capacities=(1.0, 0.1))
-  assert recursion.step_places(config, 30, 1.0) == (30, 3)
-  assert recursion.step_places(config, 31, 1.0) == (31, 4)
+  assert config.step_places(30, 1.0) == (30, 3)
+  assert config.step_places(31, 1.0) == (31, 4)
 
 
 def test_bad_arguments_are_refused():

@@ -7,11 +7,12 @@ import programs
 import pytest
 import tiny
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from mor_jax.config import Config, ConfigError
 from mor_jax.model import axes
-from mor_jax.model.transformer import Transformer
+from mor_jax.model.transformer import Transformer, abstract_variables, parameter_axes
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import rules
 from mor_jax.training.optimizer import make_optimizer
@@ -40,41 +41,51 @@ def state_shapes(model, aux_router: bool = False) -> TrainState:
   """Shapes of a training's whole state."""
 
   def make():
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    variables = nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))
     opt_state = make_optimizer(Config().train, aux_router).init(variables['params'])
     return TrainState(jnp.int32(0), variables['params'], opt_state, variables.get('routing', {}))
 
   return jax.eval_shape(make)
 
 
-@pytest.mark.parametrize(
-  'change',
-  [
-    {'kind': 'vanilla', 'tie_embeddings': False},
-    {'causality': 'aux_router', 'router_head': 'mlp', 'lora_rank': 8, 'share_norms': False},
-    {'router': 'token_choice', 'balancing': 'loss_free', 'recursion_encoding': True},
-    {'selection': 'ema_threshold'},
-  ],
-)
+STATES = [
+  {'kind': 'vanilla', 'tie_embeddings': False},
+  {'causality': 'aux_router', 'router_head': 'mlp', 'lora_rank': 8, 'share_norms': False},
+  {'router': 'token_choice', 'balancing': 'loss_free', 'recursion_encoding': True},
+  {'selection': 'ema_threshold'},
+]
+
+
+@pytest.mark.parametrize('change', STATES)
 def test_state_is_split_like_the_parameters_with_little_left_whole(change):
   made = Transformer(tiny.config(**{'vocab_size': 64, 'd_model': 64, **change}))
   mesh = AbstractMesh((2, 4, 2), mesh_lib.AXES)
   shapes = state_shapes(made, aux_router='causality' in change)
-  laid_out = rules.shardings(mesh, shapes)
-  rules.check_split(mesh, shapes.params)
+  names = parameter_axes(made.config)
+  laid_out = rules.shardings(mesh, shapes, names)
+  rules.check_split(mesh, shapes.params, names)
   whole, total = 0, 0
   for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(laid_out), strict=True):
     total += leaf.size
     whole += leaf.size if not any('fsdp' in str(part) for part in sharding.spec) else 0
   assert whole / total < 0.06  # tiny matrices: norm scales and routers weigh more than they do else
-  kernel = laid_out.params['layers']['mlp']['up']['kernel'].spec
+  kernel = laid_out.params['block']['mlp']['up']['kernel'].spec
   assert kernel == PartitionSpec(None, 'fsdp', 'tensor')
   assert str(kernel) in str([sharding.spec for sharding in jax.tree.leaves(laid_out.opt_state)])
 
 
-def test_parameters_without_names_are_an_error():
-  with pytest.raises(KeyError, match='layers/attention/extra/kernel has no names'):
-    axes.parameter_axes(('layers', 'attention', 'extra', 'kernel'), 3)
+@pytest.mark.parametrize('change', STATES)
+def test_every_axis_of_every_parameter_has_a_name(change):
+  made = Transformer(tiny.config(**change))
+  params = nn.unbox(abstract_variables(made.config))['params']
+  names, leaves = parameter_axes(made.config), flatten_dict(params, sep='/')
+  assert set(names) == set(leaves)
+  assert {path: len(found) for path, found in names.items()} == {
+    path: leaf.ndim for path, leaf in leaves.items()
+  }
+  is_lora = [path for path in leaves if '/lora/' in path]
+  unnamed = [path for path, found in names.items() if None in found and path not in is_lora]
+  assert not unnamed
 
 
 def test_a_mesh_axis_is_used_once_in_an_array():
@@ -88,7 +99,7 @@ def test_parameters_left_whole_are_noticed():
   made = Transformer(tiny.config(vocab_size=64, lora_rank=6, num_recursions=2))
   shapes = state_shapes(made).params
   with pytest.raises(ConfigError, match=r'parallel.fsdp=4 would leave \d+% of the parameters whole'):
-    rules.check_split(AbstractMesh((1, 4, 1), mesh_lib.AXES), shapes)
+    rules.check_split(AbstractMesh((1, 4, 1), mesh_lib.AXES), shapes, parameter_axes(made.config))
 
 
 def also_slow(*names: str) -> list:

@@ -56,7 +56,7 @@ def to_params(config, tensors):
     node[leaf] = np.stack([arrays[f'model.layers.{i}.{theirs}'].T for i in range(config.num_layers)])
   params = {
     'embed': {'embedding': arrays['model.embed_tokens.weight']},
-    'layers': layers,
+    'block': layers,
     'final_norm': {'scale': arrays['model.norm.weight']},
   }
   if not config.tie_embeddings:

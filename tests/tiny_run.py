@@ -72,7 +72,7 @@ class Run:
   @functools.cached_property
   def abstract(self) -> TrainState:
     """Shapes of the state."""
-    return abstract_state(self._initialize, MESH)
+    return abstract_state(self._initialize)
 
   @functools.cached_property
   def step(self):
@@ -86,6 +86,10 @@ class Run:
     """Rows as the compiled step takes them."""
     micro_batches = split_batch(batch, self.config.train.accumulation)
     return mesh_lib.put(micro_batches, mesh_lib.micro_batch_sharding(MESH))
+
+  def placed(self, state: TrainState) -> TrainState:
+    """A state made by hand where the compiled step expects it; elsewhere the step would be compiled anew."""
+    return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, spec.sharding), state, self.abstract)
 
   def initial(self) -> TrainState:
     """The state at step 0."""

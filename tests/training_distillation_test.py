@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_run
+from flax import linen as nn
 from scipy.special import log_softmax, rel_entr, softmax
 
 from mor_jax.config import ConfigError, with_changes
@@ -55,7 +56,7 @@ def teacher_of(config):
   """A teacher and its parameters."""
   theirs = dataclasses.replace(config.model, kind='vanilla', num_layers=3)
   teacher = distillation.make_teacher(config.distill, theirs, config.model)
-  params = teacher.model.init(jax.random.key(9), jnp.zeros((1, 4), jnp.int32))['params']
+  params = nn.unbox(teacher.model.init(jax.random.key(9), jnp.zeros((1, 4), jnp.int32)))['params']
   return teacher, jax.tree.map(lambda leaf: leaf * 3, params)
 
 
@@ -63,7 +64,7 @@ def teacher_of(config):
 def test_loss_and_gradient_are_those_written_out(chunk, top_k):
   config = settings(top_k=top_k)
   (teacher, theirs), model = teacher_of(config), Transformer(config.model)
-  params = model.init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))['params']
+  params = nn.unbox(model.init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32)))['params']
   batch = next(tiny_run.batches())
   whole = loss_lib.normalizers(config.model, batch['segment_ids'][None])
   loss = loss_lib.make_loss(model.apply, config.model, chunk, teacher=teacher)
@@ -94,7 +95,7 @@ def test_a_teacher_that_is_the_student_adds_nothing():
   config = settings()
   model = Transformer(config.model)
   teacher = distillation.make_teacher(config.distill, config.model, config.model)
-  params = model.init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))['params']
+  params = nn.unbox(model.init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32)))['params']
   batch = next(tiny_run.batches())
   whole = loss_lib.normalizers(config.model, batch['segment_ids'][None])
   loss = loss_lib.make_loss(model.apply, config.model, teacher=teacher)
@@ -108,9 +109,7 @@ def test_steps_bring_the_model_closer_to_the_teacher_and_leave_the_teacher_alone
   config = with_changes(settings(weight=50.0), train={'accumulation': 2})
   (teacher, theirs), model = teacher_of(config), Transformer(config.model)
   held = HeldWeights(teacher.model.config, {'params': theirs})
-  abstract = distillation.abstract_parameters(
-    teacher, lambda shapes: jax.tree.map(lambda _: mesh_lib.replicated(tiny_run.MESH), shapes)
-  )
+  abstract = distillation.abstract_parameters(teacher, tiny_run.MESH)
   loaded = distillation.load_parameters(abstract, held)
   jax.tree.map(np.testing.assert_array_equal, loaded, theirs)
   optimizer = make_optimizer(config.train)

@@ -81,8 +81,9 @@ def test_balance_warmup_sends_every_token_all_the_way_and_then_the_bias_follows_
 
 def test_moving_threshold_is_updated_once_a_step_whatever_the_micro_batches():
   model = {'selection': 'ema_threshold', 'causality': 'none'}
-  whole, _ = train(with_changes(CONFIG, model=model), steps=2)
-  split, _ = train(with_changes(CONFIG, model=model, train={'accumulation': 4}), steps=2)
+  config = with_changes(CONFIG, model=model, train={'seed': 1})
+  whole, _ = train(config, steps=2)
+  split, _ = train(with_changes(config, train={'accumulation': 4}), steps=2)
   assert whole[1].routing['updates'].tolist() == [0, 2]
   np.testing.assert_allclose(whole[1].routing['threshold'], split[1].routing['threshold'], rtol=1e-4)
   assert abs(whole[1].routing['threshold'][1]) > 1e-4
@@ -90,16 +91,16 @@ def test_moving_threshold_is_updated_once_a_step_whatever_the_micro_batches():
 
 def test_auxiliary_routers_are_a_group_of_their_own():
   """Ten times the learning rate, and a clipping that the rest of the model neither feels nor causes."""
-  params = {'layers': {'kernel': jnp.ones(3)}, 'aux_router': {'output': {'kernel': jnp.ones(3)}}}
-  grads = {'layers': {'kernel': jnp.full(3, 0.1)}, 'aux_router': {'output': {'kernel': jnp.full(3, 1e6)}}}
+  params = {'block': {'kernel': jnp.ones(3)}, 'aux_router': {'output': {'kernel': jnp.ones(3)}}}
+  grads = {'block': {'kernel': jnp.full(3, 0.1)}, 'aux_router': {'output': {'kernel': jnp.full(3, 1e6)}}}
   train_config = with_changes(CONFIG, train={'weight_decay': 0.0, 'clip_norm': 1e3}).train
   both = optimizer.make_optimizer(train_config, aux_router=True)
   updates, _ = both.update(grads, both.init(params), params)
   alone = optimizer.make_optimizer(train_config)
-  main = {'layers': params['layers']}
-  expected, _ = alone.update({'layers': grads['layers']}, alone.init(main), main)
-  np.testing.assert_allclose(updates['layers']['kernel'], expected['layers']['kernel'], rtol=1e-6)
-  ratio = updates['aux_router']['output']['kernel'] / updates['layers']['kernel']
+  main = {'block': params['block']}
+  expected, _ = alone.update({'block': grads['block']}, alone.init(main), main)
+  np.testing.assert_allclose(updates['block']['kernel'], expected['block']['kernel'], rtol=1e-6)
+  ratio = updates['aux_router']['output']['kernel'] / updates['block']['kernel']
   np.testing.assert_allclose(ratio, 10.0, rtol=1e-5)
 
 

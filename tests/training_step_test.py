@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from mor_jax.model import flops
 from mor_jax.training.loss import predicted
 from mor_jax.training.meter import add_up, router_metrics
 
+LAYER = ('attention', 'attention_norm', 'mlp', 'mlp_norm')
 GOLDEN = pathlib.Path(__file__).parent / 'fixtures' / 'golden_loss.json'
 
 
@@ -46,10 +48,7 @@ def test_metrics_are_of_the_whole_batch():
   modules = [
     'embed',
     'final_norm',
-    'layers.attention',
-    'layers.attention_norm',
-    'layers.mlp',
-    'layers.mlp_norm',
+    *(f'{part}.{name}' for part in ('first', 'block', 'last') for name in LAYER),
   ]
   norms = [metrics[f'grad_norm/{name}'] for name in [*modules, 'router']]
   assert np.linalg.norm(norms) == pytest.approx(metrics['grad_norm']), 'of every module, of all its layers'
@@ -94,7 +93,7 @@ def test_an_update_that_is_not_finite_halts_for_good():
   _assert_same(halted, before.replace(halted=np.array(True)))
   mended = halted.replace(params=jax.tree.map(lambda leaf: np.asarray(leaf) / 1e30, halted.params))
   before = jax.tree.map(np.asarray, mended)
-  later, metrics = run.step(jax.tree.map(jax.numpy.asarray, mended), next(batches))
+  later, metrics = run.step(run.placed(mended), next(batches))
   assert np.isfinite(metrics['loss'])
   assert bool(metrics['halted'])
   _assert_same(later, before)
@@ -115,14 +114,22 @@ def test_skips_as_many_updates_as_allowed():
   assert int(twice.step) == 1
 
   mended = run.initial().replace(step=jax.numpy.int32(1), skipped=jax.numpy.int32(1))
-  _, metrics = run.step(mended, batch)
+  _, metrics = run.step(run.placed(mended), batch)
   warmup = tiny_run.CONFIG.train.warmup_steps
   assert metrics['learning_rate'] == pytest.approx(tiny_run.CONFIG.train.learning_rate / warmup)
 
 
 def _assert_same(state, expected) -> None:
-  assert jax.tree.structure(state) == jax.tree.structure(expected)
-  jax.tree.map(np.testing.assert_array_equal, state, expected)
+  chex.assert_trees_all_equal(state, expected)
+
+
+def test_a_step_that_would_be_compiled_again_is_refused():
+  """A batch of another length, as a loader's mistake would make it, stops the run instead of slowing every step."""
+  run = tiny_run.run(with_changes(tiny_run.CONFIG, train={'seed': 2}))
+  state, batch = run.initial(), next(tiny_run.batches())
+  state, _ = run.step(state, batch)
+  with pytest.raises(AssertionError, match=r'train_step.* is traced > 1 times'):
+    run.step(state, {name: rows[:, :32] for name, rows in batch.items()})
 
 
 def test_initial_parameters_follow_the_seed():

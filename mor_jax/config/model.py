@@ -1,6 +1,7 @@
 """The settings of a model, and what follows from them; the letters in names are those of `config.py`."""
 
 import dataclasses
+import math
 
 from mor_jax.config.typed import setting
 
@@ -163,8 +164,12 @@ class ModelConfig:
 
   @property
   def unique_ends(self) -> int:
-    """Layers before and after the recursions that share nothing: 1 each under middle_*, else 0."""
-    return 1 if self.sharing.startswith('middle') else 0
+    """Layers before and after the block that share nothing: 1 each under middle_*, else 0.
+
+    Without sharing there is nothing to keep them from: all layers of a vanilla model are its block.
+    """
+    shares = self.kind != 'vanilla' or self.kv == 'shared'
+    return 1 if shares and self.sharing.startswith('middle') else 0
 
   @property
   def shared_depth(self) -> int:
@@ -226,3 +231,11 @@ class ModelConfig:
   def selected_tokens(self, seq_len: int) -> tuple[int, ...]:
     """Tokens C_r that enter each recursion of a row of `seq_len`: max(1, floor(c_r * T))."""
     return tuple(max(1, int(c * seq_len)) for c in self.step_capacities)
+
+  def step_places(self, max_len: int, slack: float) -> tuple[int, ...]:
+    """Tokens of one sequence that each step can take under threshold routing (and its cache can hold)."""
+    # Rounded first, so that 0.1 * 30 asks for 3 places and not, by a float's error, for 4.
+    return tuple(
+      min(max_len, max(1, math.ceil(round(capacity * max_len * slack, 6))))
+      for capacity in self.step_capacities
+    )

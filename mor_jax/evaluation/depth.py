@@ -73,16 +73,15 @@ def route_rows(
   @jax.jit
   def route(variables, batch):
     batch = loss_lib.visible_batch(batch, config.data.segment_mask)
-    _, routed = model.apply(
+    routed = model.apply(
       variables,
       batch['tokens'],
       routing=routing,
       segment_ids=batch['segment_ids'],
       positions=batch['positions'],
-      method=Transformer.hidden,
-    )
-    scores_RBT = _scores(config, routed)
-    return routed.depth_BT, scores_RBT
+      with_logits=False,
+    ).routing
+    return routed.depth_BT, _scores(config, routed)
 
   rows = []
   for batch in batches:

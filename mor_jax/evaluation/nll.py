@@ -43,7 +43,7 @@ def make_nll_step(
       segment_ids=batch['segment_ids'],
       positions=batch['positions'],
       max_recursions=max_recursions,
-      method=Transformer.hidden_and_head,
+      method=Transformer.states_and_head,
     )
     sums = {'targets': loss_lib.predicted(batch['segment_ids']).sum()}
     if by_position:

@@ -64,7 +64,7 @@ class Scorer:
     def hidden(variables, batch):
       segment_ids = batch['segment_ids']
       routed = {'routing': routing, 'max_len': max_len, 'segment_ids': segment_ids}
-      return model.apply(variables, batch['tokens'], **routed, method=Transformer.hidden)[0]
+      return model.apply(variables, batch['tokens'], **routed, with_logits=False).hidden
 
     def judge(variables, x_BTD, places_N, targets_N):
       """Log-likelihood and whether it is the likeliest, of the targets that follow some places of the rows."""

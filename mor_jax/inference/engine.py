@@ -22,7 +22,7 @@ from mor_jax.inference.sampling import SamplingRules
 from mor_jax.inference.state import NO_TOKEN, STOP_TOKENS, DecodeState, Rules
 from mor_jax.model import cache as cache_lib
 from mor_jax.model import decode
-from mor_jax.model.transformer import Transformer
+from mor_jax.model.transformer import Transformer, parameter_axes
 from mor_jax.parallel import mesh as mesh_lib
 
 DEFAULT_CHUNKS = (16, 64, 256)
@@ -108,7 +108,8 @@ class Engine:
     steps = self._steps(config, max_recursions)
     layout = cache_lib.make_layout(config, max_len, slack, steps)
     self.cached = decode.CachedModel(config, layout, on_cpu if unroll is None else unroll, read)
-    self.params = shards.prepare(mesh, functools.partial(decode.prepare, self.cached), variables)
+    prepare = functools.partial(decode.prepare, self.cached)
+    self.params = shards.prepare(mesh, parameter_axes(config), prepare, variables)
     self.slots, self.max_len, self.steps = slots, max_len, steps
     self.parts, self._mesh = parts, mesh
     self.batches = ticks.Batches(lanes_each, boundary_lanes // parts)

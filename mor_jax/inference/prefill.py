@@ -79,8 +79,7 @@ def _extend(cached, with_logits, params, prefix, tokens_BC, lengths_B, rules):
   slots_B = jnp.arange(tokens_BC.shape[0])
   ends = lane_routing.at_ends(positions_BC, slots_B, real_BC)
   x_BCD = decode.embed(params, tokens_BC)
-  first_uses, last_uses = decode.first_uses(cached.config), decode.last_uses(cached.config)
-  x_BCD, first = decode.apply_layers(cached, params, first_uses, prefix.cache.first, x_BCD, ends)
+  x_BCD, first = decode.apply_end(cached, params.first, prefix.cache.first, x_BCD, ends)
 
   def step(carry, index):
     cache, walk, counts_BP, active_BC = carry
@@ -100,7 +99,7 @@ def _extend(cached, with_logits, params, prefix, tokens_BC, lengths_B, rules):
   )
   (cache, walk, counts_BP, _), (selected_PBC, overflow_P) = jax.lax.scan(step, carry, jnp.arange(steps))
   x_BCD = lane_routing.finish(cached, walk)
-  x_BCD, last = decode.apply_layers(cached, params, last_uses, cache.last, x_BCD, ends)
+  x_BCD, last = decode.apply_end(cached, params.last, cache.last, x_BCD, ends)
   where_BC = jnp.where(real_BC, positions_BC, cached.layout.max_len)
   depths_BT = prefix.depths_BT.at[slots_B[:, None], where_BC].set(
     selected_PBC.sum(axis=0, dtype=jnp.int8), mode='drop'

@@ -6,7 +6,7 @@ heads, key/value heads of caches, MLP and vocabulary by the table of `parallel/r
 once, when the engine is made: a tick reads all of them, so that parts along fsdp would have to travel every time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import rules
 
 WHOLE = ('embed', 'rank')  # logical axes that are split in training, not here
-_FIELDS = {'embed': ('embed', 'embedding'), 'head': ('head', 'kernel'), 'own': ('steps',)}
+_FIELDS = {'embed': 'embed/embedding', 'head': 'head/kernel', 'own': 'steps'}  # of decode.DecodeParams
 
 
 def count(mesh: Mesh | None) -> int:
@@ -76,22 +76,25 @@ def make(mesh: Mesh | None, function: Callable[[], Any]) -> Any:
   return jax.jit(function, out_shardings=shardings(mesh, jax.eval_shape(function)))()
 
 
-def prepare(mesh: Mesh | None, function: Callable[[Any], Any], variables: Any) -> Any:
-  """`decode.prepare` onto the devices of the mesh: heads, MLP and vocabulary split over `tensor`."""
+def prepare(
+  mesh: Mesh | None, names: Mapping[str, axes.Names], function: Callable[[Any], Any], variables: Any
+) -> Any:
+  """`decode.prepare` onto the devices of the mesh: heads, MLP and vocabulary split over `tensor`.
+
+  Args:
+    names: logical names of the axes of every parameter, by path (`transformer.parameter_axes`).
+  """
   if mesh is None:
     return function(variables)
-  shapes = jax.eval_shape(function, variables)
 
   def place(path, leaf):
     field, *rest = (getattr(entry, 'name', getattr(entry, 'key', None)) for entry in path)
-    names = (*_FIELDS.get(field, (field,)), *(name for name in rest if name is not None))
-    if not axes.is_parameter(names) or field == 'router':
-      return NamedSharding(mesh, PartitionSpec())
-    if field == 'final_norm':
-      return NamedSharding(mesh, PartitionSpec())
-    return NamedSharding(mesh, _spec(mesh, axes.parameter_axes(names, leaf.ndim)))
+    parameter = '/'.join((_FIELDS.get(field, field), *(name for name in rest if name is not None)))
+    whole = names.get(parameter, ())
+    of_leaf = whole[len(whole) - leaf.ndim :]  # a layer that was cut out of its stack has no axis of layers
+    return NamedSharding(mesh, _spec(mesh, of_leaf))
 
-  placed = jax.tree_util.tree_map_with_path(place, shapes)
+  placed = jax.tree_util.tree_map_with_path(place, jax.eval_shape(function, variables))
   return jax.jit(function, out_shardings=placed)(variables)
 
 

@@ -1,7 +1,7 @@
 """One table of names: which tensor of another library's checkpoint is which part of our variables.
 
-The other side names every unrolled layer and stores kernels as (outputs, inputs); ours stacks the
-unique layers on a leading axis. Where layers are shared, several names mean the same part.
+The other side names every unrolled layer and stores kernels as (outputs, inputs); ours stacks the layers of
+the block on a leading axis. Where layers are shared, several names mean the same part.
 """
 
 import dataclasses
@@ -9,12 +9,12 @@ import itertools
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from mor_jax.config import ModelConfig
 from mor_jax.model import sharing
-from mor_jax.model.transformer import Transformer
+from mor_jax.model.transformer import abstract_variables
 
 # Our leaf of one layer: the tensor's name below the layer's prefix.
 LAYER = {
@@ -61,7 +61,7 @@ def llama(config: ModelConfig) -> Table:
   """Names of a Llama checkpoint; a recursive model has those of its unrolled depth, as the authors' code does."""
   table = _around_layers(config)
   for depth, slot in enumerate(sharing.layer_slots(config)):
-    table |= _layer(f'model.layers.{depth}', slot)
+    table |= _layer(f'model.layers.{depth}', sharing.place(config, slot))
   return table
 
 
@@ -86,7 +86,7 @@ def official(config: ModelConfig) -> Table:
       prefix = f'model.layers.{ends + step}.block.{layer}'
     else:
       prefix = f'model.layers.{ends}.block_list.{step}.{layer}'
-    table |= _layer(prefix, slot)
+    table |= _layer(prefix, sharing.place(config, slot))
   if config.random_router:
     return table
   routers = {'router': 'mor_router', **({'aux_router': 'mlp_router'} if config.has_aux_router else {})}
@@ -118,17 +118,18 @@ def _tied_head(config: ModelConfig) -> Table:
   return {HEAD: Place('params/embed/embedding')} if config.tie_embeddings else {}
 
 
-def _layer(prefix: str, slot: int) -> Table:
-  return {f'{prefix}.{theirs}': Place(f'params/layers/{ours}', slot) for ours, theirs in LAYER.items()}
+def _layer(prefix: str, place: sharing.Place) -> Table:
+  return {
+    f'{prefix}.{theirs}': Place(f'params/{place.part}/{ours}', place.index) for ours, theirs in LAYER.items()
+  }
 
 
 # ---- our side ----
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Shape of every leaf of a model's variables by its path, 'params/layers/mlp/up/kernel'."""
-  tree = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-  return {path: leaf.shape for path, leaf in leaves(tree)}
+  """Shape of every leaf of a model's variables by its path, 'params/block/mlp/up/kernel'."""
+  return {path: leaf.shape for path, leaf in leaves(nn.unbox(abstract_variables(config)))}
 
 
 def leaves(tree: dict) -> Iterator[tuple[str, jax.Array]]:

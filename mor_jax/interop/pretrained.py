@@ -1,7 +1,6 @@
 """Pretrained models in a training: the one that it begins from, and the one that it learns from."""
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.interop import sources
 from mor_jax.interop.uptraining import SharedWeights
 from mor_jax.interop.weights import Weights
-from mor_jax.parallel import rules
 from mor_jax.training import distillation
 from mor_jax.training.distillation import Teacher
 
@@ -91,4 +89,4 @@ def make_teacher(config: Config, opened: Pretrained | None) -> Teacher | None:
 
 def abstract_teacher(teacher: Teacher, mesh: Mesh) -> Any:
   """Shapes, dtypes and shardings of its parameters."""
-  return distillation.abstract_parameters(teacher, partial(rules.shardings, mesh))
+  return distillation.abstract_parameters(teacher, mesh)

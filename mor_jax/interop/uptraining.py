@@ -1,6 +1,6 @@
 """A vanilla model's weights as the beginning of a model that shares layers (docs/uptraining.md)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -36,7 +36,7 @@ _NORM_BEFORE = {
   'mlp/gate/kernel': 'mlp_norm/scale',
   'mlp/up/kernel': 'mlp_norm/scale',
 }
-_LAYERS, _LORA, _NORMS = 'params/layers/', 'params/steps/lora/', 'params/steps/norms/'
+_FROM, _LORA, _NORMS = 'params/block/', 'params/steps/lora/', 'params/steps/norms/'
 
 
 class SharedWeights:
@@ -74,8 +74,11 @@ class SharedWeights:
 
   def leaf(self, path: str) -> np.ndarray:
     """One leaf, float32."""
-    if path.startswith(_LAYERS):
-      return self._layers(path.removeprefix(_LAYERS))
+    _, part, *name = path.split('/')
+    if part in ('first', 'block', 'last'):
+      slots = self._slots[part]
+      value = self._unique_layers('/'.join(name), slots)
+      return value if part == 'block' else value[0]
     if path.startswith(_LORA):
       return self._lora(path)
     if path.startswith(_NORMS):
@@ -89,16 +92,26 @@ class SharedWeights:
     for path in self.shapes:
       yield path, self.leaf(path)
 
-  def _layers(self, name: str) -> np.ndarray:
-    """A leaf of all slots: the mean of the layers that each is made of."""
-    ours, folded = self._source.leaf(_LAYERS + name), self._folded(name)
-    last = self.config.num_unique_layers - self.config.unique_ends
-    value = np.empty(self.shapes[_LAYERS + name], np.float32)
-    for slot, layers in enumerate(self._sources):
-      is_shared = self.config.unique_ends <= slot < last
-      rows = [folded(ours, layer) if is_shared else ours[layer] for layer in layers]
-      value[slot] = rows[0] if len(rows) == 1 else np.mean(rows, axis=0, dtype=np.float64)
+  @cached_property
+  def _slots(self) -> dict[str, list[int]]:
+    """Numbers of the unique layers in each part of the model."""
+    slots: dict[str, list[int]] = {}
+    for slot in range(self.config.num_unique_layers):
+      slots.setdefault(sharing.place(self.config, slot).part, []).append(slot)
+    return slots
+
+  def _unique_layers(self, name: str, slots: Sequence[int]) -> np.ndarray:
+    """A leaf of some unique layers, on a leading axis: each the mean of the layers that it is made of."""
+    ours, folded = self._source.leaf(_FROM + name), self._folded(name)
+    value = np.empty((len(slots), *self.shapes['params/block/' + name][1:]), np.float32)
+    for row, slot in enumerate(slots):
+      is_shared = sharing.place(self.config, slot).part == 'block'
+      rows = [folded(ours, layer) if is_shared else ours[layer] for layer in self._sources[slot]]
+      value[row] = rows[0] if len(rows) == 1 else np.mean(rows, axis=0, dtype=np.float64)
     return value
+
+  def _block(self, name: str) -> np.ndarray:
+    return self._unique_layers(name, self._slots['block'])
 
   def _folded(self, name: str):
     """(leaf of all layers, layer) -> the layer's part, in float32, with the norm's scale folded if it is to be."""
@@ -108,7 +121,7 @@ class SharedWeights:
       return lambda leaf, layer: np.ones(leaf.shape[1:], np.float32)
     if name not in _NORM_BEFORE:
       return lambda leaf, layer: leaf[layer].astype(np.float32)
-    scales = self._source.leaf(_LAYERS + _NORM_BEFORE[name]).astype(np.float32)
+    scales = self._source.leaf(_FROM + _NORM_BEFORE[name]).astype(np.float32)
     return lambda leaf, layer: scales[layer][:, None] * leaf[layer].astype(np.float32)
 
   def _lora(self, path: str) -> np.ndarray:
@@ -120,11 +133,11 @@ class SharedWeights:
     kernel = next(
       f'{target}/kernel' for target in relaxation.LORA_TARGETS['all'] if target.replace('/', '_') == name
     )
-    shared, original, folded = self._layers(kernel), self._source.leaf(_LAYERS + kernel), self._folded(kernel)
+    shared, original, folded = self._block(kernel), self._source.leaf(_FROM + kernel), self._folded(kernel)
     rank, scale = self.config.lora_rank, self.config.lora_alpha / self.config.lora_rank
     both = {each: np.zeros(self.shapes[f'{_LORA}{name}/{each}'], np.float32) for each in ('down', 'up')}
-    for (step, layer), slot, source in self._steps:
-      down, up = relaxation.low_rank(folded(original, source) - shared[slot], rank, scale)
+    for (step, layer), source in self._steps:
+      down, up = relaxation.low_rank(folded(original, source) - shared[layer], rank, scale)
       full = up.shape[0]  # a rank above that of the kernel adds nothing
       both['down'][step, layer, :, :full], both['up'][step, layer, :full] = down, up
     other = 'up' if part == 'down' else 'down'
@@ -134,23 +147,24 @@ class SharedWeights:
   def _norms(self, path: str) -> np.ndarray:
     """Changes of the norm scales, (R, N, D)."""
     name = path.removeprefix(_NORMS)
-    shared, original = self._layers(name), self._source.leaf(_LAYERS + name).astype(np.float32)
+    shared, original = self._block(name), self._source.leaf(_FROM + name).astype(np.float32)
     value = np.empty(self.shapes[path], np.float32)
-    for place, slot, source in self._steps:
-      value[place] = original[source] - shared[slot]
+    for (step, layer), source in self._steps:
+      value[step, layer] = original[source] - shared[layer]
     return value
 
   @cached_property
-  def _steps(self) -> list[tuple[tuple[int, int], int, int]]:
-    """((step, layer of the block), slot, layer of the original) of every layer within the recursions."""
-    config, ends = self.config, self.config.unique_ends
+  def _steps(self) -> list[tuple[tuple[int, int], int]]:
+    """((step, layer of the block), layer of the original) of every layer within the recursions."""
+    config = self.config
     mapped = depths(config, self._source.config.num_layers)
     seen: dict[int, int] = {}
     steps = []
     for depth, slot in enumerate(sharing.layer_slots(config)):
-      if ends <= slot < config.num_unique_layers - ends:
+      part, layer = sharing.place(config, slot)
+      if part == 'block':
         step = seen[slot] = seen.get(slot, -1) + 1
-        steps.append(((step, slot - ends), slot, mapped[depth]))
+        steps.append(((step, layer), mapped[depth]))
     return steps
 
 
@@ -160,7 +174,7 @@ def depths(config: ModelConfig, num_layers: int) -> list[int]:
   The same where both are equally deep. Else the layers between the ends that stay are taken at equal
   distances and rounded, so that some are left out (as the authors do) or come twice.
   """
-  ends = config.unique_ends
+  ends = _kept_ends(config)
   middle = np.linspace(ends, num_layers - 1 - ends, config.num_layers - 2 * ends)
   return [*[0] * ends, *(round(float(layer)) for layer in middle), *[num_layers - 1] * ends]
 
@@ -177,7 +191,8 @@ def source_layers(config: ModelConfig, num_layers: int, method: str, seed: int =
   """
   if method not in METHODS:
     raise ConfigError(f'init.method={method} is not one of {", ".join(METHODS)}')
-  ends, depth = config.unique_ends, config.shared_depth
+  ends = _kept_ends(config)
+  depth = config.num_unique_layers - 2 * ends
   first, last = ends, num_layers - 1 - ends
   if last - first + 1 < depth or num_layers < 1:
     raise ConfigError(
@@ -198,6 +213,11 @@ def source_layers(config: ModelConfig, num_layers: int, method: str, seed: int =
     ),
   }[method]()
   return [*[(0,)] * ends, *((int(layer),) for layer in picks), *[(num_layers - 1,)] * ends]
+
+
+def _kept_ends(config: ModelConfig) -> int:
+  """Layers at either end that the sharing scheme keeps as they are, in a vanilla model as in those that share."""
+  return 1 if config.sharing.startswith('middle') else 0
 
 
 def _check(config: ModelConfig, source: ModelConfig) -> None:

@@ -1,7 +1,8 @@
 """Logical names of the axes of every parameter and activation, and what the model does with them.
 
-Model code says what an axis means; which mesh axes it is split over is decided by the rules that
-`parallel/rules.py` sets around a traced function. Without rules, on one device, all of this does nothing.
+Modules name the axes of their parameters where they make them (`nn.with_logical_partitioning`); which mesh
+axes a name is split over is decided by the rules that `parallel/rules.py` sets around a traced function.
+Without rules, on one device, all of this does nothing.
 
 Activations: 'batch' rows, 'length' tokens of a row, 'width' the residual stream; 'heads', 'kv_heads', 'mlp'
 and 'vocab' as in the parameters. Parameters: those four, 'embed' the side of a matrix that meets the residual
@@ -15,70 +16,41 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import traverse_util
 from jax.sharding import AxisType, PartitionSpec
 
 Names = Sequence[str | None]
 
-# Last axes of a parameter, by the end of its path; axes before them are those it is stacked on.
-KERNELS = {
-  'attention/query': ('embed', 'heads'),
-  'attention/key': ('embed', 'kv_heads'),
-  'attention/value': ('embed', 'kv_heads'),
-  'attention/output': ('heads', 'embed'),
-  'mlp/gate': ('embed', 'mlp'),
-  'mlp/up': ('embed', 'mlp'),
-  'mlp/down': ('mlp', 'embed'),
-}
 
+class Leaf(nn.Module):
+  """One parameter under the module's name, for those who compute with it themselves: {leaf: array}.
 
-def _rank(other: str) -> str | None:
-  """Name of the short axis of a LoRA factor: split over devices where its other axis is not by 'embed'."""
-  return None if other == 'embed' else 'rank'
-
-
-_PARAMETERS = {
-  'embed/embedding': ('vocab', 'embed'),
-  'head/kernel': ('embed', 'vocab'),
-  **{f'{name}/kernel': names for name, names in KERNELS.items()},
-  'scale': ('norm',),
-  'router/hidden/kernel': ('embed', 'router_hidden'),
-  'router/output/kernel': ('router_input', 'scores'),
-  **{f'{name.replace("/", "_")}/down': (names[0], _rank(names[0])) for name, names in KERNELS.items()},
-  **{f'{name.replace("/", "_")}/up': (_rank(names[1]), names[1]) for name, names in KERNELS.items()},
-  'encoding/embedding': ('norm',),
-}
-_STACKED_ON = {
-  'embed': (),
-  'layers': ('layers',),
-  'steps': ('recursions', 'layers'),
-  'router': ('recursions',),
-  'aux_router': ('recursions',),
-  'final_norm': (),
-  'head': (),
-}
-
-
-def is_parameter(path: Sequence[str]) -> bool:
-  """Whether a path leads into the parameters of a model."""
-  return bool(path) and path[0] in _STACKED_ON
-
-
-def parameter_axes(path: Sequence[str], ndim: int) -> tuple[str | None, ...]:
-  """Names of a parameter's axes, from its path in the model's tree: ('layers', 'mlp', 'up', 'kernel').
-
-  Raises:
-    KeyError: there is no such parameter.
+  Attributes:
+    leaf: name of the parameter.
+    shape: its shape; float32.
+    names: logical names of its axes.
+    init: its initialiser.
   """
-  for start in range(len(path)):
-    names = _PARAMETERS.get('/'.join(path[start:]).replace('aux_router', 'router'))
-    if names is not None:
-      break
-  else:
-    raise KeyError(f'the parameter {"/".join(path)} has no names for its axes in mor_jax/model/axes.py')
-  stacked = _STACKED_ON[path[0]][: ndim - len(names)]
-  if len(stacked) + len(names) != ndim:
-    raise KeyError(f'the parameter {"/".join(path)} has {ndim} axes, and names for {len(stacked + names)}')
-  return (*stacked, *names)
+
+  leaf: str
+  shape: tuple[int, ...]
+  names: Names
+  init: Callable[..., jax.Array]
+
+  @nn.compact
+  def __call__(self) -> dict[str, jax.Array]:
+    init = nn.with_logical_partitioning(self.init, tuple(self.names))
+    return {self.leaf: self.param(self.leaf, init, self.shape, jnp.float32)}
+
+
+def parameter_names(boxed: Any) -> dict[str, Names]:
+  """Logical names of the axes of every parameter by its path, 'block/mlp/up/kernel', from Linen's metadata.
+
+  Args:
+    boxed: parameters as `init` makes them, arrays or shapes in boxes with their names.
+  """
+  specs = traverse_util.flatten_dict(nn.get_partition_spec(boxed), sep='/')
+  return {path: tuple(spec) for path, spec in specs.items()}
 
 
 def mesh_axes(names: Names) -> list[tuple[str, ...]]:

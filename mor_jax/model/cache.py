@@ -1,7 +1,7 @@
 """KV caches of static size: where keys and values of a sequence lie, and how they get there and back.
 
 A cache holds some sequences, each in a slot. For the layers of the shared block, a slot has one
-region per recursion step, as large as that step may take tokens (`recursion.step_places`), so that
+region per recursion step, as large as that step may take tokens (`ModelConfig.step_places`), so that
 memory shrinks with the capacities; under recursive KV sharing one region serves all steps. The
 unique layers before and after have one region of full length. Within a region entries stand in
 order of position. Pools are written and read, never copied.
@@ -15,7 +15,7 @@ import numpy as np
 from flax import struct
 
 from mor_jax.config import ModelConfig
-from mor_jax.model import axes, recursion
+from mor_jax.model import axes
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'int8': jnp.int8}
 LARGEST_INT8 = 127
@@ -50,13 +50,13 @@ def make_layout(config: ModelConfig, max_len: int, slack: float, steps: int | No
   """The layout for sequences of up to `max_len` tokens.
 
   Args:
-    slack: places of a step per token that it takes on average (`recursion.step_places`).
+    slack: places of a step per token that it takes on average (`ModelConfig.step_places`).
     steps: recursions there shall be room for; default all.
   """
   count = num_steps(config) if steps is None else min(steps, num_steps(config))
   capacities = config.step_capacities[:count]
   always = tuple(capacity == 1.0 for capacity in capacities)
-  limited = recursion.step_places(config, max_len, slack)[:count]
+  limited = config.step_places(max_len, slack)[:count]
   places = tuple(max_len if free else size for free, size in zip(always, limited, strict=True))
   regions = places if config.kv != 'shared' else (max_len, *(0,) * (count - 1))
   offsets = (0, *np.cumsum(regions[:-1]).tolist())

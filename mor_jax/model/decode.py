@@ -1,9 +1,7 @@
 """Layers of the model for lanes: some tokens each of different sequences, whose past is in the cache.
 
-The same functions serve a chunk of a prompt (lanes x C tokens) and one token a lane (C = 1). The
-tokens' keys and values are written first, then they attend to the updated cache, themselves
-included: so a quantised cache gives prefill and decoding the same numbers, and XLA need not copy it.
-Lanes may stand at different recursion steps.
+The same functions serve a chunk of a prompt (lanes x C tokens) and one token a lane (C = 1). The layers are
+those of training (`layers.DecoderLayer`) with a `memory.SlotCache`. Lanes may stand at different recursion steps.
 """
 
 import dataclasses
@@ -15,12 +13,14 @@ import numpy as np
 from flax import struct
 
 from mor_jax.config import ModelConfig
-from mor_jax.model import cache as cache_lib
 from mor_jax.model import cached_attention, sharing
 from mor_jax.model.cache import Layout, Pool, num_steps
 from mor_jax.model.cached_attention import View
-from mor_jax.model.layers import rotate, rotation
+from mor_jax.model.layers import DecoderLayer, PerLayer, RMSNorm
+from mor_jax.model.memory import SlotCache
+from mor_jax.model.rotary import rotation
 from mor_jax.model.router import random_logits
+from mor_jax.model.transformer import head_product
 
 LANES_STEP = -1
 
@@ -49,15 +49,20 @@ class DecodeParams:
 
   Attributes:
     embed, head: (V, D) and (D, V), the latter None for tied embeddings.
-    layers: all U unique layers: a tuple with one tree each (`unroll`), or one tree of stacked leaves.
+    final_norm: parameters of the last norm.
+    first, last: parameters of the layers around the block; None where there are none.
+    block: parameters of the N layers of the block: a tuple with one tree each (`unroll`), or one tree of
+      stacked leaves.
     own: what recursion steps have of their own, leaves with a leading R axis.
     router: variables of the routers, the leaves of expert-choice with a leading R axis.
   """
 
   embed: jax.Array
   head: jax.Array | None
-  final_norm: jax.Array
-  layers: Any
+  final_norm: dict
+  first: dict | None
+  block: Any
+  last: dict | None
   own: dict
   router: dict
 
@@ -81,17 +86,17 @@ class Lanes:
 
 @dataclasses.dataclass(frozen=True)
 class LayerUse:
-  """One layer of a pass: its slot among the unique layers and in the pool, and what it does.
+  """One layer of a pass over the block.
 
   Attributes:
-    slot: which parameters.
+    layer: which parameters of the block.
     cache: which layer of the pool.
     writes: whether it has keys and values of its own there.
-    own: which layer of the block, for what steps have of their own.
+    own: which layer, for what steps have of their own.
     step: recursion step, where that is not the lanes' (LANES_STEP).
   """
 
-  slot: int
+  layer: int
   cache: int
   writes: bool = True
   own: int = 0
@@ -108,35 +113,25 @@ def prepare(cached: CachedModel, variables: dict) -> DecodeParams:
   def cast(path, leaf):
     return leaf if path[-1].key == 'scale' else leaf.astype(dtype)
 
-  layers = jax.tree_util.tree_map_with_path(cast, params['layers'])
+  layers = {name: params[name] for name in ('first', 'block', 'last') if name in params}
+  layers = jax.tree_util.tree_map_with_path(cast, layers)
   if cached.unroll:
-    layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(config.num_unique_layers))
+    depth = config.shared_depth
+    layers['block'] = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers['block']) for i in range(depth))
   router = {name: params[name] for name in ('router', 'aux_router') if name in params}
   router |= variables.get('routing', {})
   if config.kind == 'mor' and config.random_router:
     router['noise'] = router_noise(config, cached.layout.max_len)
   head = None if config.tie_embeddings else params['head']['kernel'].astype(dtype)
   embed = params['embed']['embedding'].astype(dtype)
-  return DecodeParams(embed, head, params['final_norm']['scale'], layers, params.get('steps', {}), router)
+  first, block, last = layers.get('first'), layers['block'], layers.get('last')
+  return DecodeParams(embed, head, params['final_norm'], first, block, last, params.get('steps', {}), router)
 
 
 def router_noise(config: ModelConfig, max_len: int) -> jax.Array:
   """What a random router gives the positions of a sequence (R, max_len): as for a single row in `Transformer`."""
   keys_R = jax.random.split(jax.random.key(0), config.recursions)
   return jax.vmap(lambda key: random_logits(key, (1, max_len))[0])(keys_R)
-
-
-# ---- which layers make a pass ----
-
-
-def first_uses(config: ModelConfig) -> list[LayerUse]:
-  """The layer before the recursions, where there is one."""
-  return [LayerUse(0, 0)] * config.unique_ends
-
-
-def last_uses(config: ModelConfig) -> list[LayerUse]:
-  """The layer after the recursions, where there is one."""
-  return [LayerUse(config.num_unique_layers - 1, 0)] * config.unique_ends
 
 
 def block_uses(config: ModelConfig) -> list[LayerUse]:
@@ -154,102 +149,62 @@ def block_uses(config: ModelConfig) -> list[LayerUse]:
       shared = (config.num_layers - 2 * ends) // config.passes  # layers that keys and values differ in
       cache, turn = (index % shared, index // shared) if cycles else divmod(index, config.passes)
       writes = turn == 0
-    uses.append(LayerUse(slot, cache, writes, own, step))
+    uses.append(LayerUse(slot - ends, cache, writes, own, step))
   return uses
 
 
-# ---- layers ----
-
-
-def apply_layers(
-  cached: CachedModel,
-  params: DecodeParams,
-  uses: list[LayerUse],
-  pool: Pool,
-  x_BCD: jax.Array,
-  lanes: Lanes,
-  in_block: bool = False,
+def apply_end(
+  cached: CachedModel, layer: dict | None, pool: Pool, x_BCD: jax.Array, lanes: Lanes
 ) -> tuple[jax.Array, Pool]:
-  """Applies layers in order to the lanes' tokens.
-
-  Args:
-    uses: the layers.
-    pool: their keys and values; the lanes' are added.
-    x_BCD: residual stream.
-    in_block: these are layers of the shared block, with regions and relaxed parameters of the steps.
+  """The layer before the recursions or that after them, where the model has one, on the lanes' tokens.
 
   Returns:
     Residual stream and updated pool.
   """
-  if not uses:
+  if layer is None:
     return x_BCD, pool
-  config = cached.config
-  cos_sin = rotation(config, lanes.positions_BC)
-  own = params.own if in_block else {}
-  region = cached_attention.largest_region(cached.layout) if in_block else cached.layout.max_len
+  memory = SlotCache(lanes.view, lanes.entries_BC, cached.layout.max_len, cached.read)
+  turns = rotation(cached.config, lanes.positions_BC)
+  return _layer(cached, layer, x_BCD, PerLayer(jnp.zeros((), jnp.int32), pool), memory, turns)
+
+
+def apply_block(
+  cached: CachedModel, params: DecodeParams, pool: Pool, x_BCD: jax.Array, lanes: Lanes
+) -> tuple[jax.Array, Pool]:
+  """A pass over the block on the lanes' tokens, each with the regions and the relaxed parameters of its step.
+
+  Returns:
+    Residual stream and updated pool.
+  """
+  config, own = cached.config, dict(params.own)
   if 'encoding' in own:
-    x_BCD += own['encoding']['embedding'][lanes.steps_B][:, None].astype(x_BCD.dtype)
+    x_BCD += own.pop('encoding')['embedding'][lanes.steps_B][:, None].astype(x_BCD.dtype)
+  turns = rotation(config, lanes.positions_BC)
+  memory = SlotCache(
+    lanes.view, lanes.entries_BC, cached_attention.largest_region(cached.layout), cached.read
+  )
 
   def body(carry, use):
     x_BCD, pool = carry
-    slot, cache, writes, own_layer, step = use
-    layer = params.layers[slot] if cached.unroll else jax.tree.map(lambda leaf: leaf[slot], params.layers)
+    layer, cache, writes, own_layer, step = use
+    tree = params.block[layer] if cached.unroll else jax.tree.map(lambda leaf: leaf[layer], params.block)
     steps_B = jnp.where(step == LANES_STEP, lanes.steps_B, step)
-    own_of_layer = {name: tree for name, tree in own.items() if name != 'encoding'}
-    own_of_layer = jax.tree.map(lambda leaf: leaf[steps_B, own_layer], own_of_layer)
+    own_of_lanes = jax.tree.map(lambda leaf: leaf[steps_B, own_layer], own)
     entries_BC = jnp.where(writes, lanes.entries_BC, pool.keys.shape[3])
-    view = lanes.view
-    return _layer(cached, layer, own_of_layer, pool, cache, x_BCD, cos_sin, view, region, entries_BC), None
+    per_layer = PerLayer(jnp.asarray(cache), pool, own_of_lanes)
+    return _layer(cached, tree, x_BCD, per_layer, memory.replace(entries_BC=entries_BC), turns), None
 
-  columns = [dataclasses.astuple(use) for use in uses]
-  if cached.unroll or len(uses) == 1:
+  columns = [dataclasses.astuple(use) for use in block_uses(config)]
+  if cached.unroll or len(columns) == 1:
     for use in columns:
       (x_BCD, pool), _ = body((x_BCD, pool), use)
     return x_BCD, pool
-  (x_BCD, pool), _ = jax.lax.scan(body, (x_BCD, pool), tuple(map(np.array, zip(*columns, strict=True))))
-  return x_BCD, pool
+  return jax.lax.scan(body, (x_BCD, pool), tuple(map(np.array, zip(*columns, strict=True))))[0]
 
 
-def _layer(cached, layer, own, pool, cache, x_BCD, cos_sin, view, region, entries_BC):
-  """A decoder layer (`layers.DecoderLayer`) whose keys and values go to the cache and come from there."""
-  config = cached.config
-  attention, mlp, lora, norms = layer['attention'], layer['mlp'], own.get('lora', {}), own.get('norms', {})
-  batch, length, _ = x_BCD.shape
-
-  def linear(x_BCI, group, name):
-    kernel = (attention if group == 'attention' else mlp)[name]['kernel']
-    y_BCO = (x_BCI.reshape(-1, x_BCI.shape[-1]) @ kernel).reshape(batch, length, -1)
-    if f'{group}_{name}' not in lora:
-      return y_BCO
-    factors = lora[f'{group}_{name}']
-    low_BCr = x_BCI.astype(jnp.float32) @ factors['down']
-    change_BCO = config.lora_alpha / config.lora_rank * (low_BCr @ factors['up'])
-    return (y_BCO + change_BCO).astype(x_BCI.dtype)
-
-  def normed(x_BCD, name):
-    change_B1D = norms[name]['scale'][:, None] if name in norms else 0
-    return rms_norm(config, x_BCD, layer[name]['scale'] + change_B1D)
-
-  def heads(x_BCD, name, count):
-    return linear(x_BCD, 'attention', name).reshape(batch, length, count, -1)
-
-  inner_BCD = normed(x_BCD, 'attention_norm')
-  q_BCHE = rotate(heads(inner_BCD, 'query', config.num_heads), *cos_sin)
-  k_BCKE = rotate(heads(inner_BCD, 'key', config.num_kv_heads), *cos_sin)
-  v_BCKE = heads(inner_BCD, 'value', config.num_kv_heads)
-  pool = cache_lib.write(pool, cache, view.slots_B, entries_BC, k_BCKE, v_BCKE)
-  out_BCHE = cached_attention.attend(q_BCHE, pool, cache, view, region, cached.read)
-  x_BCD = x_BCD + linear(out_BCHE.reshape(batch, length, -1), 'attention', 'output')
-  inner_BCD = normed(x_BCD, 'mlp_norm')
-  hidden_BCF = jax.nn.silu(linear(inner_BCD, 'mlp', 'gate')) * linear(inner_BCD, 'mlp', 'up')
-  return x_BCD + linear(hidden_BCF, 'mlp', 'down'), pool
-
-
-def rms_norm(config: ModelConfig, x: jax.Array, scale: jax.Array) -> jax.Array:
-  """RMSNorm as in `layers.norm`, with a scale that may differ from lane to lane."""
-  x32 = x.astype(jnp.float32)
-  root = jax.lax.rsqrt(jnp.square(x32).mean(axis=-1, keepdims=True) + config.norm_epsilon)
-  return (x32 * (root * scale)).astype(jnp.dtype(config.dtype))
+def _layer(cached, params, x_BCD, per_layer, memory, turns):
+  layer = DecoderLayer(cached.config, parent=None)
+  return layer.apply({'params': params}, x_BCD, per_layer, memory, turns)
 
 
 def embed(params: DecodeParams, tokens: jax.Array) -> jax.Array:
@@ -259,6 +214,5 @@ def embed(params: DecodeParams, tokens: jax.Array) -> jax.Array:
 
 def logits(cached: CachedModel, params: DecodeParams, x_BD: jax.Array) -> jax.Array:
   """Logits (B, V) in float32 of the last layer's output."""
-  x_BD = rms_norm(cached.config, x_BD, params.final_norm)
-  head_DV = params.embed.T if params.head is None else params.head
-  return jnp.dot(x_BD, head_DV, preferred_element_type=jnp.float32)
+  x_BD = RMSNorm(cached.config, parent=None).apply({'params': params.final_norm}, x_BD)
+  return head_product(cached.config, x_BD, params.embed.T if params.head is None else params.head)

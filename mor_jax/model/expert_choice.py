@@ -14,10 +14,12 @@ passes a threshold, while places last. A token that is left out stays out.
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 
 from mor_jax.config import ModelConfig
 from mor_jax.model import recursion, router, tokens
 from mor_jax.model.context import TokenContext
+from mor_jax.model.recursion import Rule
 
 
 def top_k(logits_BT: jax.Array, active_BT: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -61,34 +63,34 @@ def admit(
 
 
 def route_gathered(
-  config: ModelConfig, block: dict, steps_R: dict, x_BTD: jax.Array, context: TokenContext
+  block: nn.Module, steps_R: dict, x_BTD: jax.Array, context: TokenContext
 ) -> tuple[jax.Array, router.RoutingOutput]:
   """Top-k routing in which a step computes on its selected tokens only.
 
   Args:
-    block: stacked parameters of the shared layers.
+    block: the shared layers.
     steps_R: what each step to be taken, R or fewer, has of its own, leaves with a leading R axis: 'router', with
       `causality=aux_router` also 'aux_router', their parameters; 'own', relaxed parameters
-      (`relaxation.init_steps`); 'threshold', logits above it enter under threshold routing;
+      (`relaxation.Steps`); 'threshold', logits above it enter under threshold routing;
       with `random_router`, 'key', the step's random key.
     x_BTD: residual stream; tokens of segment 0 are padding and never selected.
     context: positions and segments of the tokens.
   """
-  length = x_BTD.shape[1]
+  config, length = block.config, x_BTD.shape[1]
   active_BT = context.segments_BC > 0
-  memory, decisions, indices = None, [], []
+  remembered, decisions, indices = None, [], []
   for step, count in enumerate(config.selected_tokens(length)[: _count(steps_R)]):
     params = jax.tree.map(lambda leaf, r=step: leaf[r], steps_R)
     logits_BT, causal_BT = scores(config, params, x_BTD)
     entered_BT = active_BT
     if count == length:  # nothing to leave out: no need to move tokens
       indices_BC = jnp.broadcast_to(jnp.arange(length), active_BT.shape)
-      x_BTD, memory = _step_on_all(config, block, params['own'], x_BTD, context, logits_BT, active_BT, memory)
+      x_BTD, remembered = _step_on_all(block, params['own'], x_BTD, context, logits_BT, active_BT, remembered)
     else:
       indices_BC, chosen_BC = top_k(logits_BT, active_BT, count)
       x_BCD = tokens.take(x_BTD, indices_BC)
-      y_BCD, memory = recursion.run_step(
-        config, block, params['own'], x_BCD, context.take(indices_BC), indices_BC, chosen_BC, memory
+      y_BCD, remembered = recursion.run_step(
+        block, params['own'], x_BCD, context.take(indices_BC), indices_BC, chosen_BC, remembered
       )
       change_BCD = change(config, x_BCD, y_BCD, tokens.take(logits_BT, indices_BC))
       change_BCD = jnp.where(chosen_BC[..., None], change_BCD, 0)
@@ -101,47 +103,30 @@ def route_gathered(
 
 
 def route_masked(
-  config: ModelConfig,
-  block: dict,
-  steps_R: dict,
-  x_BTD: jax.Array,
-  context: TokenContext,
-  routing: str,
-  max_len: int,
-  slack: float,
+  block: nn.Module, steps_R: dict, x_BTD: jax.Array, context: TokenContext, rule: Rule
 ) -> tuple[jax.Array, router.RoutingOutput]:
-  """Routing by top-k or threshold in which every step computes on all tokens.
-
-  Args:
-    routing: 'topk' or 'threshold'.
-    max_len: longest sequence the places of threshold routing are counted for.
-    slack: places of a step per token it takes on average (`recursion.step_places`).
-    The rest as in `route_gathered`.
-  """
+  """Routing by top-k or threshold in which every step computes on all tokens; arguments as in `route_gathered`."""
+  config, steps = block.config, rule.steps
   starts_BT = context.positions_BC == 0
-  steps = _count(steps_R)
   always_R = jnp.array([capacity == 1.0 for capacity in config.step_capacities])
-  if routing == 'topk':
-    limit_R = jnp.array(config.selected_tokens(x_BTD.shape[1]))
-  else:
-    limit_R = jnp.array(recursion.step_places(config, max_len, slack))
+  limit_R = jnp.array(recursion.limits(config, rule, x_BTD.shape[1]))
 
-  def step(carry, params_and_limits):
-    x_BTD, active_BT, memory = carry
+  def step(block, carry, params_and_limits):
+    x_BTD, active_BT, remembered = carry
     params, limit, always = params_and_limits
     logits_BT, causal_BT = scores(config, params, x_BTD)
-    if routing == 'topk':
+    if rule.routing == 'topk':
       selected_BT = top_k_mask(logits_BT, active_BT, limit)
       overflow_BT = jnp.zeros_like(selected_BT)
     else:
       selected_BT, overflow_BT = admit(causal_BT, active_BT, starts_BT, limit, always, params['threshold'])
-    x_BTD, memory = _step_on_all(config, block, params['own'], x_BTD, context, logits_BT, selected_BT, memory)
-    return (x_BTD, selected_BT, memory), (logits_BT, causal_BT, active_BT, selected_BT, overflow_BT)
+    x_BTD, remembered = _step_on_all(block, params['own'], x_BTD, context, logits_BT, selected_BT, remembered)
+    return (x_BTD, selected_BT, remembered), (logits_BT, causal_BT, active_BT, selected_BT, overflow_BT)
 
   start = x_BTD, context.segments_BC > 0, None
   per_step = steps_R, limit_R[:steps], always_R[:steps]
-  (x_BTD, _, _), decisions = recursion.scan_steps(config, step, start, per_step, steps)
-  return x_BTD, _record(config, steps_R, decisions, None, routing)
+  (x_BTD, _, _), decisions = recursion.scan_steps(block, step, start, per_step, steps)
+  return x_BTD, _record(config, steps_R, decisions, None, rule.routing)
 
 
 def _count(steps_R: dict) -> int:
@@ -161,12 +146,12 @@ def scores(config: ModelConfig, params: dict, x_BTD: jax.Array) -> tuple[jax.Arr
   return logits_BT, aux_BT1[..., 0]
 
 
-def _step_on_all(config, block, own, x_BTD, context, logits_BT, selected_BT, memory):
+def _step_on_all(block, own, x_BTD, context, logits_BT, selected_BT, remembered):
   """One step computed on every token and kept where selected."""
   indices_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), selected_BT.shape)
-  y_BTD, memory = recursion.run_step(config, block, own, x_BTD, context, indices_BT, selected_BT, memory)
-  change_BTD = change(config, x_BTD, y_BTD, logits_BT)
-  return jnp.where(selected_BT[..., None], x_BTD + change_BTD, x_BTD), memory
+  y_BTD, remembered = recursion.run_step(block, own, x_BTD, context, indices_BT, selected_BT, remembered)
+  change_BTD = change(block.config, x_BTD, y_BTD, logits_BT)
+  return jnp.where(selected_BT[..., None], x_BTD + change_BTD, x_BTD), remembered
 
 
 def change(config: ModelConfig, x: jax.Array, y: jax.Array, logits: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 
 from mor_jax.config import ModelConfig
-from mor_jax.model import recursion
+from mor_jax.model.layers import projections
 from mor_jax.model.relaxation import LORA_TARGETS
 from mor_jax.model.router import HIDDEN_FACTOR
 
@@ -48,17 +48,9 @@ def router_parameters(config: ModelConfig) -> int:
 
 def relaxation_parameters(config: ModelConfig) -> int:
   """Parameters that the recursion steps have of their own (`model/relaxation.py`)."""
-  heads, kv_heads = (count * config.head_width for count in (config.num_heads, config.num_kv_heads))
-  sides = {
-    'attention/query': config.d_model + heads,
-    'attention/key': config.d_model + kv_heads,
-    'attention/value': config.d_model + kv_heads,
-    'attention/output': heads + config.d_model,
-    'mlp/gate': config.d_model + config.mlp_dim,
-    'mlp/up': config.d_model + config.mlp_dim,
-    'mlp/down': config.mlp_dim + config.d_model,
-  }
-  per_layer = config.lora_rank * sum(sides[name] for name in LORA_TARGETS[config.lora_targets])
+  kernels = projections(config)
+  sides = (sum(kernels[name][:2]) for name in LORA_TARGETS[config.lora_targets])
+  per_layer = config.lora_rank * sum(sides)
   if not config.share_norms:
     per_layer += 2 * config.d_model
   encoding = config.d_model if config.recursion_encoding else 0
@@ -152,11 +144,11 @@ def kv_cache_bytes(
 
   Args:
     scale_bytes: beside each head's elements, for the scale of a quantised cache.
-    slack: places of a recursion per token that it takes on average (`recursion.step_places`).
+    slack: places of a recursion per token that it takes on average (`ModelConfig.step_places`).
   """
   shared_entries = max_len
   if config.kv != 'shared':
-    places = recursion.step_places(config, max_len, slack)
+    places = config.step_places(max_len, slack)
     always = (capacity == 1.0 for capacity in config.step_capacities)
     shared_entries = sum(max_len if full else size for full, size in zip(always, places, strict=True))
   entries = 2 * config.unique_ends * max_len + _pass_depth(config) * shared_entries

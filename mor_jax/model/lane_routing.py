@@ -122,8 +122,7 @@ def take_step(
 ) -> tuple[Walk, Cache]:
   """The shared block for the tokens that take their step; the others keep their state."""
   lanes, cache = _place(cached, cache, slots_B, steps_B, positions_BC, offered)
-  uses = decode.block_uses(cached.config)
-  y_BCD, block = decode.apply_layers(cached, params, uses, cache.block, walk.x_BCD, lanes, in_block=True)
+  y_BCD, block = decode.apply_block(cached, params, cache.block, walk.x_BCD, lanes)
   if has_router(cached, 'expert_choice'):
     y_BCD = walk.x_BCD + expert_choice.change(cached.config, walk.x_BCD, y_BCD, walk.score_BC)
   elif has_router(cached, 'token_choice'):

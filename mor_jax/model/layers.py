@@ -1,170 +1,186 @@
-"""The decoder layer of Llama and SmolLM: RMSNorm, rotary attention, SwiGLU, pre-norm residuals."""
+"""The decoder layer of Llama and SmolLM: RMSNorm, rotary attention, SwiGLU, pre-norm residuals.
 
+Written once for training, prefill and decoding. What differs between them is handed in: a memory
+(`memory.py`), which says where the keys and values come from, and what a lane has of its own.
+"""
+
+from typing import Any, NamedTuple
+
+import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from mor_jax.config import ModelConfig
-from mor_jax.model import attention, axes, tokens
-from mor_jax.model.context import TokenContext
+from mor_jax.model import axes
+from mor_jax.model.memory import Memory
+from mor_jax.model.rotary import Rotation, rotate
+
+LAYER_INPUT = 'layer_input'  # name of the residual stream that enters a layer, for remat policies
+
+
+class Projection(NamedTuple):
+  """A kernel of the layer: its sizes, and the logical names of its two axes."""
+
+  inputs: int
+  outputs: int
+  axes: tuple[str, str]
+
+
+def projections(config: ModelConfig) -> dict[str, Projection]:
+  """All kernels of a decoder layer by name, 'attention/query' and so on."""
+  width, mlp = config.d_model, config.mlp_dim
+  heads, kv_heads = (count * config.head_width for count in (config.num_heads, config.num_kv_heads))
+  return {
+    'attention/query': Projection(width, heads, ('embed', 'heads')),
+    'attention/key': Projection(width, kv_heads, ('embed', 'kv_heads')),
+    'attention/value': Projection(width, kv_heads, ('embed', 'kv_heads')),
+    'attention/output': Projection(heads, width, ('heads', 'embed')),
+    'mlp/gate': Projection(width, mlp, ('embed', 'mlp')),
+    'mlp/up': Projection(width, mlp, ('embed', 'mlp')),
+    'mlp/down': Projection(mlp, width, ('mlp', 'embed')),
+  }
 
 
 @struct.dataclass
-class Memory:
-  """Keys and values that stand ready before a layer runs (recursive KV sharing).
+class PerLayer:
+  """What one layer of a stack is handed beside the residual stream; stacked on a leading layer axis.
 
   Attributes:
-    keys: rotated keys (N, B, S, K, E) of N layers; inside a layer without the leading axis.
-    values: values (N, B, S, K, E).
-    context: positions and segments of the S remembered tokens.
-    indices_BC: places that the layer's own tokens overwrite with their own keys and values
-      before attending (the paper's hybrid); None: the memory is only read, and the layer
-      computes queries alone.
-    chosen_BC: which of the layer's tokens may write.
+    index: number of the layer, or of its pool entry where the memory is a slot cache.
+    kept: keys and values that the memory has of this layer: (k_BSKE, v_BSKE), a cache's pool, or None.
+    own: changes of kernels and norm scales that differ from lane to lane (relaxed sharing in decoding):
+      'lora' with factors down (B, I, r) and up (B, r, O), 'norms' with scales (B, D). Training merges
+      these changes into the parameters instead (`relaxation.relax`).
   """
 
-  keys: jax.Array
-  values: jax.Array
-  context: TokenContext
-  indices_BC: jax.Array | None = None
-  chosen_BC: jax.Array | None = None
-
-  def overwritten(self, k_BCKE: jax.Array, v_BCKE: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of one layer with those of its own tokens put in their places."""
-    writes_BC11 = self.chosen_BC[..., None, None]
-
-    def put(old_BSKE, new_BCKE):
-      kept_BCKE = jnp.where(writes_BC11, new_BCKE, tokens.take(old_BSKE, self.indices_BC))
-      return tokens.put(old_BSKE, self.indices_BC, kept_BCKE)
-
-    return put(self.keys, k_BCKE), put(self.values, v_BCKE)
+  index: jax.Array
+  kept: Any = None
+  own: dict = struct.field(default_factory=dict)
 
 
-@struct.dataclass
-class LayerInputs:
-  """What every layer of a stack needs beside its own input, computed once for all of them.
+class RMSNorm(nn.Module):
+  """Root mean square norm (Zhang and Sennrich 2019) with a learned scale (D,); statistics in float32."""
 
-  Attributes:
-    cos_BC1E, sin_BC1E: rotation of the tokens.
-    queries: where they come from.
-    keys: where those that they attend to come from; None: they attend to one another.
-  """
+  config: ModelConfig
 
-  cos_BC1E: jax.Array
-  sin_BC1E: jax.Array
-  queries: TokenContext
-  keys: TokenContext | None
+  @nn.compact
+  def __call__(self, x: jax.Array, change_BD: jax.Array | None = None) -> jax.Array:
+    """Normed x (..., D) in the model's dtype; `change_BD` is added to the scale of each row of x (B, C, D)."""
+    init = nn.with_logical_partitioning(nn.initializers.ones, ('norm',))
+    scale = self.param('scale', init, (x.shape[-1],), jnp.float32)
+    if change_BD is not None:
+      scale = scale + change_BD[:, None]
+    x32 = x.astype(jnp.float32)
+    root = jax.lax.rsqrt(jnp.square(x32).mean(axis=-1, keepdims=True) + self.config.norm_epsilon)
+    return (x32 * (root * scale)).astype(jnp.dtype(self.config.dtype))
 
 
 class Linear(nn.Module):
-  """Matrix product without bias; leading axes are flattened, since XLA is fastest on plain matrices.
+  """Matrix product without bias; leading axes are flattened, since XLA is fastest on plain matrices."""
 
-  `axes` are the logical names of the kernel's two axes.
-  """
-
-  features: int
   config: ModelConfig
-  axes: tuple[str, str]
+  projection: Projection
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    init = nn.initializers.normal(self.config.init_std)
-    kernel_IO = self.param('kernel', init, (x.shape[-1], self.features), jnp.float32)
-    dtype = jnp.dtype(self.config.dtype)
-    kernel_IO = axes.gather_parameter(kernel_IO.astype(dtype), self.axes)
+  def __call__(self, x: jax.Array, factors: dict | None = None) -> jax.Array:
+    """x (B, C, I) -> (B, C, O); `factors` of a low-rank change, of each lane: down (B, I, r), up (B, r, O)."""
+    cfg, names = self.config, self.projection.axes
+    chex.assert_axis_dimension(x, -1, self.projection.inputs)
+    init = nn.with_logical_partitioning(nn.initializers.normal(cfg.init_std), names)
+    kernel_IO = self.param('kernel', init, (self.projection.inputs, self.projection.outputs), jnp.float32)
+    dtype = jnp.dtype(cfg.dtype)
+    kernel_IO = axes.gather_parameter(kernel_IO.astype(dtype), names)
     y = x.reshape(-1, x.shape[-1]).astype(dtype) @ kernel_IO
-    y = y.reshape(*x.shape[:-1], self.features)
-    return axes.constrain(y, 'batch', 'length', 'width' if self.axes[1] == 'embed' else self.axes[1])
-
-
-def rotation(config: ModelConfig, positions_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Cosines and sines (B, C, 1, E/2) of the rotary position embedding (Su et al. 2021)."""
-  half = config.head_width // 2
-  frequencies_E = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  if config.rope_scaling == 'linear':
-    frequencies_E /= config.rope_scaling_factor
-  elif config.rope_scaling == 'llama3':
-    turns_E = config.rope_original_length * frequencies_E / (2 * jnp.pi)
-    low, high = config.rope_low_frequency_factor, config.rope_high_frequency_factor
-    kept_E = jnp.clip((turns_E - low) / (high - low), 0, 1)
-    frequencies_E *= kept_E + (1 - kept_E) / config.rope_scaling_factor
-  angles_BC1E = positions_BC[:, :, None, None].astype(jnp.float32) * frequencies_E
-  return jnp.cos(angles_BC1E), jnp.sin(angles_BC1E)
-
-
-def rotate(x_BCHE: jax.Array, cos_BC1E: jax.Array, sin_BC1E: jax.Array) -> jax.Array:
-  """Rotates element i together with element i + E/2, as Llama does."""
-  left, right = jnp.split(x_BCHE.astype(jnp.float32), 2, axis=-1)
-  rotated = left * cos_BC1E - right * sin_BC1E, right * cos_BC1E + left * sin_BC1E
-  return jnp.concatenate(rotated, axis=-1).astype(x_BCHE.dtype)
+    y = y.reshape(*x.shape[:-1], self.projection.outputs)
+    if factors is not None:
+      low = x.astype(jnp.float32) @ factors['down'] @ factors['up']
+      y = (y + cfg.lora_alpha / cfg.lora_rank * low).astype(dtype)
+    return axes.constrain(y, 'batch', 'length', 'width' if names[1] == 'embed' else names[1])
 
 
 class Attention(nn.Module):
-  """Grouped-query attention among the given tokens, or from them to a memory."""
+  """Grouped-query attention from the layer's tokens to what the memory gives them."""
 
   config: ModelConfig
 
   @nn.compact
   def __call__(
-    self, x_BCD: jax.Array, inputs: LayerInputs, memory: Memory | None
-  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    self, x_BCD: jax.Array, layer: PerLayer, memory: Memory, rotation: Rotation
+  ) -> tuple[jax.Array, Any]:
     cfg = self.config
     batch, length, _ = x_BCD.shape
+    kernels, lora = projections(cfg), layer.own.get('lora', {})
+
+    def linear(name, x):
+      made = Linear(cfg, kernels[f'attention/{name}'], name=name)
+      return made(x, lora.get(f'attention_{name}'))
 
     def heads(name, count):
-      linear = Linear(count * cfg.head_width, cfg, axes.KERNELS[f'attention/{name}'], name=name)
-      return linear(x_BCD).reshape(batch, length, count, -1)
+      return linear(name, x_BCD).reshape(batch, length, count, cfg.head_width)
 
-    q_BCHE = rotate(heads('query', cfg.num_heads), inputs.cos_BC1E, inputs.sin_BC1E)
-    if memory is not None and memory.indices_BC is None:
-      keys_and_values = memory.keys, memory.values
-    else:
-      k_BCKE = rotate(heads('key', cfg.num_kv_heads), inputs.cos_BC1E, inputs.sin_BC1E)
-      v_BCKE = heads('value', cfg.num_kv_heads)
-      keys_and_values = (k_BCKE, v_BCKE) if memory is None else memory.overwritten(k_BCKE, v_BCKE)
-    out_BCHE = attention.attend(q_BCHE, *keys_and_values, inputs.queries, inputs.keys, cfg.attention)
-    output = Linear(cfg.d_model, cfg, axes.KERNELS['attention/output'], name='output')
-    return output(out_BCHE.reshape(batch, length, -1)), keys_and_values
+    def own_keys_and_values():
+      return rotate(heads('key', cfg.num_kv_heads), rotation), heads('value', cfg.num_kv_heads)
+
+    q_BCHE = rotate(heads('query', cfg.num_heads), rotation)
+    out_BCHE, kept = memory.attend(q_BCHE, own_keys_and_values, layer, cfg.attention)
+    chex.assert_equal_shape([q_BCHE, out_BCHE])
+    return linear('output', out_BCHE.reshape(batch, length, -1)), kept
 
 
 class MLP(nn.Module):
-  """SwiGLU: down(silu(gate(x)) * up(x))."""
+  """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
 
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BCD: jax.Array) -> jax.Array:
+  def __call__(self, x_BCD: jax.Array, layer: PerLayer) -> jax.Array:
     cfg = self.config
-    gate_BCF = Linear(cfg.mlp_dim, cfg, axes.KERNELS['mlp/gate'], name='gate')(x_BCD)
-    up_BCF = Linear(cfg.mlp_dim, cfg, axes.KERNELS['mlp/up'], name='up')(x_BCD)
-    down = Linear(cfg.d_model, cfg, axes.KERNELS['mlp/down'], name='down')
+    kernels, lora = projections(cfg), layer.own.get('lora', {})
 
-    # Of this only the two inputs are kept for the backward pass: writing silu, its parts and the product to memory
+    def linear(name):
+      return Linear(cfg, kernels[f'mlp/{name}'], name=name)
+
+    gate_BCF = linear('gate')(x_BCD, lora.get('mlp_gate'))
+    up_BCF = linear('up')(x_BCD, lora.get('mlp_up'))
+
+    # The backward pass keeps only the two inputs of this: writing silu, its parts and the product to memory
     # and reading them back takes longer than computing them again.
     @nn.remat
     def close(down, gate_BCF, up_BCF):
-      return down(nn.silu(gate_BCF) * up_BCF)
+      return down(nn.silu(gate_BCF) * up_BCF, lora.get('mlp_down'))
 
-    return close(down, gate_BCF, up_BCF)
+    return close(linear('down'), gate_BCF, up_BCF)
 
 
 class DecoderLayer(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x)); also returns the keys and values it attended to."""
+  """x + attention(norm(x)), then x + mlp(norm(x)); also returns what the memory keeps of the layer."""
 
   config: ModelConfig
 
   @nn.compact
   def __call__(
-    self, x_BCD: jax.Array, inputs: LayerInputs, memory: Memory | None = None
-  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    self, x_BCD: jax.Array, layer: PerLayer, memory: Memory, rotation: Rotation
+  ) -> tuple[jax.Array, Any]:
+    """One layer on C tokens of each row or lane.
+
+    Args:
+      x_BCD: residual stream.
+      layer: what this layer has of its own.
+      memory: which keys and values the tokens attend to, and what is kept of theirs.
+      rotation: cosines and sines of the tokens' positions.
+    """
     cfg = self.config
-    normed_BCD = norm(cfg, 'attention_norm')(x_BCD)
-    attended_BCD, keys_and_values = Attention(cfg, name='attention')(normed_BCD, inputs, memory)
+    chex.assert_shape(x_BCD, (None, None, cfg.d_model))
+    x_BCD = checkpoint_name(x_BCD, LAYER_INPUT)
+    norms = layer.own.get('norms', {})
+
+    def normed(name, x_BCD):
+      return RMSNorm(cfg, name=name)(x_BCD, norms[name]['scale'] if name in norms else None)
+
+    attention = Attention(cfg, name='attention')
+    attended_BCD, kept = attention(normed('attention_norm', x_BCD), layer, memory, rotation)
     x_BCD = x_BCD + attended_BCD
-    return x_BCD + MLP(cfg, name='mlp')(norm(cfg, 'mlp_norm')(x_BCD)), keys_and_values
-
-
-def norm(config: ModelConfig, name: str) -> nn.RMSNorm:
-  """RMSNorm with statistics in float32 and a learned scale (D,)."""
-  return nn.RMSNorm(epsilon=config.norm_epsilon, dtype=jnp.dtype(config.dtype), name=name)
+    return x_BCD + MLP(cfg, name='mlp')(normed('mlp_norm', x_BCD), layer), kept

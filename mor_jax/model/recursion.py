@@ -1,145 +1,245 @@
 """The shared block, applied up to R times: to all tokens, or to those that a router selects.
 
-What all kinds of routing are made of: `repeat` lets every token take every step (recursive
-models); `run_step` takes one step with the tokens that it is given.
+The block is one bound module (`stack.stacked_layers`), so that steps share its parameters by construction.
+Where all steps have one shape they are an `nn.scan` with the parameters broadcast, and what a step has of its
+own comes in on a scanned axis; where shapes differ the block is called once for each step.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
 
 from mor_jax.config import ModelConfig
 from mor_jax.model import relaxation
 from mor_jax.model.context import TokenContext
-from mor_jax.model.layers import Memory
-from mor_jax.model.stack import apply_stack
+from mor_jax.model.memory import HybridMemory, KeysAndValues, Memory, Row, SharedMemory
+from mor_jax.model.rotary import rotation
+from mor_jax.model.stack import run_layers
 
 
-def repeat(
-  config: ModelConfig, block: dict, own_R: dict, x_BTD: jax.Array, context: TokenContext, steps: int
-) -> jax.Array:
-  """Applies the shared block `steps` times, or under `sequence` sharing each of its layers R times.
+class Rule(NamedTuple):
+  """How tokens are chosen in a call.
+
+  Attributes:
+    routing: 'topk', which looks at the whole row, or 'threshold', which is causal.
+    max_len: under threshold routing, the longest sequence that places are counted for.
+    slack: under threshold routing, places of a step per token expected (`ModelConfig.step_places`).
+    steps: recursions that a token may take, at most R.
+  """
+
+  routing: str
+  max_len: int
+  slack: float
+  steps: int
+
+
+def make_rule(
+  config: ModelConfig,
+  length: int,
+  routing: str,
+  max_len: int | None,
+  slack: float | None,
+  max_recursions: int | None,
+) -> Rule:
+  """The rule for rows of `length` tokens, with the defaults and errors that `Transformer` documents."""
+  if routing not in ('topk', 'threshold'):
+    raise ValueError(f"routing={routing!r} is not one of 'topk', 'threshold'")
+  max_len = length if max_len is None else max_len
+  if max_len < length:
+    raise ValueError(f'max_len={max_len} is shorter than the row of {length} tokens')
+  steps = config.recursions if max_recursions is None else max_recursions
+  if not (1 <= steps < config.recursions and config.can_stop_early) and steps != config.recursions:
+    raise ValueError(
+      f'max_recursions={steps} cannot be had of {config.recursions} under sharing={config.sharing}'
+    )
+  return Rule(routing, max_len, config.threshold_slack if slack is None else slack, steps)
+
+
+def limits(config: ModelConfig, rule: Rule, length: int) -> tuple[int, ...]:
+  """Tokens that each of the R steps can take: of a row under 'topk', of a sequence under 'threshold'."""
+  if rule.routing == 'topk':
+    return config.selected_tokens(length)
+  return config.step_places(rule.max_len, rule.slack)
+
+
+@struct.dataclass
+class Remembered:
+  """Keys and values (N, B, S, K, E) of the N layers of a pass, and whose they are."""
+
+  keys_and_values: KeysAndValues
+  context: TokenContext
+
+
+def repeat(block: nn.Module, own_R: dict, x_BTD: jax.Array, context: TokenContext, steps: int) -> jax.Array:
+  """Applies the block `steps` times, or under `sequence` sharing each of its layers R times.
 
   Args:
-    own_R: what each step has of its own (`relaxation.init_steps`).
+    own_R: what each step has of its own (`relaxation.Steps`).
     steps: at most R.
   """
+  config = block.config
   if config.sharing.endswith('cycle'):
-    return _repeat_stack(config, block, own_R, x_BTD, context, steps)
+    own_steps = jax.tree.map(lambda leaf_R: leaf_R[:steps], own_R)
+    return _repeat_layers(block, own_steps, x_BTD, context, config.shared_depth, steps)
 
-  def repeat_layer(x_BTD, layer_and_own):
-    one_layer = jax.tree.map(lambda leaf: leaf[None], layer_and_own[0])
-    own_R = jax.tree.map(lambda leaf_R: leaf_R[:, None], layer_and_own[1])
-    return _repeat_stack(config, one_layer, own_R, x_BTD, context, config.recursions), None
+  def repeat_layer(layer, x_BTD, own_R):
+    own_R = jax.tree.map(lambda leaf_R: leaf_R[:, None], own_R)
+    return _repeat_layers(layer, own_R, x_BTD, context, 1, config.recursions), None
 
   own_N = jax.tree.map(lambda leaf_RN: leaf_RN.swapaxes(0, 1), own_R)
-  return jax.lax.scan(repeat_layer, x_BTD, (block, own_N), unroll=config.unroll_layers)[0]
+  layer_by_layer = _scan_parts(config, repeat_layer, config.shared_depth)
+  return _with_parameters(lambda leaf_N: leaf_N[:, None], layer_by_layer)(block, x_BTD, own_N)[0]
 
 
-def share_memory(config: ModelConfig, layers_N: dict, x_BTD: jax.Array, context: TokenContext) -> jax.Array:
+def _repeat_layers(layers, own_R, x_BTD, context, count, steps):
+  """Passes over the same `count` layers."""
+
+  def one_pass(layers, carry, own):
+    x_BTD, remembered = carry
+    return run_pass(layers, own, relaxation.encode(x_BTD, own), context, remembered, count), None
+
+  return scan_steps(layers, one_pass, (x_BTD, None), own_R, steps)[0][0]
+
+
+def share_memory(block: nn.Module, x_BTD: jax.Array, context: TokenContext) -> jax.Array:
   """Layers of their own parameters, which in every pass but the first read keys and values of the first.
 
   Under `cycle` layer n of each pass reads those of layer n of the first pass; under
   `sequence` the layers of a group follow one another and read those of its first.
   """
-  passes = config.passes
+  config, passes = block.config, block.config.passes
 
-  def run_passes(x_BTD, layers_Rn):
-    def one_pass(carry, layers_n):
-      x_BTD, memory = carry
-      x_BTD, made = run_block(config, layers_n, x_BTD, context, memory, remember=memory is None)
-      return (x_BTD, made if memory is None else memory), None
+  def run_passes(layers_Rn, x_BTD, count):
+    def one_pass(layers_n, carry):
+      x_BTD, remembered = carry
+      return run_pass(layers_n, {}, x_BTD, context, remembered, count), None
 
-    return scan_steps(config, one_pass, (x_BTD, None), layers_Rn, passes)[0][0], None
+    carry = _with_parameters(lambda leaf_Rn: leaf_Rn[0], one_pass)(layers_Rn, (x_BTD, None))[0]
+    others = _scan_parts(config, one_pass, passes - 1)
+    return _with_parameters(lambda leaf_Rn: leaf_Rn[1:], others)(layers_Rn, carry)[0][0]
 
+  parts = config.shared_depth // passes
   if config.sharing.endswith('cycle'):
-    layers_Rn = jax.tree.map(lambda leaf: leaf.reshape(passes, -1, *leaf.shape[1:]), layers_N)
-    return run_passes(x_BTD, layers_Rn)[0]
-  groups = jax.tree.map(lambda leaf: leaf.reshape(-1, passes, 1, *leaf.shape[1:]), layers_N)
-  return jax.lax.scan(run_passes, x_BTD, groups, unroll=config.unroll_layers)[0]
-
-
-def _repeat_stack(config, layers, own_R, x_BTD, context, steps):
-  """Passes over a stack; under KV sharing all attend to the keys and values of the first."""
-
-  def one_pass(carry, own):
-    x_BTD, memory = carry
-    inputs_BTD, own_layers = relaxation.encode(x_BTD, own), relaxation.relax(config, layers, own)
-    remember = config.kv == 'shared' and memory is None
-    x_BTD, made = run_block(config, own_layers, inputs_BTD, context, memory, remember)
-    return (x_BTD, made if remember else memory), None
-
-  own_steps = jax.tree.map(lambda leaf_R: leaf_R[:steps], own_R)
-  (x_BTD, _), _ = scan_steps(config, one_pass, (x_BTD, None), own_steps, steps)
-  return x_BTD
+    run = partial(run_passes, count=parts)
+    return _with_parameters(lambda leaf: leaf.reshape(passes, parts, *leaf.shape[1:]), run)(block, x_BTD)
+  run = _scan_parts(config, lambda layers, x_BTD: (run_passes(layers, x_BTD, count=1), None), parts)
+  return _with_parameters(lambda leaf: leaf.reshape(parts, passes, 1, *leaf.shape[1:]), run)(block, x_BTD)[0]
 
 
 def run_step(
-  config: ModelConfig,
-  block: dict,
+  block: nn.Module,
   own: dict,
   x_BCD: jax.Array,
   context: TokenContext,
   indices_BC: jax.Array,
   chosen_BC: jax.Array,
-  memory: Memory | None,
-) -> tuple[jax.Array, Memory | None]:
+  remembered: Remembered | None,
+) -> tuple[jax.Array, Remembered | None]:
   """One pass of the block over C tokens of each row, with the keys and values `config.kv` asks for.
 
   Args:
-    own: what this step has of its own (`relaxation.init_steps`).
+    own: what this step has of its own (`relaxation.Steps`).
     x_BCD: the tokens' residual stream.
     context: positions and segments of the tokens.
     indices_BC: their places in the row, ascending.
     chosen_BC: which of them take the step; the others only fill the static size, and no token sees them.
-    memory: what the step before returned; None at the first.
+    remembered: what the step before returned; None at the first.
 
   Returns:
-    The block's output and the memory for the next step.
+    The block's output, and what the next step is to be given.
   """
-  context = context.only(chosen_BC)
-  x_BCD, block = relaxation.encode(x_BCD, own), relaxation.relax(config, block, own)
-  if config.kv == 'recursion_wise':
-    return run_block(config, block, x_BCD, context)
-  if memory is None:
-    return run_block(config, block, x_BCD, context, remember=True)
-  if config.kv == 'shared':
-    return run_block(config, block, x_BCD, context, memory)[0], memory
-  memory = memory.replace(indices_BC=indices_BC, chosen_BC=chosen_BC)
-  return run_block(config, block, x_BCD, context, memory, remember=True)
+  context, x_BCD = context.only(chosen_BC), relaxation.encode(x_BCD, own)
+  count = block.config.shared_depth
+  return run_pass(block, own, x_BCD, context, remembered, count, (indices_BC, chosen_BC))
 
 
-def run_block(config, block, x_BCD, context, memory=None, remember=False):
-  run = partial(apply_stack, config, remember=remember)
+def run_pass(
+  layers: nn.Module,
+  own: dict,
+  x_BCD: jax.Array,
+  context: TokenContext,
+  remembered: Remembered | None,
+  count: int,
+  places: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, Remembered | None]:
+  """A pass over `count` layers: its output, and what the next pass is to be given.
+
+  Args:
+    places: where the tokens stand in the row and which of them are chosen; None: all tokens of it, of which
+      under `kv=hybrid` nothing of an earlier pass would be left to read.
+  """
+  config = layers.config
+  shares = config.kv == 'shared' or (config.kv == 'hybrid' and places is not None)
+  memory: Memory = Row(context, remembers=shares)
+  if shares and remembered is not None:
+    memory = SharedMemory(context, remembered.context)
+    if config.kv == 'hybrid':
+      memory = HybridMemory(context, remembered.context, *places)
+  run = partial(run_layers, count=count)
   if config.remat == 'block':
-    run = jax.checkpoint(run)
-  return run(block, x_BCD, context, memory)
+    run = nn.remat(run)
+  turns = rotation(config, context.positions_BC)
+  kept = None if remembered is None else remembered.keys_and_values
+  x_BCD, kept = run(layers, x_BCD, memory, turns, kept=kept, own=own)
+  if kept is None:
+    return x_BCD, remembered
+  return x_BCD, Remembered(kept, context if remembered is None else remembered.context)
+
+
+# ---- lifted transformations ----
 
 
 def scan_steps(
-  config: ModelConfig, step: Callable, carry: tuple, per_step: Any, steps: int
+  layers: nn.Module, step: Callable, carry: tuple, per_step: Any, steps: int
 ) -> tuple[tuple, Any]:
-  """Scans `step(carry, inputs)` over so many recursions, whose memory is the last entry of the carry.
+  """Scans `step(layers, carry, inputs)` over so many recursions, which all use the same parameters.
 
-  The first step turns a carry without memory into one with it, so that it stands apart where
-  keys and values are shared.
+  The last entry of the carry is what is remembered. Where keys and values are shared, the first step turns a carry
+  without it into one with it, so it stands apart.
   """
+  config = layers.config
+
+  def scanned(length):
+    return nn.scan(
+      step,
+      variable_broadcast='params',
+      split_rngs={'params': False},
+      length=length,
+      unroll=config.unroll_layers,
+      check_constancy_invariants=False,  # the check would trace every step once more
+    )
+
   if config.kv == 'recursion_wise':
-    return jax.lax.scan(step, carry, per_step, length=steps, unroll=config.unroll_layers)
-  carry, first = step(carry, jax.tree.map(lambda leaf: leaf[0], per_step))
-  others = jax.tree.map(lambda leaf: leaf[1:], per_step)
-  carry, rest = jax.lax.scan(step, carry, others, steps - 1, unroll=config.unroll_layers)
+    return scanned(steps)(layers, carry, per_step)
+  carry, first = step(layers, carry, jax.tree.map(lambda leaf_R: leaf_R[0], per_step))
+  others = jax.tree.map(lambda leaf_R: leaf_R[1:], per_step)
+  if steps == 1:
+    return carry, jax.tree.map(lambda one: one[None], first)
+  carry, rest = scanned(steps - 1)(layers, carry, others)
   return carry, jax.tree.map(lambda one, more: jnp.concatenate([one[None], more]), first, rest)
 
 
-def step_places(config: ModelConfig, max_len: int, slack: float) -> tuple[int, ...]:
-  """Tokens of one sequence that each step can take under threshold routing (and its cache can hold)."""
-  # Rounded first, so that 0.1 * 30 asks for 3 places and not, by a float's error, for 4.
-  return tuple(
-    min(max_len, max(1, math.ceil(round(capacity * max_len * slack, 6))))
-    for capacity in config.step_capacities
+def _scan_parts(config: ModelConfig, function: Callable, length: int) -> Callable:
+  """`function(layers, carry, inputs)`, scanned over parts of a stack along the leading axis of its parameters."""
+  return nn.scan(
+    function,
+    variable_axes={'params': 0},
+    split_rngs={'params': False},
+    length=length,
+    unroll=config.unroll_layers,
+    check_constancy_invariants=False,
   )
+
+
+def _with_parameters(change: Callable[[jax.Array], jax.Array], function: Callable) -> Callable:
+  """`function(layers, ...)`, which sees every leaf of the layers' parameters changed so."""
+
+  def prepare(variables):
+    return {'params': jax.tree.map(change, nn.unbox(variables['params']))}
+
+  return nn.map_variables(function, 'params', trans_in_fn=prepare)

@@ -7,10 +7,12 @@ the block's input (recursion encoding). Steps begin alike: the changes start at 
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from flax import traverse_util
 
 from mor_jax.config import ModelConfig
 from mor_jax.model import axes
+from mor_jax.model.layers import projections
 
 LORA_TARGETS = {
   'query_value': ('attention/query', 'attention/value'),
@@ -24,34 +26,78 @@ LORA_TARGETS = {
     'mlp/down',
   ),
 }
-NORMS = ('attention_norm/scale', 'mlp_norm/scale')
+NORMS = ('attention_norm', 'mlp_norm')
 
 
-def init_steps(config: ModelConfig, block: dict, key: jax.Array) -> dict:
-  """What the R steps have of their own; an empty dict where nothing is relaxed.
+class Steps(nn.Module):
+  """Parameters that the R steps have of their own: lora/..., norms/..., encoding/..., each leaf (R, ...)."""
 
-  Args:
-    block: parameters of the shared layers, leaves (N, ...), for their shapes.
-  """
-  shapes = traverse_util.flatten_dict(block, sep='/')
-  steps = {}
-  if config.lora_rank:
-    lora_key, key = jax.random.split(key)
-    steps['lora'] = {}
-    for index, name in enumerate(LORA_TARGETS[config.lora_targets]):
-      depth, inputs, outputs = shapes[f'{name}/kernel'].shape
-      down_shape = config.recursions, depth, inputs, config.lora_rank
-      down = jax.random.normal(jax.random.fold_in(lora_key, index), down_shape) * inputs**-0.5
-      up = jnp.zeros((config.recursions, depth, config.lora_rank, outputs))
-      steps['lora'][name.replace('/', '_')] = {'down': down, 'up': up}
-  if not config.share_norms:
-    steps['norms'] = {
-      name.split('/')[0]: {'scale': jnp.zeros((config.recursions, *shapes[name].shape))} for name in NORMS
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self) -> dict:
+    """The tree of them; empty where nothing is relaxed."""
+    cfg, steps = self.config, {}
+    stacked = (cfg.recursions, cfg.shared_depth)
+    if cfg.lora_rank:
+      steps['lora'] = _LowRank(cfg, stacked, name='lora')()
+    if not cfg.share_norms:
+      steps['norms'] = _NormScales(cfg, stacked, name='norms')()
+    if cfg.recursion_encoding:
+      names, init = ('recursions', 'norm'), nn.initializers.normal(cfg.init_std)
+      steps['encoding'] = axes.Leaf(
+        'embedding', (cfg.recursions, cfg.d_model), names, init, name='encoding'
+      )()
+    return steps
+
+
+class _LowRank(nn.Module):
+  """Factors down (R, N, inputs, r) and up (R, N, r, outputs) for each target kernel."""
+
+  config: ModelConfig
+  stacked: tuple[int, int]
+
+  @nn.compact
+  def __call__(self) -> dict:
+    cfg, kernels = self.config, projections(self.config)
+    return {
+      name.replace('/', '_'): _Factors(
+        kernels[name], cfg.lora_rank, self.stacked, name=name.replace('/', '_')
+      )()
+      for name in LORA_TARGETS[cfg.lora_targets]
     }
-  if config.recursion_encoding:
-    encoding_RD = jax.random.normal(key, (config.recursions, config.d_model)) * config.init_std
-    steps['encoding'] = {'embedding': encoding_RD}
-  return steps
+
+
+class _Factors(nn.Module):
+  projection: tuple
+  rank: int
+  stacked: tuple[int, int]
+
+  @nn.compact
+  def __call__(self) -> dict:
+    inputs, outputs, (from_axis, to_axis) = self.projection
+    stacked_on = ('recursions', 'layers')
+    # The short axis is split over devices where the other is not split by 'embed'.
+    down_axes = (*stacked_on, from_axis, None if from_axis == 'embed' else 'rank')
+    up_axes = (*stacked_on, None if to_axis == 'embed' else 'rank', to_axis)
+    down_init = nn.with_logical_partitioning(nn.initializers.normal(inputs**-0.5), down_axes)
+    up_init = nn.with_logical_partitioning(nn.initializers.zeros, up_axes)
+    return {
+      'down': self.param('down', down_init, (*self.stacked, inputs, self.rank), jnp.float32),
+      'up': self.param('up', up_init, (*self.stacked, self.rank, outputs), jnp.float32),
+    }
+
+
+class _NormScales(nn.Module):
+  """Changes (R, N, D) of the scales of the two norms."""
+
+  config: ModelConfig
+  stacked: tuple[int, int]
+
+  @nn.compact
+  def __call__(self) -> dict:
+    names, shape = ('recursions', 'layers', 'norm'), (*self.stacked, self.config.d_model)
+    return {name: axes.Leaf('scale', shape, names, nn.initializers.zeros, name=name)() for name in NORMS}
 
 
 def relax(config: ModelConfig, block: dict, step: dict) -> dict:
@@ -61,16 +107,19 @@ def relax(config: ModelConfig, block: dict, step: dict) -> dict:
   token wherever tokens are more than a few times the rank.
 
   Args:
-    step: this step's entry of `init_steps`, without the R axis.
+    block: parameters of the shared layers, leaves (N, ...).
+    step: this step's entry of `Steps`, without the R axis.
   """
-  flat = traverse_util.flatten_dict(block, sep='/')
+  if 'lora' not in step and 'norms' not in step:
+    return block
+  flat, kernels = traverse_util.flatten_dict(block, sep='/'), projections(config)
   for name in LORA_TARGETS[config.lora_targets] if 'lora' in step else ():
     factors = step['lora'][name.replace('/', '_')]
     change = jnp.einsum('NIr,NrO->NIO', factors['down'], factors['up'])
-    change = axes.constrain(config.lora_alpha / config.lora_rank * change, 'layers', *axes.KERNELS[name])
+    change = axes.constrain(config.lora_alpha / config.lora_rank * change, 'layers', *kernels[name].axes)
     flat[f'{name}/kernel'] = flat[f'{name}/kernel'] + change
   for name in NORMS if 'norms' in step else ():
-    flat[name] = flat[name] + step['norms'][name.split('/')[0]]['scale']
+    flat[f'{name}/scale'] = flat[f'{name}/scale'] + step['norms'][name]['scale']
   return traverse_util.unflatten_dict(flat, sep='/')
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,31 +23,40 @@ class RouterHead(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    init = nn.initializers.normal(self.config.init_std)
+    chex.assert_shape(x_BTD, (None, None, self.config.d_model))
     x = x_BTD.astype(jnp.float32)
     hidden = HIDDEN_FACTOR[self.config.router_head] * x.shape[-1]
     if hidden:
-      x = nn.Dense(hidden, use_bias=False, kernel_init=init, name='hidden')(x)
+      x = self._dense('hidden', hidden, ('embed', 'router_hidden'))(x)
       x = nn.gelu(x, approximate=False)
-    return nn.Dense(self.outputs, use_bias=False, kernel_init=init, name='output')(x)
+    return self._dense('output', self.outputs, ('router_input', 'scores'))(x)
+
+  def _dense(self, name: str, features: int, names: tuple[str, str]) -> nn.Dense:
+    init = nn.with_logical_partitioning(nn.initializers.normal(self.config.init_std), names)
+    return nn.Dense(features, use_bias=False, kernel_init=init, name=name)
 
 
-def init_router(config: ModelConfig, key: jax.Array) -> dict:
-  """Router parameters.
+def stacked_heads(config: ModelConfig) -> nn.Module:
+  """The module that makes all routers.
 
-  Expert-choice has one router a recursion step, every leaf with a leading R axis and one
-  output; token-choice has one router with R outputs.
+  Expert-choice has one router with one output for each recursion step, every parameter with a leading
+  R axis; token-choice has one router with R outputs. Steps compute with theirs by `score`.
   """
-  x_BTD = jnp.zeros((1, 1, config.d_model))
   if config.router == 'token_choice':
-    return RouterHead(config, config.recursions, parent=None).init(key, x_BTD)['params']
-  head = RouterHead(config, 1, parent=None)
-  keys_R = jax.random.split(key, config.recursions)
-  return jax.vmap(lambda step_key: head.init(step_key, x_BTD)['params'])(keys_R)
+    return RouterHead(config, config.recursions)
+  stacked = nn.vmap(
+    RouterHead,
+    in_axes=None,
+    axis_size=config.recursions,
+    variable_axes={'params': 0},
+    split_rngs={'params': True},
+    metadata_params={nn.PARTITION_NAME: 'recursions'},
+  )
+  return stacked(config, 1)
 
 
 def score(config: ModelConfig, params: dict, x_BTD: jax.Array, outputs: int) -> jax.Array:
-  """Router logits (B, T, outputs), before any activation."""
+  """Router logits (B, T, outputs), before any activation, of the router that has these parameters."""
   return RouterHead(config, outputs, parent=None).apply({'params': params}, x_BTD)
 
 

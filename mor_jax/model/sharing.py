@@ -1,15 +1,22 @@
-"""Parameter sharing: which unrolled layer uses which slot of the stacked parameters (paper section 2.1; docs/model.md)."""
+"""Parameter sharing: which unrolled layer uses which parameters (paper section 2.1; docs/model.md)."""
 
-import jax
+from typing import NamedTuple
 
 from mor_jax.config import ModelConfig
 
 
-def layer_slots(config: ModelConfig) -> tuple[int, ...]:
-  """Parameter slot of every unrolled layer, in order; slots count from 0 to U - 1.
+class Place(NamedTuple):
+  """Where a layer's parameters are: 'first', 'last', or an entry of 'block', whose leaves are stacked."""
 
-  `middle_*` keeps slot 0 and slot U - 1 for the first and the last layer. `cycle` passes
-  over the shared slots again and again, `sequence` repeats each before the next.
+  part: str
+  index: int | None = None
+
+
+def layer_slots(config: ModelConfig) -> tuple[int, ...]:
+  """Which of the U unique layers, counted from 0, each unrolled layer is, in order.
+
+  `middle_*` keeps number 0 and number U - 1 for the first and the last layer. `cycle` passes
+  over the shared layers again and again, `sequence` repeats each before the next.
   """
   ends, depth, steps = config.unique_ends, config.shared_depth, config.recursions
   if config.sharing.endswith('cycle'):
@@ -21,11 +28,9 @@ def layer_slots(config: ModelConfig) -> tuple[int, ...]:
   return (*first, *(slot + ends for slot in shared), *last)
 
 
-def split_stack(config: ModelConfig, layers_U: dict) -> tuple[dict, dict, dict]:
-  """The stacked layers as (before, shared block, after) the recursions; ends are empty under `cycle`."""
+def place(config: ModelConfig, slot: int) -> Place:
+  """Where the unique layer of this number has its parameters."""
   ends, depth = config.unique_ends, config.shared_depth
-
-  def part(start: int, count: int) -> dict:
-    return jax.tree.map(lambda leaf: leaf[start : start + count], layers_U)
-
-  return part(0, ends), part(ends, depth), part(ends + depth, ends)
+  if ends <= slot < ends + depth:
+    return Place('block', slot - ends)
+  return Place('first' if slot < ends else 'last')

@@ -1,15 +1,22 @@
-"""Stacks of decoder layers: one parameter tree with a leading layer axis, run as one scan."""
+"""Decoder layers, one alone or many as one scan over stacked parameters, and how they are run.
+
+A stack is `nn.scan` over `nn.remat(DecoderLayer)`: one tree of parameters whose leaves have a leading
+layer axis, one layer compiled whatever their number.
+"""
+
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 
 from mor_jax.config import ModelConfig
-from mor_jax.model.context import TokenContext
-from mor_jax.model.layers import DecoderLayer, LayerInputs, Memory, rotation
+from mor_jax.model import relaxation
+from mor_jax.model.layers import LAYER_INPUT, DecoderLayer, PerLayer
+from mor_jax.model.memory import Memory, Row
+from mor_jax.model.rotary import Rotation, rotation
 
-LAYER_INPUT = 'layer_input'
 # What the backward pass keeps of a layer beside its input (None: nothing).
 _POLICIES = {
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -24,77 +31,83 @@ _POLICIES = {
 }
 
 
-def init_stack(config: ModelConfig, key: jax.Array) -> dict:
-  """Parameters of all U unique layers: the tree of one DecoderLayer, every leaf with a leading U axis."""
-  x_BCD = jnp.zeros((1, 1, config.d_model), jnp.dtype(config.dtype))
-  inputs = layer_inputs(config, TokenContext(*(jnp.zeros((1, 1), jnp.int32),) * 2))
-  layer = DecoderLayer(config, parent=None)
-  keys_U = jax.random.split(key, config.num_unique_layers)
-  with nn.logical_axis_rules(()):  # the one token above is not a batch to be split
-    return jax.vmap(lambda layer_key: layer.init(layer_key, x_BCD, inputs)['params'])(keys_U)
+def single_layer(config: ModelConfig) -> nn.Module:
+  """One decoder layer, recomputed in the backward pass as `config.remat` says."""
+  return _rematerialized(config, in_loop=False)(config)
 
 
-def layer_inputs(config: ModelConfig, context: TokenContext, memory: Memory | None = None) -> LayerInputs:
-  """Rotations of the tokens and what each may attend to: one another, or the memory."""
-  keys = None if memory is None else memory.context
-  return LayerInputs(*rotation(config, context.positions_BC), context, keys)
+def stacked_layers(config: ModelConfig) -> nn.Module:
+  """The block: N = `config.shared_depth` layers, each leaf of their parameters with a leading axis N.
 
-
-def in_computing_dtype(config: ModelConfig, layers_N: dict) -> dict:
-  """The layers with kernels as matrix products take them.
-
-  Done here, and not layer by layer, the gradients of a whole stack wait in this dtype too until those of all
-  recursions are added up (in float32). The values are the same: a product's gradient has the dtype of its operands.
+  It takes and returns what one layer does, `PerLayer` and what the memory keeps with a leading layer axis. How
+  many layers a call runs is for that axis to say: under `sequence` sharing, passes over one layer at a time.
   """
+  cut = config.passes if config.kind == 'vanilla' else 1  # parts of the stack that are run one by one
+  at_once = 1 if config.sharing.endswith('sequence') and config.passes > 1 else config.shared_depth // cut
+  scanned = nn.scan(
+    _rematerialized(config, in_loop=at_once > 1 and not config.unroll_layers),
+    variable_axes={'params': 0},
+    split_rngs={'params': True},
+    in_axes=(0, nn.broadcast, nn.broadcast),
+    unroll=config.unroll_layers,
+    metadata_params={nn.PARTITION_NAME: 'layers'},
+    check_constancy_invariants=False,  # the check would trace every layer once more
+  )
+  return scanned(config)
+
+
+def _rematerialized(config: ModelConfig, in_loop: bool) -> type[DecoderLayer]:
+  if config.remat == 'none':
+    return DecoderLayer
+  # The compiler merges what is computed again with what was computed first, unless a loop keeps them apart. It
+  # makes no loop of a single layer, and would then keep all activations of the first and the last.
+  return nn.remat(DecoderLayer, prevent_cse=not in_loop, policy=_POLICIES[config.remat])
+
+
+def make_parameters(layers: nn.Module, memory: Row, count: int | None = None) -> None:
+  """Runs a layer, or a stack of `count`, on tokens of zeros, as `init` needs it."""
+  config, positions_BC = layers.config, memory.context.positions_BC
+  x_BCD = jnp.zeros((*positions_BC.shape, config.d_model), config.dtype)
+  index = jnp.zeros(() if count is None else (count,), jnp.int32)
+  layers(x_BCD, PerLayer(index), memory, rotation(config, positions_BC))
+
+
+def run_layers(
+  layers: nn.Module,
+  x_BCD: jax.Array,
+  memory: Memory,
+  turns: Rotation,
+  count: int | None = None,
+  kept: Any = None,
+  own: dict | None = None,
+) -> tuple[jax.Array, Any]:
+  """Applies a bound layer or stack, with kernels in the dtype that products take.
+
+  Cast here, and not layer by layer, the gradients of a whole stack wait in this dtype too until those of all
+  recursions are added up (in float32). The values are the same: a product's gradient has the dtype of its operands.
+
+  Args:
+    layers: bound `single_layer` or `stacked_layers`.
+    x_BCD: the tokens' residual stream.
+    memory: what they attend to.
+    turns: rotation of the tokens.
+    count: layers of a stack; None: a single layer.
+    kept: what the memory has of each layer, leaves with a leading layer axis.
+    own: changes of the layers' parameters in this recursion step (`relaxation`).
+
+  Returns:
+    The residual stream, and what the memory keeps of each layer.
+  """
+  layer = PerLayer(jnp.zeros((), jnp.int32) if count is None else jnp.arange(count), kept)
+  prepare = partial(_prepare, layers.config, own or {})
+  call = nn.map_variables(lambda bound, *inputs: bound(*inputs), 'params', trans_in_fn=prepare)
+  return call(layers, x_BCD, layer, memory, turns)
+
+
+def _prepare(config: ModelConfig, own: dict, variables: dict) -> dict:
+  params = relaxation.relax(config, nn.unbox(variables['params']), own)
 
   def cast(path, leaf):
     return leaf.astype(config.dtype) if path[-1].key == 'kernel' else leaf
 
-  return jax.tree_util.tree_map_with_path(cast, layers_N)
-
-
-def apply_stack(
-  config: ModelConfig,
-  layers_N: dict,
-  x_BCD: jax.Array,
-  context: TokenContext,
-  memory: Memory | None = None,
-  remember: bool = False,
-) -> tuple[jax.Array, Memory | None]:
-  """Applies N stacked layers in order, as one scan; N may be 0.
-
-  Activations are kept for the backward pass as `config.remat` says.
-
-  Args:
-    layers_N: parameters, every leaf with a leading axis N.
-    x_BCD: the tokens' residual stream.
-    context: where the tokens come from.
-    memory: keys and values of every layer to attend to, in place of the tokens' own.
-    remember: return the keys and values attended to.
-
-  Returns:
-    The residual stream, and the memory of all N layers if asked for (else None).
-  """
-  if jax.tree.leaves(layers_N)[0].shape[0] == 0:
-    return x_BCD, None
-  layer = DecoderLayer(config, parent=None)
-  inputs = layer_inputs(config, context, memory)
-  layers_N = in_computing_dtype(config, layers_N)
-
-  def body(x_BCD, params_and_memory):
-    x_BCD = checkpoint_name(x_BCD, LAYER_INPUT)
-    params, key_values = params_and_memory
-    own_memory = None if memory is None else memory.replace(keys=key_values[0], values=key_values[1])
-    x_BCD, key_values = layer.apply({'params': params}, x_BCD, inputs, own_memory)
-    return x_BCD, key_values if remember else None
-
-  if config.remat != 'none':
-    # The compiler merges what is computed again with what was computed first, unless a loop keeps them apart;
-    # it makes no loop of a single layer, and then would keep all activations of the first and the last.
-    in_loop = jax.tree.leaves(layers_N)[0].shape[0] > 1 and not config.unroll_layers
-    body = jax.checkpoint(body, prevent_cse=not in_loop, policy=_POLICIES[config.remat])
-  key_values_N = None if memory is None else (memory.keys, memory.values)
-  x_BCD, kept = jax.lax.scan(body, x_BCD, (layers_N, key_values_N), unroll=config.unroll_layers)
-  if not remember:
-    return x_BCD, None
-  return x_BCD, Memory(*kept, context if memory is None else memory.context)
+  return {'params': jax.tree_util.tree_map_with_path(cast, params)}

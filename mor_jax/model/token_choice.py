@@ -9,24 +9,22 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from mor_jax.config import ModelConfig
 from mor_jax.model import recursion, router, tokens
 from mor_jax.model.context import TokenContext
+from mor_jax.model.recursion import Rule
 
 
 def route(
-  config: ModelConfig,
-  block: dict,
+  block: nn.Module,
   params: dict | jax.Array,
   own_R: dict,
   bias_R: jax.Array,
   x_BTD: jax.Array,
   context: TokenContext,
-  routing: str,
-  max_len: int,
-  slack: float,
-  steps: int,
+  rule: Rule,
 ) -> tuple[jax.Array, router.RoutingOutput]:
   """The recursions of a token-choice model.
 
@@ -34,23 +32,21 @@ def route(
   otherwise every step computes on all tokens.
 
   Args:
-    block: stacked parameters of the shared layers.
+    block: the shared layers.
     params: the router's parameters, or the keys (R,) of a random one.
-    own_R: what each step has of its own (`relaxation.init_steps`).
+    own_R: what each step has of its own (`relaxation.Steps`).
     bias_R: added to the gates for the choice only (loss-free balancing), else 0.
     x_BTD: residual stream; tokens of segment 0 are padding.
     context: positions and segments of the tokens.
-    routing: 'topk', places are counted over the row as in training; 'threshold', over each document.
-    max_len, slack: places under threshold routing (`recursion.step_places`).
-    steps: recursions that a token may take, at most R; one that chose more stops there.
+    rule: under 'topk' places are counted over the row, as in training; under 'threshold' over each document. A
+      token that chose more than `rule.steps` recursions stops there.
   """
-  real_BT = context.segments_BC > 0
+  config, real_BT = block.config, context.segments_BC > 0
   logits_BTR = scores(config, params, x_BTD)
   gates_BTR, choice_BT, gate_BT1 = choose(config, logits_BTR, bias_R)
-  gather = config.dispatch == 'gather' and routing == 'topk'
-  run = _run_gathered if gather else _run_masked
+  run = _run_gathered if config.dispatch == 'gather' and rule.routing == 'topk' else _run_masked
   h_BTD, (entered_RBT, selected_RBT, overflow_RBT), indices = run(
-    config, block, own_R, x_BTD, context, choice_BT, gate_BT1, routing, max_len, slack, steps
+    block, own_R, x_BTD, context, choice_BT, gate_BT1, rule
   )
   x_BTD = jnp.where(real_BT[..., None], finish(config, x_BTD, h_BTD, gate_BT1), x_BTD)
   depths_R11 = jnp.arange(config.recursions)[:, None, None]
@@ -58,7 +54,7 @@ def route(
     logits_RBT=jnp.moveaxis(logits_BTR, -1, 0),
     entered_RBT=entered_RBT,
     selected_RBT=selected_RBT,
-    causal_RBT=(choice_BT >= depths_R11[:steps]) & entered_RBT,
+    causal_RBT=(choice_BT >= depths_R11[: rule.steps]) & entered_RBT,
     overflow_RBT=overflow_RBT,
     indices=indices,
     losses=_losses(config, logits_BTR, gates_BTR, choice_BT, real_BT),
@@ -92,34 +88,31 @@ def finish(config: ModelConfig, x: jax.Array, h: jax.Array, gate: jax.Array) -> 
   return x + h
 
 
-def _run_masked(config, block, own_R, x_BTD, context, choice_BT, gate_BT1, routing, max_len, slack, steps):
+def _run_masked(block, own_R, x_BTD, context, choice_BT, gate_BT1, rule):
+  config, steps = block.config, rule.steps
   always_R = jnp.array([capacity == 1.0 for capacity in config.step_capacities])
-  if routing == 'topk':
-    limit_R = jnp.array(config.selected_tokens(x_BTD.shape[1]))
-  else:
-    limit_R = jnp.array(recursion.step_places(config, max_len, slack))
-  starts_BT = _count_from(context, routing)
+  limit_R = jnp.array(recursion.limits(config, rule, x_BTD.shape[1]))
+  starts_BT = _count_from(context, rule.routing)
 
-  def step(carry, step_and_limits):
-    h_BTD, active_BT, memory = carry
+  def step(block, carry, step_and_limits):
+    h_BTD, active_BT, remembered = carry
     index, limit, always, own = step_and_limits
     selected_BT, overflow_BT = _enter(active_BT, choice_BT >= index, starts_BT, limit, always)
-    h_BTD, memory = _step_on_all(config, block, own, h_BTD, context, selected_BT, gate_BT1, memory)
-    return (h_BTD, selected_BT, memory), (active_BT, selected_BT, overflow_BT)
+    h_BTD, remembered = _step_on_all(block, own, h_BTD, context, selected_BT, gate_BT1, remembered)
+    return (h_BTD, selected_BT, remembered), (active_BT, selected_BT, overflow_BT)
 
   start = x_BTD, context.segments_BC > 0, None
   per_step = jnp.arange(config.recursions), limit_R, always_R, own_R
   per_step = jax.tree.map(lambda leaf_R: leaf_R[:steps], per_step)
-  (h_BTD, _, _), decisions = recursion.scan_steps(config, step, start, per_step, steps)
+  (h_BTD, _, _), decisions = recursion.scan_steps(block, step, start, per_step, steps)
   return h_BTD, decisions, None
 
 
-def _run_gathered(config, block, own_R, x_BTD, context, choice_BT, gate_BT1, routing, max_len, slack, steps):
-  del max_len, slack  # places are static sizes of the row here
-  length = x_BTD.shape[1]
-  starts_BT = _count_from(context, routing)
-  h_BTD, active_BT, memory, decisions, indices = x_BTD, context.segments_BC > 0, None, [], []
-  for index, count in enumerate(config.selected_tokens(length)[:steps]):
+def _run_gathered(block, own_R, x_BTD, context, choice_BT, gate_BT1, rule):
+  config, length = block.config, x_BTD.shape[1]
+  starts_BT = _count_from(context, rule.routing)
+  h_BTD, active_BT, remembered, decisions, indices = x_BTD, context.segments_BC > 0, None, [], []
+  for index, count in enumerate(config.selected_tokens(length)[: rule.steps]):
     entered_BT = active_BT
     own = jax.tree.map(lambda leaf, r=index: leaf[r], own_R)
     always = config.step_capacities[index] == 1.0
@@ -127,13 +120,13 @@ def _run_gathered(config, block, own_R, x_BTD, context, choice_BT, gate_BT1, rou
     decisions.append((entered_BT, active_BT, overflow_BT))
     if count == length:
       indices_BC = jnp.broadcast_to(jnp.arange(length), active_BT.shape)
-      h_BTD, memory = _step_on_all(config, block, own, h_BTD, context, active_BT, gate_BT1, memory)
+      h_BTD, remembered = _step_on_all(block, own, h_BTD, context, active_BT, gate_BT1, remembered)
     else:
       indices_BC = tokens.best(active_BT.astype(jnp.int32), count)
       chosen_BC = tokens.take(active_BT, indices_BC)
       h_BCD = tokens.take(h_BTD, indices_BC)
-      y_BCD, memory = recursion.run_step(
-        config, block, own, h_BCD, context.take(indices_BC), indices_BC, chosen_BC, memory
+      y_BCD, remembered = recursion.run_step(
+        block, own, h_BCD, context.take(indices_BC), indices_BC, chosen_BC, remembered
       )
       y_BCD = gated(config, y_BCD, tokens.take(gate_BT1, indices_BC))
       kept_BCD = jnp.where(chosen_BC[..., None], y_BCD, h_BCD)
@@ -142,10 +135,10 @@ def _run_gathered(config, block, own_R, x_BTD, context, choice_BT, gate_BT1, rou
   return h_BTD, jax.tree.map(lambda *steps: jnp.stack(steps), *decisions), tuple(indices)
 
 
-def _step_on_all(config, block, own, h_BTD, context, selected_BT, gate_BT1, memory):
+def _step_on_all(block, own, h_BTD, context, selected_BT, gate_BT1, remembered):
   indices_BT = jnp.broadcast_to(jnp.arange(h_BTD.shape[1]), selected_BT.shape)
-  y_BTD, memory = recursion.run_step(config, block, own, h_BTD, context, indices_BT, selected_BT, memory)
-  return jnp.where(selected_BT[..., None], gated(config, y_BTD, gate_BT1), h_BTD), memory
+  y_BTD, remembered = recursion.run_step(block, own, h_BTD, context, indices_BT, selected_BT, remembered)
+  return jnp.where(selected_BT[..., None], gated(block.config, y_BTD, gate_BT1), h_BTD), remembered
 
 
 def gated(config: ModelConfig, y: jax.Array, gate: jax.Array) -> jax.Array:

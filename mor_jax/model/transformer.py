@@ -1,34 +1,46 @@
 """The whole model: embed -> first layer -> recursions -> last layer -> norm -> logits."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
 from mor_jax.config import ModelConfig
-from mor_jax.model import axes, expert_choice, recursion, relaxation, sharing, token_choice
+from mor_jax.model import axes, expert_choice, recursion, relaxation, router, stack, token_choice
 from mor_jax.model.context import TokenContext
-from mor_jax.model.layers import norm
-from mor_jax.model.router import RoutingOutput, init_router, init_state
-from mor_jax.model.stack import apply_stack, init_stack
+from mor_jax.model.layers import RMSNorm
+from mor_jax.model.memory import Row
+from mor_jax.model.rotary import rotation
+from mor_jax.model.router import RoutingOutput
 
 
 @struct.dataclass
 class ModelOutput:
-  """Logits (B, T, V) in float32, and what the routers did (None for vanilla and recursive models)."""
+  """What a forward pass gives.
 
-  logits: jax.Array
+  Attributes:
+    logits: (B, T, V), float32; None if they were not asked for.
+    routing: what the routers did; None for vanilla and recursive models.
+    hidden: normed final states (B, T, D), to which the output head applies.
+  """
+
+  logits: jax.Array | None
   routing: RoutingOutput | None
+  hidden: jax.Array
 
 
 class Transformer(nn.Module):
   """A vanilla, recursive or Mixture-of-Recursions language model, as `config.kind` says.
 
-  Parameters: embed/embedding (V, D); layers/..., every leaf with a leading axis of the U
-  unique layers, first and last included; router/... (and aux_router/...), for expert-choice
-  with a leading axis of the R recursions; steps/... with that axis for relaxed sharing;
-  final_norm/scale (D,); head/kernel (D, V) unless embeddings are tied. Some routers keep a
-  state of their own, collection 'routing' (`router.init_state`), which the trainer updates.
+  Parameters: embed/embedding (V, D); block/..., the layers that are shared, or all layers of a vanilla model,
+  every leaf with a leading axis N; first/... and last/..., the layers around it, where `config.unique_ends` says so;
+  router/... and aux_router/..., for expert-choice with a leading axis of the R recursions; steps/..., with that axis,
+  for relaxed sharing; final_norm/scale (D,); head/kernel (D, V) unless embeddings are tied.
+
+  Some routers keep a state of their own, collection 'routing' (`router.init_state`), which the trainer updates.
   A random router draws from the rng stream 'routing'.
   """
 
@@ -37,23 +49,26 @@ class Transformer(nn.Module):
   def setup(self):
     cfg = self.config
     init = nn.initializers.normal(cfg.init_std)
-    self.embed = nn.Embed(cfg.vocab_size, cfg.d_model, dtype=jnp.dtype(cfg.dtype), embedding_init=init)
-    self.layers = self.param('layers', lambda key: init_stack(cfg, key))
+    embedding_init = nn.with_logical_partitioning(init, ('vocab', 'embed'))
+    self.embed = nn.Embed(
+      cfg.vocab_size, cfg.d_model, dtype=jnp.dtype(cfg.dtype), embedding_init=embedding_init
+    )
+    self.block = stack.stacked_layers(cfg)
+    if cfg.unique_ends:
+      self.first, self.last = stack.single_layer(cfg), stack.single_layer(cfg)
     if cfg.kind != 'vanilla':
-      block = sharing.split_stack(cfg, self.layers)[1]
-      own_R = jax.eval_shape(lambda: relaxation.init_steps(cfg, block, jax.random.key(0)))
-      self.steps = self.param('steps', lambda key: relaxation.init_steps(cfg, block, key)) if own_R else {}
+      self.steps = relaxation.Steps(cfg)
     if cfg.kind == 'mor' and not cfg.random_router:
-      self.router = self.param('router', lambda key: init_router(cfg, key))
+      self.router = router.stacked_heads(cfg)
       if cfg.has_aux_router:
-        self.aux_router = self.param('aux_router', lambda key: init_router(cfg, key))
+        self.aux_router = router.stacked_heads(cfg)
     self.routing_state = {
       name: self.variable('routing', name, lambda value=value: value)
-      for name, value in init_state(cfg).items()
+      for name, value in router.init_state(cfg).items()
     }
-    self.final_norm = norm(cfg, None)
+    self.final_norm = RMSNorm(cfg)
     if not cfg.tie_embeddings:
-      self.head = self.param('head', lambda key: {'kernel': init(key, (cfg.d_model, cfg.vocab_size))})
+      self.head = axes.Leaf('kernel', (cfg.d_model, cfg.vocab_size), ('embed', 'vocab'), init)
 
   def __call__(
     self,
@@ -64,6 +79,7 @@ class Transformer(nn.Module):
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
     max_recursions: int | None = None,
+    with_logits: bool = True,
   ) -> ModelOutput:
     """Logits for every token.
 
@@ -75,53 +91,31 @@ class Transformer(nn.Module):
       segment_ids: (B, T) document of each token, 0 for padding; default: one document a row.
       positions: (B, T) position in the document; default: counted from the document's start.
       max_recursions: recursions a token takes at most; default: R.
+      with_logits: False leaves the output head to the caller (`states_and_head`).
 
     Raises:
       ValueError: unknown routing, max_len shorter than the row, or max_recursions that the model cannot have.
     """
-    x_BTD, routed = self.hidden(tokens_BT, routing, max_len, slack, segment_ids, positions, max_recursions)
-    return ModelOutput(self.logits(x_BTD), routed)
-
-  def hidden(
-    self,
-    tokens_BT: jax.Array,
-    routing: str = 'topk',
-    max_len: int | None = None,
-    slack: float | None = None,
-    segment_ids: jax.Array | None = None,
-    positions: jax.Array | None = None,
-    max_recursions: int | None = None,
-  ) -> tuple[jax.Array, RoutingOutput | None]:
-    """Normed final states (B, T, D), to which `logits` applies the head; arguments as in `__call__`."""
-    cfg = self.config
-    if routing not in ('topk', 'threshold'):
-      raise ValueError(f"routing={routing!r} is not one of 'topk', 'threshold'")
-    length = tokens_BT.shape[1]
-    max_len = length if max_len is None else max_len
-    if max_len < length:
-      raise ValueError(f'max_len={max_len} is shorter than the row of {length} tokens')
-    slack = cfg.threshold_slack if slack is None else slack
-    steps = cfg.recursions if max_recursions is None else max_recursions
-    if not (1 <= steps < cfg.recursions and cfg.can_stop_early) and steps != cfg.recursions:
-      raise ValueError(
-        f'max_recursions={steps} cannot be had of {cfg.recursions} under sharing={cfg.sharing}'
-      )
+    chex.assert_rank(tokens_BT, 2)
+    chex.assert_type(tokens_BT, int)
+    rule = recursion.make_rule(self.config, tokens_BT.shape[1], routing, max_len, slack, max_recursions)
     context = token_context(tokens_BT, segment_ids, positions)
     x_BTD = self.embedded(tokens_BT)
-    routed = None
-    if cfg.kind == 'vanilla' and cfg.passes == 1:
-      x_BTD, _ = apply_stack(cfg, self.layers, x_BTD, context)
+    if self.is_initializing():
+      self._make_parameters()
+      routed = None
     else:
-      first, block, last = sharing.split_stack(cfg, self.layers)
-      x_BTD, _ = apply_stack(cfg, first, x_BTD, context)
-      if cfg.kind == 'vanilla':
-        x_BTD = recursion.share_memory(cfg, block, x_BTD, context)
-      elif cfg.kind == 'recursive':
-        x_BTD = recursion.repeat(cfg, block, self.steps, x_BTD, context, steps)
-      else:
-        x_BTD, routed = self._route(block, x_BTD, context, routing, max_len, slack, steps)
-      x_BTD, _ = apply_stack(cfg, last, x_BTD, context)
-    return self.final_norm(x_BTD), routed
+      x_BTD, routed = self._layers(x_BTD, context, rule)
+    x_BTD = self.final_norm(x_BTD)
+    return ModelOutput(self.logits(x_BTD) if with_logits else None, routed, x_BTD)
+
+  def states_and_head(self, *args, **kwargs) -> tuple[jax.Array, jax.Array, RoutingOutput | None]:
+    """For a loss that makes the logits itself: normed final states (B, T, D), `head_kernel`, and the routing.
+
+    Arguments as in `__call__`.
+    """
+    output = self(*args, **kwargs, with_logits=False)
+    return output.hidden, self.head_kernel(), output.routing
 
   def embedded(self, tokens_BT: jax.Array) -> jax.Array:
     """The residual stream (B, T, D) at its beginning."""
@@ -134,44 +128,80 @@ class Transformer(nn.Module):
     x_BTD = axes.per_shard(look_up, [(), ('batch',)], ('batch',))(embedding_VD, tokens_BT)
     return axes.constrain(x_BTD, 'batch', 'length', 'width')
 
-  def _route(self, block, x_BTD, context, routing, max_len, slack, steps):
-    cfg = self.config
-    zeros_R = jnp.zeros((cfg.recursions,))
-    if cfg.random_router:
-      key = self.make_rng('routing') if self.has_rng('routing') else jax.random.key(0)
-      router = jax.random.split(key, cfg.recursions)
-    else:
-      router = self.router
-    if cfg.router == 'token_choice':
-      bias_R = self.routing_state['bias'].value if 'bias' in self.routing_state else zeros_R
-      return token_choice.route(
-        cfg, block, router, self.steps, bias_R, x_BTD, context, routing, max_len, slack, steps
-      )
-    steps_R = {'own': self.steps, 'threshold': self.get_variable('routing', 'threshold', zeros_R)}
-    steps_R['key' if cfg.random_router else 'router'] = router
-    if cfg.has_aux_router:
-      steps_R['aux_router'] = self.aux_router
-    steps_R = jax.tree.map(lambda leaf_R: leaf_R[:steps], steps_R)
-    if cfg.dispatch == 'gather' and routing == 'topk':
-      return expert_choice.route_gathered(cfg, block, steps_R, x_BTD, context)
-    return expert_choice.route_masked(cfg, block, steps_R, x_BTD, context, routing, max_len, slack)
-
   def head_kernel(self) -> jax.Array:
-    """Kernel (D, V) of the output head, float32, or what has come of it on the way from other devices."""
-    kernel_DV = self.embed.embedding.T if self.config.tie_embeddings else self.head['kernel']
+    """Kernel (D, V) of the output head, float32; from other devices it travels in the model's dtype."""
+    kernel_DV = self.embed.embedding.T if self.config.tie_embeddings else self.head()['kernel']
     return axes.gather_parameter(kernel_DV, ('embed', 'vocab'), jnp.dtype(self.config.dtype))
-
-  def hidden_and_head(self, *args, **kwargs) -> tuple[jax.Array, jax.Array, RoutingOutput | None]:
-    """`hidden` and `head_kernel`, for a loss that makes the logits itself: (x_BTD, kernel_DV, routing)."""
-    x_BTD, routed = self.hidden(*args, **kwargs)
-    return x_BTD, self.head_kernel(), routed
 
   def logits(self, x_BTD: jax.Array) -> jax.Array:
     """Output head: logits (..., V) in float32."""
-    dtype = jnp.dtype(self.config.dtype)
-    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1]).astype(dtype)
-    logits_NV = jnp.dot(x_ND, self.head_kernel().astype(dtype), preferred_element_type=jnp.float32)
+    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+    logits_NV = head_product(self.config, x_ND, self.head_kernel())
     return axes.constrain(logits_NV.reshape(*x_BTD.shape[:-1], -1), 'batch', 'length', 'vocab')
+
+  def _layers(self, x_BTD, context, rule):
+    cfg = self.config
+    turns = rotation(cfg, context.positions_BC)
+    if cfg.unique_ends:
+      x_BTD, _ = stack.run_layers(self.first, x_BTD, Row(context), turns)
+    x_BTD, routed = self._recursions(x_BTD, context, rule)
+    if cfg.unique_ends:
+      x_BTD, _ = stack.run_layers(self.last, x_BTD, Row(context), turns)
+    return x_BTD, routed
+
+  def _recursions(self, x_BTD, context, rule):
+    cfg = self.config
+    if cfg.kind == 'mor':
+      return self._route(x_BTD, context, rule)
+    if cfg.kind == 'recursive':
+      return recursion.repeat(self.block, self.steps(), x_BTD, context, rule.steps), None
+    if cfg.passes > 1:
+      return recursion.share_memory(self.block, x_BTD, context), None
+    return recursion.run_pass(self.block, {}, x_BTD, context, None, cfg.shared_depth)
+
+  def _route(self, x_BTD, context, rule):
+    cfg, own_R = self.config, self.steps()
+    zeros_R = jnp.zeros((cfg.recursions,))
+    if cfg.random_router:
+      key = self.make_rng('routing') if self.has_rng('routing') else jax.random.key(0)
+      routers = jax.random.split(key, cfg.recursions)
+    else:
+      routers = nn.unbox(self.router.variables['params'])
+    if cfg.router == 'token_choice':
+      bias_R = self.routing_state['bias'].value if 'bias' in self.routing_state else zeros_R
+      return token_choice.route(self.block, routers, own_R, bias_R, x_BTD, context, rule)
+    steps_R = {'own': own_R, 'threshold': self.get_variable('routing', 'threshold', zeros_R)}
+    steps_R['key' if cfg.random_router else 'router'] = routers
+    if cfg.has_aux_router:
+      steps_R['aux_router'] = nn.unbox(self.aux_router.variables['params'])
+    steps_R = jax.tree.map(lambda leaf_R: leaf_R[: rule.steps], steps_R)
+    if cfg.dispatch == 'gather' and rule.routing == 'topk':
+      return expert_choice.route_gathered(self.block, steps_R, x_BTD, context)
+    return expert_choice.route_masked(self.block, steps_R, x_BTD, context, rule)
+
+  def _make_parameters(self):
+    """Runs every part of the model once, on a single token, which is enough to make its parameters."""
+    cfg = self.config
+    zeros_BC = jnp.zeros((1, 1), jnp.int32)
+    memory = Row(TokenContext(zeros_BC, zeros_BC))
+    with nn.logical_axis_rules(()):  # one token is not a batch to be split
+      stack.make_parameters(self.block, memory, cfg.shared_depth)
+      for name in ('first', 'last')[: 2 * cfg.unique_ends]:
+        stack.make_parameters(getattr(self, name), memory)
+      if cfg.kind != 'vanilla':
+        self.steps()
+      if cfg.kind == 'mor' and not cfg.random_router:
+        x_BTD = jnp.zeros((1, 1, cfg.d_model))
+        self.router(x_BTD)
+        if cfg.has_aux_router:
+          self.aux_router(x_BTD)
+      self.head_kernel()
+
+
+def head_product(config: ModelConfig, x_ND: jax.Array, kernel_DV: jax.Array) -> jax.Array:
+  """Logits (N, V): operands in the model's dtype, sums in float32."""
+  dtype = jnp.dtype(config.dtype)
+  return jnp.dot(x_ND.astype(dtype), kernel_DV.astype(dtype), preferred_element_type=jnp.float32)
 
 
 def token_context(
@@ -185,4 +215,18 @@ def token_context(
     before_BT = jnp.pad(segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     starts_BT = segment_ids_BT != before_BT
     positions_BT = index_T - jax.lax.cummax(jnp.where(starts_BT, index_T, 0), axis=1)
+  chex.assert_equal_shape([tokens_BT, segment_ids_BT, positions_BT])
   return TokenContext(positions_BT, segment_ids_BT)
+
+
+@functools.cache
+def parameter_axes(config: ModelConfig) -> dict[str, axes.Names]:
+  """Logical names of the axes of every parameter of a model by its path, 'block/mlp/up/kernel'."""
+  return axes.parameter_names(abstract_variables(config)['params'])
+
+
+def abstract_variables(config: ModelConfig) -> dict:
+  """Shapes of a model's variables, as `init` makes them: in boxes with the names of their axes."""
+  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  with nn.logical_axis_rules(()):
+    return jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -38,22 +38,24 @@ def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
   return traced
 
 
-def shardings(mesh: Mesh, tree: Any) -> Any:
+def shardings(mesh: Mesh, tree: Any, names: Mapping[str, axes.Names]) -> Any:
   """NamedSharding of every leaf of parameters, or of a tree with copies of them such as an optimiser's state.
 
-  A leaf belongs to the parameter that the dictionary keys at the end of its path name. Scalars, the routers'
-  state and metrics are whole on every device, and so are parameters along axes that do not divide.
+  A leaf belongs to the parameter that the dictionary keys at the end of its path name. Leaves without a parameter
+  (scalars, the routers' state, metrics) are whole on every device, and so are parameters along axes that the mesh
+  does not divide.
 
   Args:
     tree: arrays or their shapes.
+    names: logical names of the axes of every parameter, by path (`transformer.parameter_axes`).
   """
   with nn.logical_axis_rules(_rules_of(mesh)):
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: _sharding(mesh, path, leaf), tree)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _sharding(mesh, names, path, leaf), tree)
 
 
-def laid_out(mesh: Mesh, tree: Any) -> Any:
+def laid_out(mesh: Mesh, tree: Any, names: Mapping[str, axes.Names]) -> Any:
   """Results of a traced function, made to lie where `shardings` says."""
-  return jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))
+  return jax.lax.with_sharding_constraint(tree, shardings(mesh, tree, names))
 
 
 def _rules_of(mesh: Mesh) -> list[tuple[str, tuple[str, ...]]]:
@@ -62,11 +64,11 @@ def _rules_of(mesh: Mesh) -> list[tuple[str, tuple[str, ...]]]:
   return [(name, over) for name, over in split.items() if over]
 
 
-def _sharding(mesh: Mesh, path: tuple, leaf: Any) -> NamedSharding:
-  names = _parameter_path(path)
-  if not leaf.ndim or not axes.is_parameter(names):
+def _sharding(mesh: Mesh, names: Mapping[str, axes.Names], path: tuple, leaf: Any) -> NamedSharding:
+  of_leaf = names.get(_parameter_path(path), ())
+  if len(of_leaf) != leaf.ndim:  # no parameter, or what an optimiser that keeps nothing has in its place
     return NamedSharding(mesh, PartitionSpec())
-  parts = axes.mesh_axes(axes.parameter_axes(names, leaf.ndim))
+  parts = axes.mesh_axes(of_leaf)
   even = [
     over if over and size % math.prod(mesh.shape[axis] for axis in over) == 0 else None
     for size, over in zip(leaf.shape, parts, strict=True)
@@ -74,30 +76,31 @@ def _sharding(mesh: Mesh, path: tuple, leaf: Any) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(*even))
 
 
-def _parameter_path(path: tuple) -> tuple[str, ...]:
-  """The dictionary keys at the end of a path, which name a parameter."""
+def _parameter_path(path: tuple) -> str:
+  """The dictionary keys at the end of a path, which name a parameter: 'block/mlp/up/kernel'."""
   names = [entry.key if isinstance(entry, jax.tree_util.DictKey) else None for entry in path]
   last = len(names) - names[::-1].index(None) if None in names else 0
-  return tuple(name for name in names[last:] if name != 'params')
+  return '/'.join(name for name in names[last:] if name != 'params')
 
 
-def check_split(mesh: Mesh, params: Any) -> None:
+def check_split(mesh: Mesh, params: Any, names: Mapping[str, axes.Names]) -> None:
   """Raises ConfigError if fsdp leaves more than LARGEST_WHOLE_SHARE of the parameters' bytes whole on every device.
 
   Args:
     params: parameters or their shapes.
+    names: as in `shardings`.
   """
   parts = mesh.shape['fsdp']
   if parts == 1:
     return
   whole, total = {}, 0
   for (path, leaf), sharding in zip(
-    jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings(mesh, params)), strict=True
+    jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings(mesh, params, names)), strict=True
   ):
     size = leaf.size * leaf.dtype.itemsize
     total += size
     if not any('fsdp' in (over or ()) for over in sharding.spec):
-      whole['/'.join(_parameter_path(path))] = size
+      whole[_parameter_path(path)] = size
   share = sum(whole.values()) / total
   if share > LARGEST_WHOLE_SHARE:
     largest = max(whole, key=whole.get)

@@ -6,7 +6,6 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from mor_jax.config import Config
 from mor_jax.model import flops
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
-from mor_jax.parallel import rules
 from mor_jax.planning import chips, collectives, hlo, roofline, traffic
 from mor_jax.planning.executed import executed_flops
 from mor_jax.training import distillation, phases
@@ -111,10 +109,10 @@ def compile_step(config: Config, mesh: Mesh, teacher: Teacher | None = None, fas
   """
   config = phases.plan(config)[-1][1]
   model, optimizer = Transformer(config.model), make_optimizer(config.train, config.model.has_aux_router)
-  state = abstract_state(initializer(model, optimizer, mesh, config.data.seq_len), mesh)
+  state = abstract_state(initializer(model, optimizer, mesh, config.data.seq_len))
   batch = abstract_batch(config, mesh)
   begin, cpu_begin = time.perf_counter(), time.process_time()
-  theirs = (distillation.abstract_parameters(teacher, partial(rules.shardings, mesh)),) if teacher else ()
+  theirs = (distillation.abstract_parameters(teacher, mesh),) if teacher else ()
   traced = make_train_step(model, config, optimizer, mesh, teacher).trace(state, batch, *theirs)
   chip = chips.of_kind(mesh.devices.flat[0].device_kind)
   known = {

@@ -45,6 +45,6 @@ def load_run(path: str | os.PathLike, step: int | None = None, mesh: Mesh | None
     step = checkpoints.newest_good() if step is None else checkpoints.good(step)
     if step is None:
       raise ConfigError(f'the run {path} has no checkpoint yet')
-    state = abstract_state(initializer(model, optimizer, mesh, config.data.seq_len), mesh)
+    state = abstract_state(initializer(model, optimizer, mesh, config.data.seq_len))
     variables = checkpoints.restore_variables(step, state)
   return LoadedRun(folder, config, model, variables, step)

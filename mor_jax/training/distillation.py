@@ -5,17 +5,20 @@ tokens at a time, as the student's do.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax import traverse_util
+from jax.sharding import Mesh
 
 from mor_jax.config import ConfigError, DistillConfig, ModelConfig
-from mor_jax.model.transformer import Transformer
+from mor_jax.model.transformer import Transformer, abstract_variables, parameter_axes
+from mor_jax.parallel import rules
 from mor_jax.training import vocabulary_loss
 
 
@@ -38,7 +41,7 @@ class Teacher:
       batch['tokens'],
       segment_ids=batch['segment_ids'],
       positions=batch['positions'],
-      method=Transformer.hidden_and_head,
+      method=Transformer.states_and_head,
     )
     return jax.lax.stop_gradient((x_BTD, kernel_DV))
 
@@ -91,21 +94,18 @@ def make_teacher(config: DistillConfig, theirs: ModelConfig, student: ModelConfi
   return Teacher(Transformer(dataclasses.replace(theirs, **same)), config)
 
 
-def abstract_parameters(teacher: Teacher, shardings: Callable[[Any], Any]) -> Any:
-  """Shapes, dtypes and shardings of the teacher's parameters: matrices in the dtype they are multiplied in.
-
-  Args:
-    shardings: tree of shapes -> tree of shardings.
-  """
-  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  shapes = jax.eval_shape(teacher.model.init, jax.random.key(0), tokens)['params']
-  dtype = jnp.dtype(teacher.model.config.dtype)
+def abstract_parameters(teacher: Teacher, mesh: Mesh) -> Any:
+  """Shapes, dtypes and shardings of the teacher's parameters: matrices in the dtype they are multiplied in."""
+  config = teacher.model.config
+  shapes = nn.unbox(abstract_variables(config))['params']
+  dtype = jnp.dtype(config.dtype)
 
   def leaf(path, shape, sharding):
     is_scale = path[-1].key == 'scale'
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype if is_scale else dtype, sharding=sharding)
 
-  return jax.tree_util.tree_map_with_path(leaf, shapes, shardings(shapes))
+  laid_out = rules.shardings(mesh, shapes, parameter_axes(config))
+  return jax.tree_util.tree_map_with_path(leaf, shapes, laid_out)
 
 
 def load_parameters(abstract: Any, weights: Any) -> Any:

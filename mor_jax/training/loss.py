@@ -135,7 +135,7 @@ def make_loss(
       routing='topk',
       segment_ids=batch['segment_ids'],
       positions=batch['positions'],
-      method=Transformer.hidden_and_head,
+      method=Transformer.states_and_head,
     )
     if teacher is None:
       total = next_token_nll(x_BTD, kernel_DV, batch, chunk, mesh) / whole.targets

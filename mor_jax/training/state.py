@@ -14,6 +14,7 @@ from flax import linen as nn
 from flax import struct, traverse_util
 from jax.sharding import Mesh
 
+from mor_jax.model.transformer import Transformer, parameter_axes
 from mor_jax.parallel import rules
 
 SEED = jax.ShapeDtypeStruct((), jnp.uint32)
@@ -46,31 +47,30 @@ class TrainState:
 
 
 def initializer(
-  model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh, seq_len: int
+  model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh, seq_len: int
 ) -> Callable[[jax.Array], TrainState]:
   """The jitted function from a seed (uint32) to the state at step 0: every device makes its part of it."""
 
   def initialize(seed: jax.Array) -> TrainState:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # says what platform it is for
-      variables = model.init(jax.random.key(seed), jnp.zeros((1, seq_len), jnp.int32))
+      variables = nn.unbox(model.init(jax.random.key(seed), jnp.zeros((1, seq_len), jnp.int32)))
     opt_state = optimizer.init(variables['params'])
     return TrainState(jnp.zeros((), jnp.int32), variables['params'], opt_state, variables.get('routing', {}))
 
   shapes = jax.eval_shape(initialize, SEED)
-  rules.check_split(mesh, shapes.params)
+  names = parameter_axes(model.config)
+  rules.check_split(mesh, shapes.params, names)
   # It runs once, and on a CPU takes three times as long to compile with optimisation as without.
   quick = {'xla_backend_optimization_level': 0} if mesh.devices.flat[0].platform == 'cpu' else None
-  return jax.jit(initialize, out_shardings=rules.shardings(mesh, shapes), compiler_options=quick)
+  return jax.jit(initialize, out_shardings=rules.shardings(mesh, shapes, names), compiler_options=quick)
 
 
-def abstract_state(initialize: Callable[[jax.Array], TrainState], mesh: Mesh) -> TrainState:
-  """Shapes, dtypes and sharding of the state: what a step is compiled for and a checkpoint restored to."""
-  shapes = jax.eval_shape(initialize, SEED)
-  return jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    shapes,
-    rules.shardings(mesh, shapes),
-  )
+def abstract_state(initialize: Callable[[jax.Array], TrainState]) -> TrainState:
+  """Shapes, dtypes and sharding of the state that an `initializer` makes.
+
+  What a step is compiled for and a checkpoint restored to.
+  """
+  return initialize.eval_shape(SEED)
 
 
 def begin_from(state: TrainState, weights: Any) -> TrainState:

@@ -1,8 +1,11 @@
 """One optimiser step: gradients of all micro-batches, one update, metrics."""
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +15,7 @@ from jax.sharding import Mesh
 
 from mor_jax.config import Config
 from mor_jax.model import router
+from mor_jax.model.transformer import parameter_axes
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import rules
 from mor_jax.training import loss as loss_lib
@@ -19,6 +23,7 @@ from mor_jax.training.distillation import Teacher
 from mor_jax.training.optimizer import learning_rate_schedule
 from mor_jax.training.state import TrainState
 
+_MADE = itertools.count()
 TrainStep = Callable[..., tuple[TrainState, dict[str, Any]]]
 
 
@@ -48,6 +53,7 @@ def make_train_step(
   may_skip = config.train.max_skipped if config.train.on_nonfinite == 'skip' else 0
   loss = loss_lib.make_loss(model.apply, config.model, config.train.loss_chunk, mesh, teacher)
   gradient = jax.value_and_grad(loss, has_aux=True)
+  names = parameter_axes(config.model)
 
   def train_step(state: TrainState, batch_ABT: loss_lib.Batch, *theirs):
     batch_ABT = loss_lib.visible_batch(batch_ABT, config.data.segment_mask)
@@ -63,9 +69,23 @@ def make_train_step(
     is_finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['grad_norm'])
     new_state = _only_finite(state, new_state, is_finite, may_skip)
     metrics |= {'skipped': new_state.skipped, 'halted': new_state.halted}
-    return rules.laid_out(mesh, new_state), rules.laid_out(mesh, metrics)
+    return rules.laid_out(mesh, new_state, names), rules.laid_out(mesh, metrics, {})
 
-  return jax.jit(rules.on_mesh(mesh, train_step), donate_argnums=0)
+  return jax.jit(rules.on_mesh(mesh, _traced_once(train_step)), donate_argnums=0)
+
+
+def _traced_once(function: Callable) -> Callable:
+  """The function, which fails when it is traced again: a step that is compiled anew during a run takes minutes."""
+
+  @functools.wraps(function)
+  def counted(*args):
+    return function(*args)
+
+  # Chex counts by source and name, so that two steps in one process need two names.
+  counted.__name__ = f'{function.__name__}_{next(_MADE)}'
+  guarded = chex.assert_max_traces(counted, n=1)
+  guarded.__name__ = function.__name__
+  return guarded
 
 
 def _only_finite(old: TrainState, new: TrainState, is_finite: jax.Array, may_skip: int) -> TrainState:
@@ -79,11 +99,13 @@ def _only_finite(old: TrainState, new: TrainState, is_finite: jax.Array, may_ski
 
 
 def _grad_norms(grads: Any) -> dict[str, jax.Array]:
-  """'grad_norm' of everything, and 'grad_norm/NAME' of each module: 'embed', 'layers.attention' (all layers'), ..."""
+  """'grad_norm' of everything, and 'grad_norm/NAME' of each module: 'embed', 'block.attention' (all its layers), ..."""
   modules = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
     names = [entry.key for entry in path[:2]]
-    modules.setdefault('.'.join(names) if names[0] == 'layers' else names[0], []).append(leaf)
+    modules.setdefault('.'.join(names) if names[0] in ('first', 'block', 'last') else names[0], []).append(
+      leaf
+    )
   norms = {f'grad_norm/{name}': optax.tree.norm(leaves) for name, leaves in modules.items()}
   return {'grad_norm': optax.tree.norm(grads), **norms}
 
