@@ -24,10 +24,10 @@ from mor_jax import cli
 from mor_jax.config import ConfigError, ModelConfig, with_changes
 from mor_jax.data import loader
 from mor_jax.evaluation import few_shot, held_out, tables
+from mor_jax.files import write_atomically
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.runs.restore import LoadedRun, load_run
-from mor_jax.files import write_atomically
 
 FLAGS = flags.FLAGS
 ONLY_TASKS = ('include_path', 'num_fewshot', 'limit', 'routing', 'max_len', 'prefix_token', 'use_cache')

@@ -8,6 +8,7 @@ import tiny
 
 from mor_jax.config import Config, DataConfig, with_changes
 from mor_jax.data import tokenizer as tokenizer_lib
+from mor_jax.data.token_texts import token_texts
 from mor_jax.evaluation import depth
 
 
@@ -40,7 +41,7 @@ def test_words_do_not_reach_over_documents(bytes_tokenizer):
 def test_a_character_of_several_tokens_belongs_to_the_last(bytes_tokenizer):
   text = 'né€😀!'
   tokens_T = np.array(bytes_tokenizer.encode(text))
-  texts = depth.token_texts(bytes_tokenizer, tokens_T)
+  texts = token_texts(bytes_tokenizer, tokens_T)
   assert len(texts) == len(tokens_T)
   assert [piece for piece in texts if piece] == list(text)
   assert texts[1:3] == ['', 'é']
@@ -48,7 +49,7 @@ def test_a_character_of_several_tokens_belongs_to_the_last(bytes_tokenizer):
 
 def test_text_cut_within_a_character_keeps_a_text_for_every_token(bytes_tokenizer):
   tokens_T = np.array(bytes_tokenizer.encode('a€')[:-1])
-  texts = depth.token_texts(bytes_tokenizer, tokens_T)
+  texts = token_texts(bytes_tokenizer, tokens_T)
   assert len(texts) == len(tokens_T)
   assert ''.join(texts).startswith('a')
 

@@ -112,7 +112,7 @@ def test_a_trace_holds_the_steps_of_its_span(tmp_path, stop):
 @pytest.mark.parametrize('text', ['5', '5:5', '0:3', '7:2', 'a:b'])
 def test_a_span_that_is_none_is_refused(text):
   with pytest.raises(ConfigError, match=rf'--profile={text} is not allowed: write START:STOP'):
-    parse_span(text)
+    parse_span(text, 20)
 
 
 @pytest.mark.parametrize(('bound', 'most'), [(7, 7), (6, 6), (None, 20)])

@@ -62,7 +62,10 @@ def test_programs_that_a_resumed_run_is_past_are_not_compiled():
 
 
 def test_each_step_runs_the_program_of_its_phase():
-  programs = [(first, lambda state, batch, first=first: (state, first)) for first in (0, 3, 5)]
+  programs = [
+    phases.Program(first, CONFIG, lambda state, batch, first=first: (state, first), 0.0, is_only=False)
+    for first in (0, 3, 5)
+  ]
   step = phases.PhasedStep(programs, done=0)
   assert [step(None, None)[1] for _ in range(7)] == [0, 0, 0, 3, 3, 5, 5]
   resumed = phases.PhasedStep(programs, done=4)

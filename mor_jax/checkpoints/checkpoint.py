@@ -20,7 +20,6 @@ from mor_jax.checkpoints.mirror import Mirror
 from mor_jax.config import CheckpointConfig, ConfigError
 from mor_jax.errors import RunError
 from mor_jax.parallel import runtime
-from mor_jax.training.state import TrainState
 
 RETRY_SECONDS = 60.0  # after a save that failed
 _REMOVED, _DAMAGED = '.removed', '.damaged'
@@ -200,7 +199,7 @@ class Checkpoints:
   def save(
     self,
     step: int,
-    state: TrainState,
+    state: Any,
     validation_loss: float | None = None,
     position: dict[str, Any] | None = None,
   ) -> None:
@@ -312,20 +311,25 @@ class Checkpoints:
 
   # ---- restoring ----
 
-  def restore(self, step: int, abstract_state: TrainState) -> TrainState:
+  def restore(self, step: int, abstract_state: Any) -> Any:
     """The state of a step, laid out as `abstract_state` (shapes, dtypes, shardings) says."""
     return self._checkpointer.load(step, abstract_state)
 
-  def restore_variables(self, step: int, abstract_state: TrainState) -> dict[str, Any]:
+  def restore_variables(self, step: int, abstract_variables: dict[str, Any]) -> dict[str, Any]:
     """Parameters and router state alone: all that a converted model has, and that using a model needs."""
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
-      return ocp.load(self.path(step), abstract_state.variables)
+      return ocp.load(self.path(step), abstract_variables)
 
   def manifest(self, step: int) -> dict[str, Any]:
     """What a checkpoint says about itself: step, processes, validation_loss, `about`."""
     return integrity.read_manifest(self.path(step))
+
+  def describe_newest(self) -> str:
+    """What of the training is safe, for a user."""
+    step = self.latest_step
+    return f'saved after step {step} in {self.path(step)}' if step else 'nothing was trained yet'
 
   def position(self, step: int) -> dict[str, Any] | None:
     """Where this process stood in its stream of data, None if it read none.

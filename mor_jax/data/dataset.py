@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from mor_jax.config import ConfigError, DataConfig
 from mor_jax.data import corpus, pipeline, shards
 from mor_jax.data import tokenizer as tokenizers
+from mor_jax.files import write_atomically
 
 FORMAT_VERSION = 2  # raise it when the same settings would give another folder content
 PREPARED = 'prepared:'  # data.source=prepared:FOLDER

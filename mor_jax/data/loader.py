@@ -18,6 +18,7 @@ from mor_jax.data.dataset import PreparedDataset
 from mor_jax.data.schedule import BatchSchedule
 
 _ENDLESS = 2**62
+_ROWS_NAMED = 64  # of a batch, in a message
 Dataset = PreparedDataset | live.LiveDataset
 
 Batch = dict[str, np.ndarray]  # 'tokens', 'segment_ids', 'positions', each int32 (B, T)
@@ -48,6 +49,16 @@ def batch_rows(num_rows: int, first: int, count: int, seed: int) -> np.ndarray:
     for epoch, place in zip(epochs, places, strict=True)
   ]
   return np.array(shuffled)
+
+
+def describe_batch(dataset: Dataset, schedule: BatchSchedule, seed: int, step: int) -> str:
+  """Which rows of the dataset the batch of a step has; steps count from 1."""
+  first, count = schedule.rows_before(step - 1), schedule.rows(step - 1)
+  if isinstance(dataset, live.LiveDataset):
+    return f'rows {first} to {first + count - 1} of the stream'
+  rows = batch_rows(dataset.manifest.splits['train'].rows, first, count, seed)
+  named = ', '.join(map(str, rows[:_ROWS_NAMED])) + (', ...' if count > _ROWS_NAMED else '')
+  return f'{count} rows of the training split: {named}'
 
 
 def host_rows(rows: np.ndarray, accumulation: int, host: int, num_hosts: int) -> np.ndarray:

@@ -26,6 +26,7 @@ from mor_jax.config import ConfigError, DataConfig
 from mor_jax.data import corpus, packing, shards
 from mor_jax.data.document import Document
 from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.files import write_atomically
 
 UNIT_CHARACTERS = 2**21  # 0.2% of a unit of 2,048-token rows is padding at its end
 ENCODED_AT_ONCE = 2**20  # characters; the tokenizer needs some 40 bytes for each of them

@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 
 from mor_jax.config import Config, ConfigError, with_changes
 from mor_jax.evaluation import nll
-from mor_jax.model.transformer import Transformer
 from mor_jax.files import write_atomically
+from mor_jax.model.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from mor_jax.config import Config
+from mor_jax.data.token_texts import token_texts
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.model import router
 from mor_jax.model.transformer import Transformer
@@ -120,26 +121,6 @@ def words(tokenizer: Tokenizer, row: RoutedRow) -> list[Word]:
       depth = float(depth_by_character[match.start() : match.end()].mean())
       found.append(Word(match.group(), depth, _kind(match.group())))
   return found
-
-
-def token_texts(tokenizer: Tokenizer, tokens_T: np.ndarray) -> list[str]:
-  """The text that each token adds to the one before; together they are the decoded text.
-
-  A character spread over several tokens goes to the last of them, the others have ''.
-  """
-  texts, pending = [], []
-  for token in tokens_T.tolist():
-    pending.append(token)
-    text = tokenizer.decode(pending)
-    # U+FFFD may be the beginning of a character: at most 4 bytes, hence 4 tokens, long.
-    if text.endswith('�') and len(pending) < 4:
-      texts.append('')
-      continue
-    texts.append(text)
-    pending = []
-  if pending:
-    texts[-1] = tokenizer.decode(pending)
-  return texts
 
 
 def _kind(word: str) -> str:

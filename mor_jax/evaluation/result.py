@@ -9,11 +9,20 @@ from mor_jax.evaluation import ngram
 from mor_jax.inference.text import complete
 from mor_jax.model import flops
 from mor_jax.model.transformer import Transformer
+from mor_jax.parallel import runtime
 from mor_jax.training.loss import visible_segments
+from mor_jax.training.watch.goodput import Ledger
 
 
-def of_run(config: Config, dataset: loader.Dataset, last: dict[str, float]) -> dict[str, Any]:
-  """What summary.json holds."""
+def of_run(
+  config: Config, dataset: loader.Dataset, variables: Any, last: dict[str, float], ledger: Ledger
+) -> dict[str, Any]:
+  """What summary.json holds. To be called by all processes: each has a part of the variables.
+
+  Args:
+    last: metrics of the last step.
+    ledger: where the time went.
+  """
   model, train = config.model, config.train
   parameters = flops.count_parameters(model)
   tokens = schedule.of(train).rows_before(train.steps) * config.data.seq_len
@@ -30,7 +39,9 @@ def of_run(config: Config, dataset: loader.Dataset, last: dict[str, float]) -> d
     'validation/unigram_entropy': unigram,
     'validation/bigram_entropy': bigram,
     'checkpoint': f'{config.checkpoint.folder or "checkpoints"}/{train.steps}',
-    'sample': '',
+    'goodput': ledger.seconds(),
+    'restarts': ledger.restarts(),
+    'sample': _sample(config, dataset, runtime.on_host(variables)) if train.sample_tokens else '',
   }
 
 
@@ -43,11 +54,13 @@ def _entropies(config: Config, dataset: loader.Dataset) -> tuple[float, float]:
   return ngram.ngram_entropies(visible, config.model.vocab_size)
 
 
-def sample(model: Transformer, config: Config, dataset: loader.Dataset, variables: Any) -> str:
-  """The prompt and its continuation under threshold routing."""
+def _sample(config: Config, dataset: loader.Dataset, variables: Any) -> str:
+  """The prompt and its continuation under threshold routing; only the main process computes it."""
+  if not runtime.is_main():
+    return ''
   train = config.train
   text = complete(
-    model,
+    Transformer(config.model),
     variables,
     dataset.tokenizer,
     train.sample_prompt,

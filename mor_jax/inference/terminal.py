@@ -5,8 +5,8 @@ from rich.console import Console
 from rich.text import Text
 
 from mor_jax.config import ModelConfig
+from mor_jax.data.token_texts import token_texts
 from mor_jax.data.tokenizer import Tokenizer
-from mor_jax.evaluation.depth import token_texts
 from mor_jax.inference.requests import Result
 from mor_jax.inference.scheduler import Statistics
 

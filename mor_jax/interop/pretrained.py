@@ -87,6 +87,8 @@ def make_teacher(config: Config, opened: Pretrained | None) -> Teacher | None:
   return distillation.make_teacher(config.distill, opened.weights.config, config.model)
 
 
-def abstract_teacher(teacher: Teacher, mesh: Mesh) -> Any:
-  """Shapes, dtypes and shardings of its parameters."""
-  return distillation.abstract_parameters(teacher, mesh)
+def load_teacher(teacher: Teacher | None, opened: Pretrained | None, mesh: Mesh) -> tuple[Any, ...]:
+  """The teacher's parameters on the devices, the further argument of a step; none without a teacher."""
+  if teacher is None:
+    return ()
+  return (distillation.load_parameters(distillation.abstract_parameters(teacher, mesh), opened.weights),)

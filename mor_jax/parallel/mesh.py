@@ -94,6 +94,14 @@ def data_hosts(mesh: Mesh) -> tuple[int, int]:
   return hosts.index(tuple(sorted(rows_of[jax.process_index()]))), len(hosts)
 
 
+def make_checked_mesh(parallel: ParallelConfig, model: ModelConfig, train: TrainConfig) -> Mesh:
+  """`make_mesh` for a training. Raises ConfigError if its batches or its model cannot be split over it."""
+  mesh = make_mesh(parallel)
+  check_batch(mesh, train)
+  check_model(mesh, model)
+  return mesh
+
+
 def check_batch(mesh: Mesh, train: TrainConfig) -> None:
   """Raises ConfigError unless every micro-batch splits evenly over the devices."""
   rows, shards = train.global_batch // train.accumulation, row_shards(mesh)

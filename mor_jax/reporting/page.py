@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from mor_jax.data.token_texts import token_texts
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.evaluation import depth
 from mor_jax.reporting.plots import DEPTH_COLOURS
@@ -111,7 +112,7 @@ def coloured_text(tokenizer: Tokenizer, row: depth.RoutedRow) -> str:
   real_T = row.segments_T > 0
   scores_TR = row.scores_RT.T[real_T]
   for text, taken, scores_R in zip(
-    depth.token_texts(tokenizer, row.tokens_T[real_T]), row.depth_T[real_T], scores_TR, strict=True
+    token_texts(tokenizer, row.tokens_T[real_T]), row.depth_T[real_T], scores_TR, strict=True
   ):
     asked = ', '.join('not asked' if np.isnan(score) else f'{score:.3f}' for score in scores_R)
     title = f'{taken} recursion{"" if taken == 1 else "s"}; scores {asked}'

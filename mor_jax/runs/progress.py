@@ -77,4 +77,3 @@ class Progress:
     if 'validation/dead_token_ratio' in record:
       text += f'  dead tokens {record["validation/dead_token_ratio"]:.1%}'
     return text
-

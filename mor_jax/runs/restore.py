@@ -5,15 +5,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
+from flax import linen as nn
 from jax.sharding import Mesh
 
-from mor_jax.checkpoints.checkpoint import Checkpoints, ever_finished
-from mor_jax.config import Config, ConfigError
-from mor_jax.model.transformer import Transformer
+from mor_jax.config import Config, ConfigError, ModelConfig
+from mor_jax.model.transformer import Transformer, abstract_variables, parameter_axes
 from mor_jax.parallel import mesh as mesh_lib
+from mor_jax.parallel import rules
 from mor_jax.runs.run_folder import RunFolder
-from mor_jax.training.optimizer import make_optimizer
-from mor_jax.training.state import abstract_state, initializer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +36,20 @@ def load_run(path: str | os.PathLike, step: int | None = None, mesh: Mesh | None
   """
   folder = RunFolder(Path(path))
   config = folder.read_config()
-  checkpoint_folder, mirror = folder.checkpoint_folder(config), folder.mirror(config)
-  if not ever_finished(checkpoint_folder, mirror):
-    raise ConfigError(f'the run {path} has no checkpoint yet')
   mesh, model = mesh or mesh_lib.make_mesh(), Transformer(config.model)
-  optimizer = make_optimizer(config.train, config.model.has_aux_router)
-  with Checkpoints(checkpoint_folder, config.checkpoint, read_only=True, mirror=mirror) as checkpoints:
+  with folder.read_checkpoints(config) as checkpoints:
     step = checkpoints.newest_good() if step is None else checkpoints.good(step)
     if step is None:
       raise ConfigError(f'the run {path} has no checkpoint yet')
-    state = abstract_state(initializer(model, optimizer, mesh, config.data.seq_len))
-    variables = checkpoints.restore_variables(step, state)
+    variables = checkpoints.restore_variables(step, _abstract(config.model, mesh))
   return LoadedRun(folder, config, model, variables, step)
+
+
+def _abstract(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+  """Shapes, dtypes and shardings of a model's variables."""
+  shapes = nn.unbox(abstract_variables(config))
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    shapes,
+    rules.shardings(mesh, shapes, parameter_axes(config)),
+  )

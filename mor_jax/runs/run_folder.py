@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
+from mor_jax.checkpoints.checkpoint import Checkpoints, ever_finished
 from mor_jax.checkpoints.mirror import DIRECT, Mirror, check_folder, scheme
 from mor_jax.config import Config, ConfigError, resolve, settings, with_changes
 from mor_jax.data.loader import Dataset
@@ -136,10 +137,26 @@ class RunFolder:
       return None
     return Mirror(folder, self._checkpoints)
 
-  def describe_checkpoints(self, config: Config, dataset: Dataset) -> dict[str, Any]:
-    """What every checkpoint says about the run that it is of."""
+  def has_checkpoint(self, config: Config) -> bool:
+    """Whether a checkpoint of the run was ever finished."""
+    return ever_finished(self.checkpoint_folder(config), self.mirror(config))
+
+  def checkpoints(self, config: Config, dataset: Dataset, report: Callable[[str], None]) -> Checkpoints:
+    """The checkpoints of the run, to go on from and to add to; a context.
+
+    Each says which run it is of.
+    """
     digest = dataset.manifest.tokenizer_digest
-    return {'config': config.to_dict(), 'tokenizer_digest': digest, 'code': code_version()}
+    about = {'config': config.to_dict(), 'tokenizer_digest': digest, 'code': code_version()}
+    where, mirror = self.checkpoint_folder(config), self.mirror(config)
+    return Checkpoints(where, config.checkpoint, about, [self.tokenizer], report, mirror=mirror)
+
+  def read_checkpoints(self, config: Config) -> Checkpoints:
+    """The checkpoints of the run, to read them; a context. Raises ConfigError if there was never one."""
+    if not self.has_checkpoint(config):
+      raise ConfigError(f'the run {self.path} has no checkpoint yet')
+    where, mirror = self.checkpoint_folder(config), self.mirror(config)
+    return Checkpoints(where, config.checkpoint, read_only=True, mirror=mirror)
 
   def read_data(self) -> dict[str, Any]:
     """Counts, tokenizer and source of the data that the run trains on, as its dataset's manifest has them."""

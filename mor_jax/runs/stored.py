@@ -16,7 +16,6 @@ from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
 from mor_jax.checkpoints import integrity
-from mor_jax.checkpoints.checkpoint import Checkpoints, ever_finished
 from mor_jax.config import Config, ConfigError, ModelConfig
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.files import new_folder
@@ -75,14 +74,11 @@ def open_run(path: str | os.PathLike) -> StoredWeights:
   """
   folder = RunFolder(Path(path))
   config = folder.read_config()
-  checkpoints_folder, mirror = folder.checkpoint_folder(config), folder.mirror(config)
-  step = None
-  if ever_finished(checkpoints_folder, mirror):
-    with Checkpoints(checkpoints_folder, config.checkpoint, read_only=True, mirror=mirror) as checkpoints:
-      step = checkpoints.newest_good()
-      where = None if step is None else checkpoints.path(step)
-  if step is None:
-    raise ConfigError(f'the run {path} has no checkpoint yet')
+  with folder.read_checkpoints(config) as checkpoints:
+    step = checkpoints.newest_good()
+    if step is None:
+      raise ConfigError(f'the run {path} has no checkpoint yet')
+    where = checkpoints.path(step)
   stored = {name: part for name, part in ocp.metadata(where).metadata.items() if name in _PARTS and part}
   leaves = traverse_util.flatten_dict(stored, sep='/')
   shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}

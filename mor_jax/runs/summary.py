@@ -12,6 +12,7 @@ from mor_jax.data.loader import Dataset
 from mor_jax.model import flops
 from mor_jax.units import megabytes, quantity
 
+
 def describe_run(config: Config, mesh: Mesh, dataset: Dataset, workdir: Path) -> list[Row]:
   """What runs where: devices, model, costs, data, folder. Needs the vocabulary's size in the config."""
   devices = list(mesh.devices.flat)
@@ -97,10 +98,10 @@ def _training(config: Config) -> str:
   )
 
 
-def describe_program(config: Config, first: int, compiled: Any, seconds: float, not_alone: bool) -> list[Row]:
+def describe_program(config: Config, first: int, compiled: Any, seconds: float, is_only: bool) -> list[Row]:
   """The program of one phase of the training: how it compiled and, if there are several, its sizes."""
   rows = [describe_compiled(compiled, seconds)]
-  if not_alone:
+  if not is_only:
     micro = f' in {config.train.accumulation} micro-batches' if config.train.accumulation > 1 else ''
     rows += [(f'from step {first + 1}', f'{config.train.global_batch} rows{micro}')]
     if config.model.kind == 'mor':

@@ -103,9 +103,7 @@ class Display:
     self._done = sum(work_done(run) for run in self._plan.runs)
     shares = ', '.join(f'{run.name} {work_done(run) / run.work:.0%}' for run in running)
     ended = sum(one.state in ('finished', 'failed') for one in status.values())
-    self._bar.update(
-      completed=self._done, ended=ended, running=escape(shares), left=self._left(status)
-    )
+    self._bar.update(completed=self._done, ended=ended, running=escape(shares), left=self._left(status))
     if not self._console.is_terminal and now > self._said + LINE_SECONDS and shares:
       self._print(f'running: {shares}; ETA {self._left(status)}')
 

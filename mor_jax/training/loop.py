@@ -37,6 +37,15 @@ class Guards:
   ledger: Ledger
   profiler: Profiler = dataclasses.field(default_factory=Profiler)
 
+  def finish(self, checkpoints: Checkpoints) -> int | None:
+    """Waits for the last checkpoint; the signal that ended the training, if one did."""
+    self.watchdog.beat('the last checkpoint')
+    with self.ledger.measure(goodput.CHECKPOINT):
+      checkpoints.wait()
+    stopped = self.stop.settle()
+    self.ledger.write()
+    return stopped
+
   def over(self, batches: Iterable[Any]) -> Iterator[Any]:
     """Batches of a validation: it may be interrupted between two, and each is a sign of life."""
     return self.watchdog.over(self.stop.between(batches), 'a batch of the validation')

@@ -7,12 +7,21 @@ training begins.
 """
 
 import math
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import optax
+from jax.sharding import Mesh
 
 from mor_jax.config import Config, with_changes
 from mor_jax.data import schedule
+from mor_jax.model.transformer import Transformer
+from mor_jax.training import distillation
+from mor_jax.training.distillation import Teacher
 from mor_jax.training.loss import Batch
 from mor_jax.training.state import TrainState
-from mor_jax.training.step import TrainStep
+from mor_jax.training.step import TrainStep, abstract_batch, make_train_step
 
 MAX_SIZES = 8  # programs of a training
 
@@ -58,20 +67,60 @@ def _capacity_stairs(config: Config, most: int) -> list[tuple[int, tuple[float, 
   return [*stairs, (warmup, None)]
 
 
+def compile_remaining(
+  config: Config,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  state: TrainState,
+  teacher: Teacher | None,
+  done: int,
+) -> Iterator['Program']:
+  """The program of every phase that is still to come after `done` updates, as soon as it is compiled.
+
+  Args:
+    state: its shapes and shardings.
+  """
+  planned = plan(config)
+  theirs = (distillation.abstract_parameters(teacher, mesh),) if teacher else ()
+  for first, phase in remaining(planned, done):
+    begin = time.perf_counter()
+    step = make_train_step(Transformer(phase.model), phase, optimizer, mesh, teacher)
+    compiled = step.lower(state, abstract_batch(phase, mesh), *theirs).compile()
+    yield Program(first, phase, compiled, time.perf_counter() - begin, is_only=len(planned) == 1)
+
+
+class Program(NamedTuple):
+  """The compiled step of a phase.
+
+  Attributes:
+    first: updates done before the phase.
+    config: of the phase.
+    step: the compiled step.
+    seconds: that compiling took.
+    is_only: the training has no other phase.
+  """
+
+  first: int
+  config: Config
+  step: TrainStep
+  seconds: float
+  is_only: bool
+
+
 class PhasedStep:
   """Takes each step with the program of its phase.
 
   Args:
-    programs: (updates done before, compiled step) of every phase, in order.
+    programs: of every phase to come, in order.
     done: updates done already.
     theirs: further arguments that every program takes: a teacher's parameters.
   """
 
-  def __init__(self, programs: list[tuple[int, TrainStep]], done: int, theirs: tuple = ()):
+  def __init__(self, programs: list[Program], done: int, theirs: tuple = ()):
     self._programs, self._done, self._theirs = programs, done, theirs
 
   def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
     """One optimiser step, see `make_train_step`."""
-    program = next(step for begin, step in reversed(self._programs) if begin <= self._done)
+    program = next(program for program in reversed(self._programs) if program.first <= self._done)
     self._done += 1
-    return program(state, batch, *self._theirs)
+    return program.step(state, batch, *self._theirs)

@@ -3,8 +3,11 @@
 The decision is the device's (`step.py`): such an update is never applied. The host reads about it a few steps later.
 """
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator
 
+from mor_jax.config import TrainConfig
 from mor_jax.errors import RunError
 from mor_jax.runs.metrics import Record
 
@@ -26,6 +29,27 @@ class NonFiniteError(RunError):
   def add(self, text: str) -> None:
     """Appends to the message."""
     self.args = (f'{self}; {text}',)
+
+
+@contextlib.contextmanager
+def explained(train: TrainConfig, describe_batch: Callable[[int], str]) -> Iterator[None]:
+  """Within, a NonFiniteError also says what the step's batch had and what a user can do.
+
+  Args:
+    describe_batch: step -> which rows its batch has.
+  """
+  try:
+    yield
+  except NonFiniteError as error:
+    error.add(f'its batch had {describe_batch(error.step)}')
+    error.add(_remedy(train))
+    raise
+
+
+def _remedy(train: TrainConfig) -> str:
+  if train.on_nonfinite == 'skip':
+    return f'raise train.max_skipped={train.max_skipped} to leave out more, or lower train.learning_rate'
+  return 'set train.on_nonfinite=skip to leave it out, or lower train.learning_rate'
 
 
 def is_finite(values: Record) -> bool:

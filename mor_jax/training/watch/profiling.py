@@ -11,8 +11,12 @@ from mor_jax.config import ConfigError
 _SPAN = re.compile(r'(\d+):(\d+)')
 
 
-def parse_span(text: str | None) -> range:
-  """The steps of `--profile=START:STOP`, STOP left out; none without the flag. Raises ConfigError."""
+def parse_span(text: str | None, steps: int) -> range:
+  """The steps of `--profile=START:STOP`, STOP left out; none without the flag.
+
+  Raises:
+    ConfigError: it says something else, or begins after the last of all `steps`.
+  """
   if text is None:
     return range(0)
   match = _SPAN.fullmatch(text)
@@ -22,6 +26,8 @@ def parse_span(text: str | None) -> range:
       f'--profile={text} is not allowed: write START:STOP with 1 <= START < STOP, as in --profile=10:15 for steps '
       f'10 to 14'
     )
+  if span.start > steps:
+    raise ConfigError(f'--profile={text} begins after the last step, {steps}')
   return span
 
 
@@ -32,11 +38,18 @@ class Profiler:
     span: steps; none: does nothing.
     folder: each host writes its own files there.
     report: shows a line to the user.
+    done: steps that were trained before.
   """
 
   def __init__(
-    self, span: range = range(0), folder: Path | None = None, report: Callable[[str], None] = print
+    self,
+    span: range = range(0),
+    folder: Path | None = None,
+    report: Callable[[str], None] = print,
+    done: int = 0,
   ):
+    if span and done >= span.start:
+      report(f'--profile: step {span.start} was trained before, so nothing is traced')
     self._span, self._folder, self._report = span, folder, report
     self._traces, self._last = False, 0
 

@@ -1,0 +1,176 @@
+"""The stages of a training, in the order in which `train.py` goes through them."""
+
+import dataclasses
+import signal
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from rich.console import Console
+
+from mor_jax.checkpoints.checkpoint import Checkpoints
+from mor_jax.config import Config
+from mor_jax.console import print_line, print_rows, print_table
+from mor_jax.data import loader, schedule
+from mor_jax.evaluation import result
+from mor_jax.evaluation.validation import make_validation
+from mor_jax.interop import inputs, pretrained
+from mor_jax.interop.inputs import Inputs
+from mor_jax.model.transformer import Transformer
+from mor_jax.parallel import mesh as mesh_lib
+from mor_jax.parallel import runtime
+from mor_jax.runs import summary
+from mor_jax.runs.metrics import MetricsLog, Record
+from mor_jax.runs.progress import Progress
+from mor_jax.runs.run_folder import RunFolder
+from mor_jax.training import budget, loop, phases
+from mor_jax.training.optimizer import make_optimizer
+from mor_jax.training.state import TrainState, abstract_state, begin_from, initializer
+from mor_jax.training.watch import goodput, nonfinite, profiling
+from mor_jax.training.watch.stopping import Signals, Stop
+from mor_jax.training.watch.watchdog import Watchdog
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A training that may begin: nothing is read, compiled or written yet.
+
+  Attributes:
+    config: resolved, with the number of steps.
+    folder: its folder, which holds nothing or this very run.
+    mesh: its devices, over which batches and model can be split.
+    traced: steps to profile.
+    ledger: where the time goes.
+    console: what the user sees; nothing but on the main process.
+  """
+
+  config: Config
+  folder: RunFolder
+  mesh: Mesh
+  traced: range
+  ledger: goodput.Ledger
+  console: Console
+
+  def report(self, text: str) -> None:
+    """Shows a line to the user."""
+    print_line(self.console, text)
+
+
+def open_run(config: Config, workdir: str | None, allow_change: Sequence[str], profile: str | None) -> Run:
+  """Checks what is cheap to check: settings, folder, devices. Arguments and errors as in `train.main`."""
+  config = budget.with_budgeted_steps(config)
+  traced = profiling.parse_span(profile, config.train.steps)
+  folder, is_main = RunFolder(Path(workdir or f'runs/{config.name}')), runtime.is_main()
+  ledger = goodput.Ledger(folder.goodput if is_main else None)
+  folder.check(config, allow_change, writes=is_main)
+  config = folder.with_vocabulary(config)
+  mesh = mesh_lib.make_checked_mesh(config.parallel, config.model, config.train)
+  return Run(config, folder, mesh, traced, ledger, Console(quiet=not is_main))
+
+
+def show_earlier_result(run: Run) -> bool:
+  """Whether the run has finished before; then the user sees its result."""
+  finished = run.folder.read_summary()
+  if finished is not None:
+    print_table(run.console, 'Already finished', summary.describe_result(finished, run.folder.path))
+  return finished is not None
+
+
+def open_inputs(run: Run) -> tuple[Run, Inputs]:
+  """Data and pretrained models, and the run with the vocabulary that they decide; writes the run's folder."""
+  given = inputs.open_inputs(run.config, run.folder.has_checkpoint(run.config), run.report)
+  run = dataclasses.replace(run, config=given.config)
+  mesh_lib.check_model(run.mesh, run.config.model)
+  if runtime.is_main():
+    run.folder.create(run.config, given.dataset)
+  runtime.barrier('run folder')
+  described = summary.describe_run(run.config, run.mesh, given.dataset, run.folder.path)
+  print_table(run.console, run.config.name, described)
+  return run, given
+
+
+class Training:
+  """Model, optimiser and compiled steps of a run, after `done` updates.
+
+  Attributes:
+    done: updates that the newest good checkpoint has.
+  """
+
+  def __init__(self, run: Run, given: Inputs, checkpoints: Checkpoints):
+    """Finds out how far the run is, and makes the model; compiles nothing yet."""
+    self._run, self._given, self._checkpoints = run, given, checkpoints
+    config, self._mesh = run.config, run.mesh
+    self._model = Transformer(config.model)
+    self._optimizer = make_optimizer(config.train, config.model.has_aux_router)
+    self._initialize = initializer(self._model, self._optimizer, self._mesh, config.data.seq_len)
+    self._shapes = abstract_state(self._initialize)
+    self._teacher = pretrained.make_teacher(config, given.teacher)
+    self.done = checkpoints.newest_good() or 0
+    self._position = checkpoints.position(self.done) if self.done else None
+    run.ledger.resume(self.done)
+
+  def compile_step(self) -> phases.PhasedStep:
+    """The optimiser step, compiled for every phase that is still to come."""
+    run, programs = self._run, []
+    with run.ledger.measure(goodput.COMPILE):
+      for program in phases.compile_remaining(
+        run.config, self._optimizer, self._mesh, self._shapes, self._teacher, self.done
+      ):
+        print_rows(run.console, summary.describe_program(*program))
+        run.ledger.note_memory(summary.device_bytes(program.step))
+        programs.append(program)
+      theirs = pretrained.load_teacher(self._teacher, self._given.teacher, self._mesh)
+    return phases.PhasedStep(programs, self.done, theirs)
+
+  def first_state(self) -> TrainState:
+    """The state to go on from: the newest good checkpoint, else a model to begin from, else random weights."""
+    run, source = self._run, self._given.source
+    if self.done:
+      state = self._checkpoints.restore(self.done, self._shapes)
+      run.report(f'\nresuming after step {self.done} from {self._checkpoints.path(self.done)}')
+      return state
+    state = self._initialize(jnp.uint32(run.config.train.seed))
+    return state if source is None else begin_from(state, pretrained.shared_weights(run.config, source))
+
+  def train(
+    self, train_step: phases.PhasedStep, state: TrainState, signals: Signals, watchdog: Watchdog
+  ) -> tuple[TrainState, Record, int | None]:
+    """The training itself: the last state, saved; metrics of the last step; the signal that ended it, if one did."""
+    run, checkpoints, dataset = self._run, self._checkpoints, self._given.dataset
+    config, order = run.config, schedule.of(run.config.train)
+    profiler = profiling.Profiler(run.traced, run.folder.profile, run.report, self.done)
+    guards = loop.Guards(Stop(signals, self._mesh, checkpoints.wants_save), watchdog, run.ledger, profiler)
+    self.validate = make_validation(self._model, config, self._mesh, dataset, guards.over)
+    hosts = mesh_lib.data_hosts(self._mesh)
+    batches = loader.train_batches(dataset, config.data, order, self.done, *hosts, self._position)
+    with (
+      nonfinite.explained(config.train, partial(loader.describe_batch, dataset, order, config.data.seed)),
+      MetricsLog(run.folder.path, self.done, writes=runtime.is_main()) as log,
+      Progress(run.console, config.train.steps, self.done) as progress,
+      signals.training(),
+      watchdog,
+    ):
+      state = loop.train(
+        config, self._mesh, state, train_step, batches, self.validate, checkpoints, log, progress, guards
+      )
+      last = log.records[-1] if log.records else {}
+      return state, last, guards.finish(checkpoints)
+
+
+def say_stopped(run: Run, checkpoints: Checkpoints, number: int) -> None:
+  """What the user reads after a signal has ended the training."""
+  print_rows(run.console, [summary.describe_time(run.ledger.seconds(), run.ledger.restarts())])
+  name = signal.Signals(number).name
+  run.report(f'{name}: {checkpoints.describe_newest()}; the same command resumes')
+
+
+def write_result(run: Run, given: Inputs, training: Training, state: TrainState, last: Record) -> None:
+  """Writes summary.json and shows it; validates first, unless the last step did."""
+  if 'validation/nll' not in last:
+    last |= training.validate(state.variables)
+  outcome = result.of_run(run.config, given.dataset, state.variables, last, run.ledger)
+  if runtime.is_main():
+    run.folder.write_summary(outcome)
+  print_table(run.console, 'Finished', summary.describe_result(outcome, run.folder.path))
