@@ -6,6 +6,8 @@ What PATH is decides what FOLDER, which must not exist, will be:
                          checkpoint, which `transformers` opens; of a MoR or recursive model in the authors' form
   a Llama checkpoint     of Hugging Face (SmolLM, TinyLlama, Llama 2 and 3, ...): a run folder, for
                          mor_jax.train --init_from, mor_jax.evaluate and mor_jax.generate
+  a run of format 1      that an earlier mor_jax made: a run folder of today's format, to evaluate, generate
+                         and train from
   the authors' weights   a file (.safetensors; .bin or .pt where torch is installed) or a folder of a MoR or
                          recursive model, described by --settings unless mor_jax wrote it: a run folder
 
@@ -27,10 +29,13 @@ from mor_jax.console import print_line
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.files import require_new
 from mor_jax.interop import folders, huggingface, official, sources
+from mor_jax.interop.old_format import OldWeights
 from mor_jax.interop.weights import Weights
 from mor_jax.runs import stored
+from mor_jax.runs.run_folder import FORMAT, RunFolder
 
 FLAGS = flags.FLAGS
+OLD_FORMAT = 1
 
 
 def define_flags() -> None:
@@ -56,7 +61,8 @@ def main() -> None:
   if not source.exists():
     raise ConfigError(f'--checkpoint={source} does not exist')
   if sources.is_run(source):
-    what = export(source, output, FLAGS.dtype)
+    is_old = RunFolder(source).read_format() == OLD_FORMAT
+    what = renew(source, output) if is_old else export(source, output, FLAGS.dtype)
   else:
     what = bring_in(source, output)
   print_line(Console(), f'wrote {what} to {output}')
@@ -71,6 +77,17 @@ def export(source: Path, output: Path, dtype: str | None = None) -> str:
     return f'the model of step {run.step}, as a Llama checkpoint,'
   official.write(output, weights, run.tokenizer())
   return f"the model of step {run.step}, under the authors' names,"
+
+
+def renew(source: Path, output: Path) -> str:
+  """A run of the former format as a run folder of today's; returns what it wrote."""
+  run = stored.open_run(source, OLD_FORMAT)
+  stored.write_model(
+    output, run.run_config, _cast(OldWeights(run), FLAGS.dtype), run.tokenizer(), str(source)
+  )
+  return (
+    f'the model of step {run.step}, as a run folder of format {FORMAT} (without the state of the optimiser),'
+  )
 
 
 def bring_in(source: Path, output: Path) -> str:

@@ -155,3 +155,56 @@ def test_a_converted_model_is_no_training_to_resume(tokenizer, tmp_path):
   stored.write_model(tmp_path / 'run', config, HeldWeights(model.config, variables), tokenizer, 'memory')
   with pytest.raises(ConfigError, match=r'holds a converted model, not a training; .*--init_from='):
     RunFolder(tmp_path / 'run').check(config)
+
+
+def as_format_1(folder: pathlib.Path, model, variables, tokenizer) -> None:
+  """A run folder as it was before formats had numbers: one stack of all unique layers."""
+  params = dict(variables['params'])
+  first, block, last = (params.pop(name, None) for name in ('first', 'block', 'last'))
+  if first is not None:
+    block = jax.tree.map(
+      lambda one, many, other: np.concatenate([one[None], many, other[None]]), first, block, last
+    )
+  held = HeldWeights(model.config, {**variables, 'params': {**params, 'layers': block}})
+  config = with_changes(Config(name='old', model=model.config), data={'tokenizer': 'bytes'})
+  stored.write_model(folder, config, held, tokenizer, 'a test')
+  path = folder / 'config.json'
+  settings = json.loads(path.read_text())
+  assert settings.pop('format') == 2
+  path.write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'kind': 'vanilla'},
+    {'kind': 'recursive', 'sharing': 'cycle'},
+    {'selection': 'ema_threshold', 'lora_rank': 2, 'tie_embeddings': False},
+    {'kind': 'vanilla', 'kv': 'shared', 'num_recursions': 2},
+  ],
+)
+def test_a_run_of_the_former_format_is_refused_and_converted(
+  run_convert, tokenizer, tmp_path, change, capsys
+):
+  model, variables = tiny.model(vocab_size=257, **change)
+  variables = jax.tree.map(np.asarray, variables)
+  old, new = tmp_path / 'old', tmp_path / 'new'
+  as_format_1(old, model, variables, tokenizer)
+  for use in (load_run, stored.open_run):
+    with pytest.raises(ConfigError, match=rf'{old} holds a run of format 1, .* --checkpoint={old} --output='):
+      use(old)
+  run_convert(checkpoint=old, output=new)
+  assert 'as a run folder of format 2 (without the state of the optimiser)' in capsys.readouterr().out
+  run = load_run(new)
+  assert run.config.model == model.config
+  jax.tree.map(np.testing.assert_array_equal, run.variables, variables)
+
+
+def test_a_run_of_a_later_format_is_refused(tokenizer, tmp_path):
+  model, variables = tiny.model(vocab_size=257)
+  config = with_changes(Config(name='new', model=model.config), data={'tokenizer': 'bytes'})
+  stored.write_model(tmp_path / 'run', config, HeldWeights(model.config, variables), tokenizer, 'a test')
+  path = tmp_path / 'run' / 'config.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | {'format': 3}))
+  with pytest.raises(ConfigError, match='format 3, made by a newer mor_jax than this, which reads format 2'):
+    load_run(tmp_path / 'run')

@@ -7,6 +7,7 @@ from mor_jax.config import Config, ConfigError, with_changes
 from mor_jax.data import loader
 from mor_jax.interop import pretrained
 from mor_jax.interop.pretrained import Pretrained
+from mor_jax.training.distillation import Teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,13 +18,15 @@ class Inputs:
     config: its settings, with `model.vocab_size` filled in.
     dataset: rows and tokenizer.
     source: the model whose layers it begins with; None: random weights, or those of a checkpoint.
-    teacher: the model that it learns from, if any.
+    teacher: the model that it learns from, if any, without its parameters.
+    teacher_source: where those are.
   """
 
   config: Config
   dataset: loader.Dataset
   source: Pretrained | None
-  teacher: Pretrained | None
+  teacher: Teacher | None
+  teacher_source: Pretrained | None
 
 
 def open_inputs(config: Config, resumes: bool, report: Callable[[str], None]) -> Inputs:
@@ -37,16 +40,17 @@ def open_inputs(config: Config, resumes: bool, report: Callable[[str], None]) ->
     ConfigError: something cannot be read, or does not fit the rest.
   """
   source = None if resumes else pretrained.open_source(config)
-  teacher = pretrained.open_teacher(config)
+  teacher_source = pretrained.open_teacher(config)
   if source is not None:
     vocab_size = config.model.vocab_size or source.weights.config.vocab_size
     config = with_changes(config, model={'vocab_size': vocab_size})
     pretrained.shared_weights(config, source)  # checks shapes
   dataset = loader.open_dataset(config.data, report=report)
-  for opened in (source, teacher):
+  for opened in (source, teacher_source):
     if opened is not None:
       opened.check_tokenizer(config, dataset.tokenizer)
-  return Inputs(_with_vocabulary(config, dataset.tokenizer.vocab_size), dataset, source, teacher)
+  config = _with_vocabulary(config, dataset.tokenizer.vocab_size)
+  return Inputs(config, dataset, source, pretrained.make_teacher(config, teacher_source), teacher_source)
 
 
 def _with_vocabulary(config: Config, tokenizer_size: int) -> Config:

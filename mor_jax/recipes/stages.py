@@ -106,7 +106,6 @@ class Training:
     self._optimizer = make_optimizer(config.train, config.model.has_aux_router)
     self._initialize = initializer(self._model, self._optimizer, self._mesh, config.data.seq_len)
     self._shapes = abstract_state(self._initialize)
-    self._teacher = pretrained.make_teacher(config, given.teacher)
     self.done = checkpoints.newest_good() or 0
     self._position = checkpoints.position(self.done) if self.done else None
     run.ledger.resume(self.done)
@@ -116,12 +115,12 @@ class Training:
     run, programs = self._run, []
     with run.ledger.measure(goodput.COMPILE):
       for program in phases.compile_remaining(
-        run.config, self._optimizer, self._mesh, self._shapes, self._teacher, self.done
+        run.config, self._optimizer, self._mesh, self._shapes, self._given.teacher, self.done
       ):
         print_rows(run.console, summary.describe_program(*program))
         run.ledger.note_memory(summary.device_bytes(program.step))
         programs.append(program)
-      theirs = pretrained.load_teacher(self._teacher, self._given.teacher, self._mesh)
+      theirs = pretrained.load_teacher(self._given.teacher, self._given.teacher_source, self._mesh)
     return phases.PhasedStep(programs, self.done, theirs)
 
   def first_state(self) -> TrainState:
@@ -143,8 +142,9 @@ class Training:
     profiler = profiling.Profiler(run.traced, run.folder.profile, run.report, self.done)
     guards = loop.Guards(Stop(signals, self._mesh, checkpoints.wants_save), watchdog, run.ledger, profiler)
     self.validate = make_validation(self._model, config, self._mesh, dataset, guards.over)
-    hosts = mesh_lib.data_hosts(self._mesh)
-    batches = loader.train_batches(dataset, config.data, order, self.done, *hosts, self._position)
+    host, num_hosts = mesh_lib.data_hosts(self._mesh)
+    place = {'start_step': self.done, 'host': host, 'num_hosts': num_hosts, 'position': self._position}
+    batches = loader.train_batches(dataset, config.data, order, **place)
     with (
       nonfinite.explained(config.train, partial(loader.describe_batch, dataset, order, config.data.seed)),
       MetricsLog(run.folder.path, self.done, writes=runtime.is_main()) as log,

@@ -19,6 +19,9 @@ from mor_jax.config import Config, ConfigError, resolve, settings, with_changes
 from mor_jax.data.loader import Dataset
 from mor_jax.files import write_atomically
 
+FORMAT = 2
+"""Format of run folders and checkpoints. 1, without a number, had all unique layers in one stack."""
+
 MAY_CHANGE = (
   'name',
   'model.threshold_slack',
@@ -114,16 +117,41 @@ class RunFolder:
       return config
     return with_changes(config, model={'vocab_size': self.read_config().model.vocab_size})
 
-  def read_config(self) -> Config:
-    """The config of the run. Raises ConfigError if there is none, or it cannot be read."""
+  def read_config(self, of_format: int = FORMAT) -> Config:
+    """The config of the run. Raises ConfigError if there is none, it cannot be read, or is of another format."""
+    found, settings = self._read_config()
+    if found > FORMAT:
+      raise ConfigError(
+        f'{self.path} holds a run of format {found}, made by a newer mor_jax than this, which reads format {FORMAT}; '
+        f'install that version or a later one'
+      )
+    if found != of_format:
+      raise ConfigError(
+        f'{self.path} holds a run of format {found}, made by an earlier mor_jax; this one reads format {FORMAT}: '
+        f'convert it with python -m mor_jax.convert --checkpoint={self.path} --output=NEW_FOLDER'
+      )
     try:
-      return resolve(json.loads(self._config.read_text()))
+      return resolve(settings)
+    except ConfigError as error:
+      raise self._unreadable(error) from None
+
+  def read_format(self) -> int:
+    """The number of the format that the run has. Raises ConfigError as `read_config` does."""
+    return self._read_config()[0]
+
+  def _read_config(self) -> tuple[int, dict[str, Any]]:
+    try:
+      settings = json.loads(self._config.read_text())
     except FileNotFoundError:
       raise ConfigError(f'{self.path} is not the folder of a run: it holds no {self._config.name}') from None
-    except (json.JSONDecodeError, ConfigError) as error:
-      raise ConfigError(
-        f'{self._config} cannot be read ({error}); choose another workdir or remove it'
-      ) from None
+    except json.JSONDecodeError as error:
+      raise self._unreadable(error) from None
+    if not isinstance(settings, dict):
+      raise self._unreadable('it holds no JSON object')
+    return settings.pop('format', 1), settings
+
+  def _unreadable(self, reason: object) -> ConfigError:
+    return ConfigError(f'{self._config} cannot be read ({reason}); choose another workdir or remove it')
 
   def checkpoint_folder(self, config: Config) -> epath.Path:
     """Where Orbax writes the checkpoints of this run."""
@@ -146,8 +174,7 @@ class RunFolder:
 
     Each says which run it is of.
     """
-    digest = dataset.manifest.tokenizer_digest
-    about = {'config': config.to_dict(), 'tokenizer_digest': digest, 'code': code_version()}
+    about = describe_checkpoints(config, dataset.manifest.tokenizer_digest)
     where, mirror = self.checkpoint_folder(config), self.mirror(config)
     return Checkpoints(where, config.checkpoint, about, [self.tokenizer], report, mirror=mirror)
 
@@ -195,7 +222,7 @@ class RunFolder:
 
   def write_config(self, config: Config) -> None:
     """Writes config.json."""
-    write_atomically(self._config, _to_json(config.to_dict()))
+    write_atomically(self._config, _to_json({'format': FORMAT, **config.to_dict()}))
 
   def read_summary(self) -> dict[str, Any] | None:
     """The result of the run, if it has finished."""
@@ -204,6 +231,12 @@ class RunFolder:
   def write_summary(self, summary: dict[str, Any]) -> None:
     """Stores the result, which marks the run as finished."""
     write_atomically(self._summary, _to_json(summary))
+
+
+def describe_checkpoints(config: Config, tokenizer_digest: str) -> dict[str, Any]:
+  """What every checkpoint says about the run that it is of."""
+  about = {'tokenizer_digest': tokenizer_digest, 'code': code_version()}
+  return {'format': FORMAT, 'config': config.to_dict(), **about}
 
 
 def code_version() -> str:

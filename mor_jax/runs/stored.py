@@ -19,7 +19,7 @@ from mor_jax.checkpoints import integrity
 from mor_jax.config import Config, ConfigError, ModelConfig
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.files import new_folder
-from mor_jax.runs.run_folder import RunFolder, code_version
+from mor_jax.runs.run_folder import FORMAT, RunFolder, describe_checkpoints
 
 _PARTS = ('params', 'routing')
 
@@ -32,7 +32,7 @@ class StoredWeights:
     folder: of the run.
     run_config: settings of the run.
     step: of the checkpoint.
-    shapes, dtypes: of all leaves by path, 'params/layers/mlp/up/kernel', as stored.
+    shapes, dtypes: of all leaves by path, 'params/block/mlp/up/kernel', as stored.
   """
 
   folder: RunFolder
@@ -65,15 +65,18 @@ class StoredWeights:
     return Tokenizer.load(self.folder.tokenizer, self.run_config.data.separator)
 
 
-def open_run(path: str | os.PathLike) -> StoredWeights:
+def open_run(path: str | os.PathLike, of_format: int = FORMAT) -> StoredWeights:
   """The newest good checkpoint of a run, without reading it.
 
+  Args:
+    of_format: of the folder; paths of leaves are those of that format.
+
   Raises:
-    ConfigError: the folder is no run's, or the run has no checkpoint yet.
+    ConfigError: the folder is no run's, or of another format, or the run has no checkpoint yet.
     RunError: none of its checkpoints is good.
   """
   folder = RunFolder(Path(path))
-  config = folder.read_config()
+  config = folder.read_config(of_format)
   with folder.read_checkpoints(config) as checkpoints:
     step = checkpoints.newest_good()
     if step is None:
@@ -108,7 +111,7 @@ def write_model(
     tokenizer.save(folder.tokenizer)
     tokenizer.save(checkpoint / folder.tokenizer.name)
     integrity.write_share(checkpoint, 0, {'position': None})
-    about = {'config': config.to_dict(), 'tokenizer_digest': tokenizer.digest, 'code': code_version()}
+    about = describe_checkpoints(config, tokenizer.digest)
     integrity.publish(checkpoint, 1, {'step': 0, 'validation_loss': None, 'converted_from': origin, **about})
     folder.write_config(config)
 
