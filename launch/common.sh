@@ -31,6 +31,27 @@ run() {
   [[ -n $dry_run ]] || "$@"
 }
 
+# take_flags NAMES SWITCHES WORD...: sets the variable of each --NAME=VALUE and, to 1, of each --SWITCH that is
+# listed, and of --dry_run. --help ends the script; all other words become `training`.
+take_flags() {
+  local _names=" $1 " _switches=" $2 dry_run " _word _key
+  shift 2
+  training=()
+  for _word in "$@"; do
+    _key=${_word%%=*} _key=${_key#--}
+    if [[ $_word == -h || $_word == --help ]]; then
+      help_text
+      exit 0
+    elif [[ $_word == --*=* && $_names == *" $_key "* ]]; then
+      printf -v "$_key" %s "${_word#*=}"
+    elif [[ $_word == "--$_key" && $_switches == *" $_key "* ]]; then
+      printf -v "$_key" 1
+    else
+      training+=("$_word")
+    fi
+  done
+}
+
 # is_number TEXT: whether it is a whole number above 0.
 is_number() { [[ $1 =~ ^[1-9][0-9]*$ ]]; }
 
@@ -70,3 +91,22 @@ is_over() { [[ $1 -eq 0 || $1 -eq 2 || $1 -eq 130 ]]; }
 # was_told CODE: whether it ended because something outside wanted it (70 hang, 143 terminated after saving):
 # no sign that it would fail again.
 was_told() { [[ $1 -eq 70 || $1 -eq 143 ]]; }
+
+# keep_trying RESTARTS: calls `attempt`, which sets `code`, until the training is over or has failed more than
+# RESTARTS times in a row. Once in a dry run.
+keep_trying() {
+  local failures=0
+  while :; do
+    code=0
+    attempt
+    if [[ -n $dry_run ]] || is_over "$code"; then
+      return
+    elif was_told "$code"; then
+      failures=0
+    elif ((++failures > $1)); then
+      say "failed $failures times in a row; giving up"
+      return
+    fi
+    say "the training ended with code $code; starting it again from its last checkpoint"
+  done
+}

@@ -26,25 +26,8 @@ cd "$root"
 # shellcheck source=launch/common.sh
 source launch/common.sh
 
-name='' image='' accelerator='' topology='' chips=4 slices=1 restarts=100 namespace='' training=()
-for word in "$@"; do
-  case $word in
-  --name=*) name=${word#*=} ;;
-  --image=*) image=${word#*=} ;;
-  --accelerator=*) accelerator=${word#*=} ;;
-  --topology=*) topology=${word#*=} ;;
-  --chips_per_host=*) chips=${word#*=} ;;
-  --slices=*) slices=${word#*=} ;;
-  --restarts=*) restarts=${word#*=} ;;
-  --namespace=*) namespace=${word#*=} ;;
-  --dry_run) dry_run=1 ;;
-  -h | --help)
-    help_text
-    exit 0
-    ;;
-  *) training+=("$word") ;;
-  esac
-done
+name='' image='' accelerator='' topology='' chips_per_host=4 slices=1 restarts=100 namespace=''
+take_flags 'name image accelerator topology chips_per_host slices restarts namespace' '' "$@"
 check_needed name "$name" mor
 check_name name "$name"
 check_needed image "$image" us-docker.pkg.dev/PROJECT/REPO/mor_jax
@@ -54,14 +37,14 @@ check_needed topology "$topology" 4x4x8
   die "--topology=$topology is not allowed: must be AxB or AxBxC, such as 4x4 or 4x4x8"
 [[ $image =~ ^[a-zA-Z0-9._/:@-]+$ ]] || die "--image=$image is not the name of an image"
 [[ $accelerator =~ ^[a-z0-9-]+$ ]] || die "--accelerator=$accelerator is not allowed: must be as in the node pool's label"
-check_number chips_per_host "$chips"
+check_number chips_per_host "$chips_per_host"
 check_number slices "$slices"
 check_count restarts "$restarts"
 check_training ${training[@]+"${training[@]}"}
 total=$((${topology//x/*}))
-((total % chips == 0)) ||
-  die "--chips_per_host=$chips does not divide the $total chips of --topology=$topology"
-hosts=$((total / chips))
+((total % chips_per_host == 0)) ||
+  die "--chips_per_host=$chips_per_host does not divide the $total chips of --topology=$topology"
+hosts=$((total / chips_per_host))
 ((hosts * slices == 1)) || training+=(--cluster)
 [[ -n $dry_run ]] || command -v kubectl >/dev/null || die 'kubectl is not installed: https://kubernetes.io/docs/tasks/tools'
 
@@ -88,7 +71,7 @@ manifest() {
   text=${text//@image@/"$image"}
   text=${text//@accelerator@/"$accelerator"}
   text=${text//@topology@/"$topology"}
-  text=${text//@chips@/"$chips"}
+  text=${text//@chips@/"$chips_per_host"}
   text=${text//@slices@/"$slices"}
   text=${text//@hosts@/"$hosts"}
   text=${text//@restarts@/"$restarts"}

@@ -19,20 +19,8 @@ cd "$root"
 # shellcheck source=launch/common.sh
 source launch/common.sh
 
-processes=2 port='' restarts=3 training=()
-for word in "$@"; do
-  case $word in
-  --processes=*) processes=${word#*=} ;;
-  --port=*) port=${word#*=} ;;
-  --restarts=*) restarts=${word#*=} ;;
-  --dry_run) dry_run=1 ;;
-  -h | --help)
-    help_text
-    exit 0
-    ;;
-  *) training+=("$word") ;;
-  esac
-done
+processes=2 port='' restarts=3
+take_flags 'processes port restarts' '' "$@"
 check_number processes "$processes"
 check_count restarts "$restarts"
 [[ -z $port ]] || check_number port "$port"
@@ -88,6 +76,7 @@ attempt() {
   pids=()
   judge "${codes[@]}"
   ((code == 0)) || say "exit codes: ${codes[*]}"
+  ((told == 0)) || exit "$((code == 0 ? 0 : told))"
 }
 
 # judge CODE...: sets `code` to that of the process that the others ended because of.
@@ -118,16 +107,5 @@ fi
 
 trap 'pass_on 130' INT
 trap 'pass_on 143' TERM
-failures=0
-while :; do
-  attempt
-  ((told == 0)) || exit "$((code == 0 ? 0 : told))"
-  ! is_over "$code" || exit "$code"
-  if was_told "$code"; then
-    failures=0
-  elif ((++failures > restarts)); then
-    say "failed $failures times in a row; giving up"
-    exit "$code"
-  fi
-  say "the run ended with code $code; starting it again from its last checkpoint"
-done
+keep_trying "$restarts"
+exit "$code"

@@ -30,26 +30,8 @@ cd "$root"
 # shellcheck source=launch/common.sh
 source launch/common.sh
 
-name='' zone='' type='' version='' project='' queued='' spot='' restarts=3 delete='' training=()
-for word in "$@"; do
-  case $word in
-  --name=*) name=${word#*=} ;;
-  --zone=*) zone=${word#*=} ;;
-  --type=*) type=${word#*=} ;;
-  --version=*) version=${word#*=} ;;
-  --project=*) project=${word#*=} ;;
-  --queued) queued=1 ;;
-  --spot) spot=1 ;;
-  --restarts=*) restarts=${word#*=} ;;
-  --delete) delete=1 ;;
-  --dry_run) dry_run=1 ;;
-  -h | --help)
-    help_text
-    exit 0
-    ;;
-  *) training+=("$word") ;;
-  esac
-done
+name='' zone='' type='' version='' project='' queued='' spot='' restarts=3 delete=''
+take_flags 'name zone type version project restarts' 'queued spot delete' "$@"
 check_needed name "$name" mor
 check_name name "$name"
 check_needed zone "$zone" us-east5-b
@@ -185,20 +167,7 @@ judge() {
   done
 }
 
-failures=0
-while :; do
-  code=0
-  attempt
-  if [[ -n $dry_run ]] || is_over "$code"; then
-    break
-  elif was_told "$code"; then
-    failures=0
-  elif ((++failures > restarts)); then
-    say "failed $failures times in a row; giving up"
-    break
-  fi
-  say "the training ended with code $code; starting it again from its last checkpoint"
-done
+keep_trying "$restarts"
 if [[ -n $dry_run ]]; then
   say "exit code 0, 2 or 130: the end; 70, 143 or a machine taken away: all of it again; others: $restarts times"
 fi

@@ -11,19 +11,19 @@ files in a folder of your own describe (--include_path): python -m mor_jax.evalu
 
 import dataclasses
 import json
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import flags
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mor_jax import cli
-from mor_jax.config import ConfigError, ModelConfig, with_changes
-from mor_jax.data import loader
+from mor_jax.config import ConfigError, with_changes
+from mor_jax.console import print_line
 from mor_jax.evaluation import few_shot, held_out, tables
+from mor_jax.evaluation.follow import Follow
 from mor_jax.files import write_atomically
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
@@ -90,7 +90,7 @@ def main() -> None:
     tables.print_few_shot(console, result)
   else:
     tables.print_held_out(console, result)
-  console.print(f'written to {output}', highlight=False, markup=False, soft_wrap=True)
+  print_line(console, f'written to {output}')
 
 
 def _check_flags() -> None:
@@ -120,10 +120,7 @@ def _load() -> LoadedRun:
 
 
 def _held_out(console: Console, run: LoadedRun) -> dict:
-  def report(line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-  dataset = held_out.open_data(run, FLAGS.data, report)
+  dataset = held_out.open_data(run, FLAGS.data, partial(print_line, console))
   rows = run.config.train.eval_rows if FLAGS.rows is None else FLAGS.rows or None
   batch_size = FLAGS.batch_size or 8 * len(jax.devices())
   with Follow(console, run.config.model, dataset, rows) as follow:
@@ -149,42 +146,6 @@ def _write(path: Path, result: dict) -> None:
     write_atomically(path, json.dumps(result, indent=2) + '\n')
   except OSError as error:
     raise ConfigError(f'{path} cannot be written ({error.strerror}); choose another with --output') from None
-
-
-class Follow:
-  """Which way of running the model is being measured, and how far it is: a bar on a terminal, else lines."""
-
-  def __init__(self, console: Console, model: ModelConfig, dataset: loader.Dataset, max_rows: int | None):
-    rows = dataset.manifest.splits['validation'].rows
-    self._rows = rows if max_rows is None else min(max_rows, rows)
-    self._ways, self._routed = held_out.ways(model), model.kind == 'mor'
-    self._done, self._console = 0, console
-    columns = (TextColumn('{task.description}'), BarColumn(bar_width=None), TimeRemainingColumn())
-    self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    self._task = self._bar.add_task('compiling', total=self._rows * len(self._ways))
-    self._since = time.perf_counter()
-
-  def __enter__(self) -> 'Follow':
-    self._bar.start()
-    return self
-
-  def __exit__(self, *exception: object) -> None:
-    self._bar.stop()
-
-  def begin(self, way: held_out.Way) -> None:
-    """The next way of running the model."""
-    self._done += 1
-    modes = {'topk': 'top-k routing, ', 'threshold': 'threshold routing, '}
-    mode = modes[way.routing] if self._routed else ''
-    limit = 'recursion' if way.max_recursions == 1 else 'recursions'
-    text = f'{self._done}/{len(self._ways)}: {mode}{way.max_recursions} {limit}'
-    self._bar.update(self._task, description=text)
-    if not self._console.is_terminal:
-      self._console.print(f'{text}, {self._rows:,} rows', highlight=False, soft_wrap=True)
-
-  def advance(self, rows: int) -> None:
-    """So many rows more are under way."""
-    self._bar.advance(self._task, rows)
 
 
 if __name__ == '__main__':

@@ -12,11 +12,12 @@ import time
 
 from absl import flags
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from mor_jax import cli
 from mor_jax.config import Config, ConfigError
+from mor_jax.console import Bar, print_line
 from mor_jax.data import dataset as dataset_lib
 from mor_jax.data import inspection
 from mor_jax.units import quantity
@@ -53,40 +54,35 @@ class Meter:
 
   def __init__(self, console: Console):
     self._console = console
-    self._bar = Progress(
-      BarColumn(bar_width=10),
-      TextColumn('{task.fields[text]}', table_column=Column(no_wrap=True)),
-      TextColumn('ETA'),
-      TimeRemainingColumn(),
-      console=console,
-    )
-    self._task = None
+    text = TextColumn('{task.fields[text]}', table_column=Column(no_wrap=True))
+    columns = (BarColumn(bar_width=10), text, 'ETA', TimeRemainingColumn())
+    self._bar = Bar(console, *columns, total=1.0, expand=False, text='')
+    self._is_shown = False
     self._start = self._last_line = time.perf_counter()
 
   def __enter__(self) -> 'Meter':
     return self
 
   def __exit__(self, *exception: object) -> None:
-    self._bar.stop()
+    self._bar.__exit__()
 
   def print(self, text: str) -> None:
     """A line above the bar."""
-    self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-    if self._task is None:
+    print_line(self._console, text)
+    if not self._is_shown:
       self._start = self._last_line = time.perf_counter()  # the next piece of work begins
 
   def show(self, state: dataset_lib.Progress) -> None:
     """Takes note of how far it is."""
     now = time.perf_counter()
-    if self._task is None:
-      self._task = self._bar.add_task('prepare', total=1.0, text='')
-      if self._console.is_terminal:
-        self._bar.start()
+    if not self._is_shown:
+      self._is_shown = True
+      self._bar.__enter__()
     text = self._text(state, now - self._start)
     if state.fraction is None:
-      self._bar.update(self._task, total=None, text=text)
+      self._bar.update(total=None, text=text)
     else:
-      self._bar.update(self._task, completed=state.fraction, text=text)
+      self._bar.update(completed=state.fraction, text=text)
     if not self._console.is_terminal and now - self._last_line >= SECONDS_BETWEEN_LINES:
       self._last_line = now
       self.print(text + self._time_left(state.fraction, now - self._start))
