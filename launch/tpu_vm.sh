@@ -123,7 +123,7 @@ follow="tail -n 100 -F mor_jax/train.log & until [ -e mor_jax/exit_code ]; do sl
 running="test -d mor_jax/.venv && pgrep -f '[m]or_jax.train' >/dev/null"
 
 copy_code() {
-  run tar -czf "$archive" --exclude=__pycache__ mor_jax configs pyproject.toml requirements.txt README.md LICENSE
+  run tar -czf "$archive" --exclude=__pycache__ mor_jax configs pyproject.toml requirements*.txt README.md LICENSE
   run "${tpu[@]}" scp "$archive" "$name:mor_jax.tar.gz" "${where[@]}" --worker=all
   on_workers all "$install"
 }
