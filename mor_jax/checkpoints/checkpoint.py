@@ -86,7 +86,7 @@ class Checkpoints:
   def __enter__(self) -> 'Checkpoints':
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     self._join()
     self._checkpointer.close()
 
@@ -129,7 +129,7 @@ class Checkpoints:
           return step
         if not self._read_only:
           self._set_aside(self.path(step))
-          if runtime.is_main():
+          if self._mirror and runtime.is_main():
             self._mirror.set_aside(step)
     if ever_finished(self._folder, self._mirror):
       raise RunError(
@@ -162,7 +162,7 @@ class Checkpoints:
     return not runtime.anywhere(bool(found))
 
   def _fetch(self, step: int) -> None:
-    if runtime.is_main():
+    if self._mirror and runtime.is_main():
       self._report(f'taking the checkpoint of step {step} from the mirror')
       self._mirror.fetch(step)
     runtime.barrier('fetched')
@@ -262,9 +262,9 @@ class Checkpoints:
     )
 
   def _retain(self) -> None:
-    losses = {}
-    for step in sorted({*self.steps, *(self._mirror.steps if self._mirror else ())}):
-      folder = self.path(step) if self.path(step).exists() else self._mirror.path(step)
+    losses, mirror = {}, self._mirror
+    for step in sorted({*self.steps, *(mirror.steps if mirror else ())}):
+      folder = self.path(step) if mirror is None or self.path(step).exists() else mirror.path(step)
       try:
         losses[step] = integrity.read_manifest(folder)['validation_loss']
       except ValueError:

@@ -15,6 +15,6 @@ def to_remove(settings: CheckpointConfig, losses: Mapping[int, float | None]) ->
   kept = set(steps[-settings.keep :])
   if settings.keep_every:
     kept |= {step for step in steps if step % settings.keep_every == 0}
-  validated = [step for step in steps if losses[step] is not None]
-  kept |= set(sorted(validated, key=lambda step: losses[step])[: settings.keep_best])
+  validated = sorted((loss, step) for step, loss in losses.items() if loss is not None)
+  kept |= {step for _, step in validated[: settings.keep_best]}
   return [step for step in steps if step not in kept]

@@ -51,7 +51,7 @@ def describe(sections: Sequence[str] | None = None) -> str:
     if not dataclasses.is_dataclass(value):
       lines.append(describe_field(Config, section, value, 'config'))
       continue
-    lines.append(f'\n  {type(value).__doc__.splitlines()[0]}')
+    lines.append(f'\n  {(type(value).__doc__ or '').partition('\n')[0]}')
     for field in dataclasses.fields(value):
       text = describe_field(type(value), field, getattr(value, field.name), f'config.{section.name}')
       lines.append(text)
@@ -60,7 +60,7 @@ def describe(sections: Sequence[str] | None = None) -> str:
 
 def settings() -> dict[str, Any]:
   """Type hint of every setting by its dotted name: `{'name': str, 'model.kind': str, ...}`."""
-  hints = {}
+  hints: dict[str, Any] = {}
   for name, hint in typing.get_type_hints(Config).items():
     if dataclasses.is_dataclass(hint):
       hints |= {f'{name}.{field}': kind for field, kind in typing.get_type_hints(hint).items()}

@@ -66,7 +66,7 @@ def from_dict(cls: type, raw: dict[str, Any], prefix: str = '') -> Any:
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
   kind, optional = unwrap_optional(hint)
-  if dataclasses.is_dataclass(kind):
+  if isinstance(kind, type) and dataclasses.is_dataclass(kind):
     if not isinstance(value, dict):
       raise ConfigError(f'{name}={value!r} must be a group of settings')
     return from_dict(kind, value, f'{name}.')

@@ -30,8 +30,9 @@ def open_source(data: DataConfig) -> Source:
   Raises:
     ConfigError: unknown kind, no matching file, a missing package.
   """
-  parts = [_WEIGHTED.fullmatch(part) for part in data.source.split(';')]
-  if not all(parts):
+  written = data.source.split(';')
+  parts = [match for part in written if (match := _WEIGHTED.fullmatch(part))]
+  if len(parts) < len(written):
     raise ConfigError(f'data.source={data.source!r} has an empty part; write it as 0.7*SOURCE;0.3*SOURCE')
   sources = [_open_single(part['source'], data) for part in parts]
   if len(sources) == 1:
@@ -63,7 +64,7 @@ class Mixture:
 
   def __init__(self, sources: list[Source], weights: list[float]):
     self._sources, self._weights = sources, weights
-    self.total_bytes = None  # which source ends first is not known
+    self.total_bytes: int | None = None  # which source ends first is not known
     self.bytes_read = 0
 
   def fingerprint(self) -> str:
@@ -112,9 +113,10 @@ class Reading:
     room = {split: _limit(self._data, split) for split in SPLITS}
     for document in self._usable():
       split = split_of(document, self._data.validation_fraction)
-      if room[split] is not None:
-        room[split] -= 1
-        if room[split] < 0:
+      left = room[split]
+      if left is not None:
+        room[split] = left - 1
+        if left <= 0:
           continue
       yield split, document
       if all(left is not None and left <= 0 for left in room.values()):
@@ -122,7 +124,7 @@ class Reading:
     self._judge(at_least=0)
 
   def _usable(self) -> Iterator[Document]:
-    texts = set()
+    texts: set[bytes] = set()
     for record in self.source.records():
       self._seen += 1
       if isinstance(record, Unreadable):

@@ -305,7 +305,8 @@ def _tokenizer(data: DataConfig, path: pathlib.Path) -> tokenizers.Tokenizer:
 
 def _follow(reading: corpus.Reading, progress: Callable[[Progress], None]) -> Callable[[Counter[str]], None]:
   """What `pipeline.write_splits` calls after every unit."""
-  done, skipped_bytes = Counter(), 0
+  done: Counter[str] = Counter()
+  skipped_bytes = 0
 
   def after_unit(counts: Counter[str]) -> None:
     nonlocal skipped_bytes

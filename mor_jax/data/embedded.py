@@ -30,7 +30,7 @@ _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 class EmbeddedCorpus:
   """Topics, docstrings and sources, mixed, so that any beginning is a fair sample of the whole."""
 
-  total_bytes = None
+  total_bytes: int | None = None
   bytes_read = 0
 
   def fingerprint(self) -> str:
@@ -118,7 +118,7 @@ def docstrings(source: str, module: str) -> str:
 
 def _sections(node: ast.AST, heading: str, prefix: str) -> Iterator[tuple[str, str]]:
   """(heading, docstring) of a module, class or function and of what it defines for its users."""
-  text = ast.get_docstring(node)
+  text = ast.get_docstring(node) if isinstance(node, (*_FUNCTIONS, ast.ClassDef, ast.Module)) else None
   if text:
     yield heading, text
   if isinstance(node, _FUNCTIONS):

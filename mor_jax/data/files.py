@@ -118,7 +118,7 @@ def _first_line(error: Exception) -> str:
 # ---- decompression ----
 
 
-def _decompressed(raw: BinaryIO, path: epath.Path) -> BinaryIO:
+def _decompressed(raw: BinaryIO, path: epath.Path) -> BinaryIO | io.BufferedIOBase:
   if path.suffix == '.gz':
     return gzip.GzipFile(fileobj=raw)
   if path.suffix == '.zst':

@@ -32,7 +32,7 @@ _TFDS_REMEDY = (
 class TfdsSource:
   """A split of a TFDS dataset, `NAME/SPLIT/KEY`, or `FOLDER/SPLIT/KEY` of a prepared one."""
 
-  total_bytes = None
+  total_bytes: int | None = None
   bytes_read = 0
 
   def __init__(self, spec: str):
@@ -129,7 +129,7 @@ def _registered_builder(name: str) -> Any:
 class HuggingFaceSource:
   """A dataset of the Hugging Face hub or a local folder, `DATASET[:CONFIG[:SPLIT]]`, read as a stream."""
 
-  total_bytes = None
+  total_bytes: int | None = None
   bytes_read = 0
 
   def __init__(self, spec: str, text_key: str):
@@ -203,7 +203,7 @@ def require_network(url: str, flag: str, remedy: str = OFFLINE_REMEDY, patience:
 
   Any answer will do. Libraries would retry for minutes; proxies are those of the environment.
   """
-  answers = []
+  answers: list[str | None] = []
 
   def ask() -> None:
     request = urllib.request.Request(url, method='HEAD')

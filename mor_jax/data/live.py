@@ -70,7 +70,8 @@ def open_dataset(data: DataConfig, report: Callable[[str], None] = lambda line: 
   """
   tokenizer = tokenizers.build(data)
   reading = corpus.Reading(data)
-  counts, rows = Counter(), []
+  counts: Counter[str] = Counter()
+  rows: list[Row] = []
   report(f'reading the head of {data.source} for validation')
   for unit in pipeline.units(reading, UNIT_CHARACTERS // 16):
     if unit.split == 'validation':

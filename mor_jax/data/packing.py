@@ -71,11 +71,12 @@ def first_fit(documents: Iterable[Sequence[int]], seq_len: int, end_of_text: int
   Yields:
     rows with int32 tokens of shape (T,), in the order in which they were begun.
   """
-  pieces = []
+  pieces: list[np.ndarray] = []
   for document in documents:
     tokens = np.append(np.asarray(document, np.int32), np.int32(end_of_text))
     pieces += np.split(tokens, range(seq_len, len(tokens), seq_len))
-  room, rows = np.full(len(pieces), seq_len), [[] for _ in pieces]  # at worst a row for each piece
+  room = np.full(len(pieces), seq_len)
+  rows: list[list[np.ndarray]] = [[] for _ in pieces]  # at worst a row for each piece
   begun = 0
   for piece in pieces:
     row = int(np.argmax(room[: begun + 1] >= len(piece)))

@@ -81,7 +81,8 @@ class Recipe:
 def units(documents: Iterable[tuple[str, Document]], characters: int | None = None) -> Iterator[Unit]:
   """Gathers (split, document) into units of `characters` (default UNIT_CHARACTERS); every split's documents keep their order."""
   characters = characters or UNIT_CHARACTERS
-  texts, sizes = collections.defaultdict(list), Counter()
+  texts: dict[str, list[str]] = collections.defaultdict(list)
+  sizes: Counter[str] = Counter()
   for split, document in documents:
     texts[split].append(document.text)
     sizes[split] += len(document.text)
@@ -149,7 +150,7 @@ def packed(stream: Iterable[Unit], recipe: Recipe, workers: int) -> Iterator[tup
   # Not fork: the threads of JAX and of the tokenizer do not survive it.
   context = multiprocessing.get_context('spawn')
   pool = futures.ProcessPoolExecutor(workers, context, initializer=_start_worker)
-  pending = collections.deque()
+  pending: collections.deque[tuple[Unit, futures.Future[PackedUnit]]] = collections.deque()
   try:
     for unit in itertools.chain(head, stream):
       pending.append((unit, pool.submit(pack_unit, recipe, unit.texts)))
@@ -179,7 +180,8 @@ def _start_worker() -> None:
   parent = multiprocessing.parent_process()
 
   def end_with_parent() -> None:
-    parent.join()
+    if parent is not None:
+      parent.join()
     os._exit(1)
 
   threading.Thread(target=end_with_parent, daemon=True).start()
@@ -210,7 +212,9 @@ class SplitWriter:
     self._start_shard()
 
   def _start_shard(self) -> None:
-    self._file, self._units, self._hash, self._counts = None, 0, hashlib.blake2b(digest_size=16), Counter()
+    self._file: shards.ShardFile | None = None
+    self._units, self._hash = 0, hashlib.blake2b(digest_size=16)
+    self._counts: Counter[str] = Counter()
 
   def shard_path(self, shard: int) -> pathlib.Path:
     """Where a shard is until it is published."""
@@ -247,18 +251,18 @@ class SplitWriter:
 
   def append(self, unit: Unit, packed_unit: PackedUnit) -> None:
     """Adds the rows of a unit. Raises OSError if that fails."""
-    self._file = self._file or shards.ShardFile(self.shard_path(len(self.notes)))
+    file = self._file = self._file or shards.ShardFile(self.shard_path(len(self.notes)))
     for record in packed_unit.records:
-      self._file.append(record)
+      file.append(record)
     self._units += 1
     self._hash.update(unit.digest.encode())
     self._counts.update(packed_unit.counts)
-    if self._file.rows >= self._rows_per_shard:
-      self._finish_shard()
+    if file.rows >= self._rows_per_shard:
+      self._finish_shard(file)
 
-  def _finish_shard(self) -> None:
-    self._file.close()
-    note = ShardNote(self._units, self._hash.hexdigest(), self._file.num_bytes, dict(self._counts))
+  def _finish_shard(self, file: shards.ShardFile) -> None:
+    file.close()
+    note = ShardNote(self._units, self._hash.hexdigest(), file.num_bytes, dict(self._counts))
     path = self._note_path(len(self.notes))
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, json.dumps(dataclasses.asdict(note)))  # now the shard counts as finished
@@ -268,7 +272,7 @@ class SplitWriter:
   def finish(self) -> None:
     """Finishes the last shard."""
     if self._file is not None:
-      self._finish_shard()
+      self._finish_shard(self._file)
 
   def publish(self) -> None:
     """Gives all shards their final names; whoever was interrupted in this may do it again."""

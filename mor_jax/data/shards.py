@@ -126,7 +126,7 @@ class Rows(Sequence):
   def __len__(self) -> int:
     return len(self._source)
 
-  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:  # type: ignore[override]  # slices are not needed
     index = range(len(self))[operator.index(index)]
     try:
       record = self._source[index]
