@@ -51,7 +51,8 @@ def describe(sections: Sequence[str] | None = None) -> str:
     if not dataclasses.is_dataclass(value):
       lines.append(describe_field(Config, section, value, 'config'))
       continue
-    lines.append(f'\n  {(type(value).__doc__ or '').partition('\n')[0]}')
+    title = (type(value).__doc__ or '').partition('\n')[0]
+    lines.append(f'\n  {title}')
     for field in dataclasses.fields(value):
       text = describe_field(type(value), field, getattr(value, field.name), f'config.{section.name}')
       lines.append(text)
