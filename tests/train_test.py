@@ -186,7 +186,7 @@ def test_numbers_that_go_wrong_end_the_run_with_all_there_is_to_know(config, tmp
   assert 1 < step < 10
   rows = loader.batch_rows(_train_rows(tmp_path), (step - 1) * 8, 8, config.data.seed)
   for told in (
-    f'nan at step {step} (gradient norms: embed ',
+    f'nan at step {step} (gradient norms: block.attention ',
     'the update was not applied',
     f'the last checkpoint is {tmp_path}/checkpoints/{step - 1}',
     f'its batch had 8 rows of the training split: {", ".join(map(str, rows))};',
