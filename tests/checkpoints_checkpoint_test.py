@@ -9,6 +9,7 @@ import shutil
 import time
 import types
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -63,10 +64,8 @@ def test_state_survives_bit_for_bit_while_training_goes_on(run, tmp_path):
     checkpoints.wait()
     assert checkpoints.newest_good() == 1
     restored = checkpoints.restore(1, run.abstract)
-  assert jax.tree.structure(restored) == jax.tree.structure(original)
-  for leaf, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(original), strict=True):
-    np.testing.assert_array_equal(leaf, expected)
-    assert leaf.dtype == expected.dtype
+  chex.assert_trees_all_equal_dtypes(restored, original)
+  chex.assert_trees_all_equal(restored, original)
   next_state, _ = run.step(restored, next(batches))
   assert int(next_state.step) == 2
 
@@ -106,8 +105,7 @@ def test_damaged_newest_is_set_aside_for_the_one_before(run, state, folder, dama
     assert checkpoints.newest_good() == 6
   assert f'{folder}/6 cannot be used' in told[0]
   assert 'set it aside as 6.damaged' in told[-1]
-  for leaf, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
-    np.testing.assert_array_equal(leaf, expected)
+  chex.assert_trees_all_equal(restored, state)
 
 
 def test_without_a_good_one_the_run_stops_and_begins_nothing_anew(folder):
@@ -235,7 +233,7 @@ def test_a_file_system_that_takes_no_more_bytes(state, folder, run, caplog):
     checkpoints.wait()
     assert checkpoints._checkpointer is replaced, 'two at a time clear away the same half-written checkpoint'
     assert checkpoints.newest_good() == 10
-    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(10, run.abstract), state)
+    chex.assert_trees_all_equal(checkpoints.restore(10, run.abstract), state)
 
 
 def _full_disk(*_, **__):

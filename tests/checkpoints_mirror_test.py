@@ -3,8 +3,8 @@
 import pathlib
 import shutil
 
+import chex
 import jax
-import numpy as np
 import pytest
 import tiny_run
 from etils import epath
@@ -87,8 +87,7 @@ def test_a_lost_disk_costs_nothing(saved, local, remote, state):
   with opened(local, remote) as checkpoints:
     assert step_of(checkpoints, abstract) == 3
     restored = checkpoints.restore(3, abstract).replace(step=state.step)
-    for leaf, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
-      np.testing.assert_array_equal(leaf, expected)
+    chex.assert_trees_all_equal(restored, state)
     checkpoints.save(4, state)
     checkpoints.wait()
   assert Mirror(remote, local).steps == [3, 4]  # 2 was removed, though it was never here again

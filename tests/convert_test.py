@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import chex
 import entry_points
 import jax
 import numpy as np
@@ -65,9 +66,9 @@ def test_llama_becomes_a_run_and_llama_again(run_convert, tokenizer, tmp_path, m
 
   run = load_run(tmp_path / 'run')  # as evaluate and generate do
   assert (run.config.model, run.step) == (model.config, 0)
-  for leaf, expected in zip(jax.tree.leaves(run.variables), jax.tree.leaves(stored_variables), strict=True):
-    assert leaf.dtype == np.float32
-    np.testing.assert_array_equal(leaf, expected.astype(np.float32))
+  expected = jax.tree.map(lambda leaf: leaf.astype(np.float32), stored_variables)
+  chex.assert_trees_all_equal_dtypes(run.variables, expected)
+  chex.assert_trees_all_equal(run.variables, expected)
 
   run_convert(checkpoint=tmp_path / 'run', output=tmp_path / 'again')
   same_weights(tmp_path / 'again', tmp_path / 'llama')
@@ -197,7 +198,7 @@ def test_a_run_of_the_former_format_is_refused_and_converted(
   assert 'as a run folder of format 2 (without the state of the optimiser)' in capsys.readouterr().out
   run = load_run(new)
   assert run.config.model == model.config
-  jax.tree.map(np.testing.assert_array_equal, run.variables, variables)
+  chex.assert_trees_all_equal(run.variables, variables)
 
 
 def test_a_run_of_a_later_format_is_refused(tokenizer, tmp_path):

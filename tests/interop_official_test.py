@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -168,7 +169,7 @@ def test_what_was_read_is_written_back_bit_for_bit(name, tmp_path):
   model, variables = official.load(tmp_path / 'out')  # config.json says what it is
   original, expected = official.load(fixture.weights, fixture.settings)
   assert model.config == original.config
-  jax.tree.map(np.testing.assert_array_equal, variables, expected)
+  chex.assert_trees_all_equal(variables, expected)
 
 
 def assert_same_tensors(path, expected_path):

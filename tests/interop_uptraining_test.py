@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,7 +140,7 @@ def test_layers_are_taken_bit_for_bit_and_averaged():
 
 def test_a_vanilla_model_stays_what_it_is():
   made = weights.tree(SharedWeights(VANILLA.config, SOURCE, 'stepwise'))
-  jax.tree.map(np.testing.assert_array_equal, made, VARIABLES)
+  chex.assert_trees_all_equal(made, VARIABLES)
 
 
 def test_models_that_do_not_fit_are_refused():
@@ -161,8 +162,8 @@ def test_the_state_begins_with_the_weights_and_fresh_routers():
   original = nn.unbox(vanilla.init(jax.random.key(7), jnp.zeros((1, 4), jnp.int32)))
   shared = SharedWeights(config, HeldWeights(vanilla.config, original), 'lower')
   fresh, state = run.initial(), begin_from(run.initial(), shared)
-  jax.tree.map(np.testing.assert_array_equal, state.params['router'], fresh.params['router'])
-  jax.tree.map(np.testing.assert_array_equal, state.opt_state, fresh.opt_state)
+  chex.assert_trees_all_equal(state.params['router'], fresh.params['router'])
+  chex.assert_trees_all_equal(state.opt_state, fresh.opt_state)
   np.testing.assert_array_equal(
     state.params['block']['mlp']['up']['kernel'][0], original['params']['block']['mlp']['up']['kernel'][1]
   )

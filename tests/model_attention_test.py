@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,8 +78,7 @@ def assert_equals_reference(attend, case: Case, tolerance: float = 2e-5) -> None
   def reference(*arguments):
     return attention.attend(*arguments, backend='reference')
 
-  for left, right in zip(jax.tree.leaves(run(attend)), jax.tree.leaves(run(reference)), strict=True):
-    np.testing.assert_allclose(left, right, atol=tolerance, rtol=1e-5)
+  chex.assert_trees_all_close(run(attend), run(reference), atol=tolerance, rtol=1e-5)
 
 
 @pytest.mark.parametrize('case', CASES.values(), ids=CASES.keys())

@@ -1,5 +1,6 @@
 """The model inside an NNX training (docs/architecture.md)."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +39,7 @@ def test_a_step_of_nnx_is_the_step_of_linen():
   after = parameters(model)
   assert set(after) == set(before)
   wanted = jax.tree.map(lambda leaf, grad: leaf - 0.5 * grad, before, grads)
-  jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, atol=1e-6), after, wanted)
+  chex.assert_trees_all_close(after, wanted, atol=1e-6)
   moved = jax.tree.map(lambda one, other: float(jnp.abs(one - other).max()), after, before)
   assert min(traverse_util.flatten_dict(moved['block'], sep='/').values()) > 0
 

@@ -1,5 +1,6 @@
 """What a token may depend on: causality under threshold routing, segments, padding, places."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,28 +149,33 @@ def test_padding_changes_nothing(dispatch, routing):
     np.testing.assert_array_equal(first.routing.losses['aux'].count, expected_R)
 
 
-def test_admission_follows_the_written_rule():
-  """Against the rule spelled out token by token in plain Python."""
-  rng = np.random.default_rng(3)
-  overflowed = 0
-  for _ in range(50):
-    length, places = 30, int(rng.integers(1, 6))
-    segments_T = np.sort(rng.integers(1, 4, length))
-    starts_T = np.r_[True, segments_T[1:] != segments_T[:-1]]
-    active_T = rng.random(length) < 0.8
-    logits_T = rng.normal(size=length)
-    selected, overflow, taken = [], [], {}
-    for t in range(length):
-      wants = active_T[t] and logits_T[t] > 0.2
-      free = taken.get(segments_T[t], 0) < places
-      selected.append(wants and free)
-      overflow.append(wants and not free)
-      taken[segments_T[t]] = taken.get(segments_T[t], 0) + (wants and free)
-    got, lost = expert_choice.admit(*(a[None] for a in (logits_T, active_T, starts_T)), places, False, 0.2)
-    np.testing.assert_array_equal(got[0], selected)
-    np.testing.assert_array_equal(lost[0], overflow)
-    overflowed += sum(overflow)
-  assert overflowed > 0
+class AdmissionTest(chex.TestCase):
+  """The causal choice, as the compiled model makes it and as plain calls do."""
+
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_follows_the_written_rule(self):
+    """Against the rule spelled out token by token in plain Python."""
+    admit = self.variant(expert_choice.admit)
+    rng = np.random.default_rng(3)
+    overflowed = 0
+    for _ in range(50):
+      length, places = 30, int(rng.integers(1, 6))
+      segments_T = np.sort(rng.integers(1, 4, length))
+      starts_T = np.r_[True, segments_T[1:] != segments_T[:-1]]
+      active_T = rng.random(length) < 0.8
+      logits_T = rng.normal(size=length)
+      selected, overflow, taken = [], [], {}
+      for t in range(length):
+        wants = active_T[t] and logits_T[t] > 0.2
+        free = taken.get(segments_T[t], 0) < places
+        selected.append(wants and free)
+        overflow.append(wants and not free)
+        taken[segments_T[t]] = taken.get(segments_T[t], 0) + (wants and free)
+      got, lost = admit(*(jnp.asarray(a)[None] for a in (logits_T, active_T, starts_T)), places, False, 0.2)
+      np.testing.assert_array_equal(got[0], selected)
+      np.testing.assert_array_equal(lost[0], overflow)
+      overflowed += sum(overflow)
+    assert overflowed > 0
 
 
 def test_places_run_out_and_are_counted():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -265,8 +266,7 @@ def _run_until_killed(config, folder, number, environment=os.environ) -> subproc
 
 def _assert_same_last_state(folder: Path, other: Path) -> None:
   one, two = _checkpoint(folder, 20), _checkpoint(other, 20)
-  assert jax.tree.structure(one) == jax.tree.structure(two)
-  jax.tree.map(np.testing.assert_array_equal, one, two)
+  chex.assert_trees_all_equal(one, two)
 
 
 def _content(folder: Path) -> dict[str, bytes]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,7 +88,7 @@ def test_loss_and_gradient_are_those_written_out(chunk, top_k):
     params, batch, whole, {}, jax.random.key(0), theirs
   )
   expected, reference = jax.jit(jax.value_and_grad(written_out, has_aux=True))(params)
-  jax.tree.map(lambda ours, wanted: np.testing.assert_allclose(ours, wanted, rtol=1e-4), found, expected)
+  chex.assert_trees_all_close(found, expected, rtol=1e-4)
   tiny.assert_same_gradients(gradient, reference)
 
 
@@ -111,7 +112,7 @@ def test_steps_bring_the_model_closer_to_the_teacher_and_leave_the_teacher_alone
   held = HeldWeights(teacher.model.config, {'params': theirs})
   abstract = distillation.abstract_parameters(teacher, tiny_run.MESH)
   loaded = distillation.load_parameters(abstract, held)
-  jax.tree.map(np.testing.assert_array_equal, loaded, theirs)
+  chex.assert_trees_all_equal(loaded, theirs)
   optimizer = make_optimizer(config.train)
   step = make_train_step(model, config, optimizer, tiny_run.MESH, teacher)
   state = initializer(model, optimizer, tiny_run.MESH, tiny_run.SEQ_LEN)(jnp.uint32(0))
@@ -122,7 +123,7 @@ def test_steps_bring_the_model_closer_to_the_teacher_and_leave_the_teacher_alone
     state, metrics = step(state, rows, loaded)
     divergences.append(float(metrics['distill_loss']))
   assert divergences[-1] < 0.8 * divergences[0]
-  jax.tree.map(np.testing.assert_array_equal, loaded, theirs)
+  chex.assert_trees_all_equal(loaded, theirs)
 
 
 def test_settings_that_cannot_work_are_refused():
