@@ -36,7 +36,7 @@ def compile_all(
 
   Args:
     programs: label -> flags of `mor_jax.compile`.
-    table: the programs that there are so far -> columns and rows.
+    table: the programs compiled so far -> columns and rows.
     settings: how it was measured.
     again: repeat all.
   """

@@ -190,7 +190,7 @@ def wait(processes: list[subprocess.Popen], seconds: float = 300) -> list[int]:
 
 
 def disturb(run: Run, rng: random.Random, moment: str, start_seconds: float) -> dict:
-  """Starts the run and kills one process or both; says what was done and what came of it.
+  """Starts the run and kills one process or both; returns what was done and the result.
 
   Args:
     moment: 'start', 'save' or 'steps': when to kill.

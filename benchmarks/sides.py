@@ -59,7 +59,7 @@ class Side:
 
 
 def serve(prepare: Callable[[], tuple[Any, Callable[[Any], Any]]]) -> None:
-  """Is the process of a `Side`: says what it is, then answers until there are no more questions.
+  """Runs the process of a `Side`: describes itself, then answers questions until there are none left.
 
   Args:
     prepare: gives (what it is, question -> answer). What it and the answers print goes to stderr.

@@ -31,7 +31,7 @@ global_batch / accumulation / devices (64 on one device, with 16 micro-batches):
   H100 (80 GB)  64 rows    25.1 GB         28.3 GB   36.3 GB
   v5p (95 GB)   64 rows    25.1 GB         28.3 GB   36.3 GB
 
-A v5e has next to nothing to spare for vanilla; with parallel.fsdp each device holds a part of the parameters.
+On a v5e the vanilla model barely fits; with parallel.fsdp each device holds a part of the parameters.
 """
 
 from mor_jax.recipes import paper

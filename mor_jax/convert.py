@@ -94,7 +94,7 @@ def bring_in(source: Path, output: Path) -> str:
   """A checkpoint of another library as a run folder; returns what it wrote."""
   if FLAGS.settings or sources.has_settings(source, official.OURS) or source.is_file():
     if source.is_file() and not FLAGS.settings:
-      raise ConfigError(f'--checkpoint={source} is a file, which needs --settings to say what model it is of')
+      raise ConfigError(f'--checkpoint={source} is a file, which needs --settings to describe its model')
     settings = official.read_settings(FLAGS.settings) if FLAGS.settings else None
     weights = official.open_weights(source, settings, FLAGS.untied)
     tokenizer = _tokenizer(source, weights)

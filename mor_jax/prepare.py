@@ -73,7 +73,7 @@ class Meter:
       self._start = self._last_line = time.perf_counter()  # the next piece of work begins
 
   def show(self, state: dataset_lib.Progress) -> None:
-    """Takes note of how far it is."""
+    """Shows the progress."""
     now = time.perf_counter()
     if not self._is_shown:
       self._is_shown = True

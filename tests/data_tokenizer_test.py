@@ -107,5 +107,7 @@ def test_separator_of_another_name():
 def test_no_such_tokenizer():
   with pytest.raises(ConfigError, match=r'data\.tokenizer=none\.json is neither bpe nor bytes'):
     tokenizer.build(DataConfig(tokenizer='none.json'))
-  with pytest.raises(ConfigError, match=r'some/model is no file .* HF_HUB_OFFLINE is set; .*tokenizer=bpe'):
+  with pytest.raises(
+    ConfigError, match=r'some/model is not a file .* HF_HUB_OFFLINE is set; .*tokenizer=bpe'
+  ):
     tokenizer.build(DataConfig(tokenizer='some/model'))

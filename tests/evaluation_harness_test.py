@@ -176,7 +176,7 @@ def test_examples_before_the_question(tasks, model):
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
-    (['--tasks=tiny_choise'], 'tiny_choise is no task of .* did you mean tiny_choice'),
+    (['--tasks=tiny_choise'], 'tiny_choise is not a task of .* did you mean tiny_choice'),
     (['--tasks=hellaswag'], 'there is no network to fetch data from .* local files in a YAML file'),
   ],
 )
@@ -194,5 +194,5 @@ def test_a_broken_task_is_refused(tmp_path):
   (tmp_path / 'broken.yaml').write_text('task: broken\ndataset_path: json\noutput_type: multiple_choice\n')
   with pytest.raises(ConfigError, match='--tasks=broken cannot be loaded'):
     few_shot.load(['broken'], str(tmp_path))
-  with pytest.raises(ConfigError, match='is no folder'):
+  with pytest.raises(ConfigError, match='is not a folder'):
     few_shot.load(['broken'], str(tmp_path / 'nowhere'))

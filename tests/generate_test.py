@@ -140,7 +140,7 @@ def test_lines_are_answered_in_their_order_and_bad_ones_harm_nobody(tokenizer):
   assert [len(answer.get('tokens', ())) for answer in answers] == [30, 0, 4, 0, 0, 0, 0, 0, 4]
   errors = [answer['error'] for answer in answers if 'error' in answer]
   for message, error in zip(
-    ('no JSON', '"prompt", a text', 'token 999', 'must be a list', '"colour"', "temperature='hot'"),
+    ('not JSON', '"prompt", a text', 'token 999', 'must be a list', '"colour"', "temperature='hot'"),
     errors,
     strict=True,
   ):

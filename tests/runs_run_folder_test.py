@@ -160,7 +160,7 @@ def test_a_change_can_be_allowed_by_name(folder):
   with pytest.raises(ConfigError, match=r'beta1 was 0\.9, now 0\.5.*--allow_change=train\.beta1$'):
     folder.check(other, ['train.learning_rate'])
   folder.check(other, ['train.learning_rate', 'train.beta1'])
-  with pytest.raises(ConfigError, match='--allow_change=learning_rate is no setting'):
+  with pytest.raises(ConfigError, match='--allow_change=learning_rate is not a setting'):
     folder.check(other, ['learning_rate'])
 
 

@@ -42,7 +42,7 @@ def ever_finished(folder: epath.Path, mirror: Mirror | None = None) -> bool:
 
 
 class Checkpoints:
-  """The checkpoints under one folder. Use as a context, which waits for the save under way.
+  """The checkpoints under one folder. Use as a context, which waits for a save that is still running.
 
   With several processes all must call `newest_good`, `save` and `restore`, with the same steps.
 
@@ -210,7 +210,7 @@ class Checkpoints:
 
     Args:
       validation_loss: of this state, to keep the best.
-      position: JSON; where this process stands in its stream of data, if it reads one.
+      position: JSON: this process's position in its stream of data, if it reads one.
     """
     self._join()
     self._saved_at = time.monotonic()
@@ -246,7 +246,7 @@ class Checkpoints:
       self._note_failure(step, error)
 
   def await_finished(self, step: int) -> None:
-    """Waits for the save under way, unless this process has finished one of `step` or later.
+    """Waits for the running save, unless this process has finished one of `step` or later.
 
     One that fails is not waited for again.
     """
@@ -286,7 +286,7 @@ class Checkpoints:
       target.rmtree()
 
   def _join(self) -> None:
-    """Waits for the save under way."""
+    """Waits for the running save."""
     if self._finishing is not None:
       self._finishing.join()
       self._finishing = None

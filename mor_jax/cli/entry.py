@@ -46,9 +46,9 @@ def run(
     doc: shown by --help; the first words say what the program does, an example says how.
     with_config: define --config, the settings and --workdir.
     needs_config: require --config; without, the settings start from their defaults.
-    several_processes: define --coordinator and its kin, and connect the processes before main.
+    several_processes: define --coordinator, --num_processes, --process_id and --cluster, and connect the processes before main.
     sections: without config, sections of settings to define nevertheless; `overrides` has what was given.
-    with_arguments: main takes the words of the command line that are no flags, a list, as its last argument.
+    with_arguments: main takes the list of command-line words that are not flags as its last argument.
   """
   own = FLAGS.get_flags_for_module(sys.argv[0] if main.__module__ == '__main__' else main.__module__)
   if with_config:

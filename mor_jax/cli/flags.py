@@ -82,7 +82,7 @@ def define_settings(sections: Sequence[str] | None) -> None:
 
 
 def parse(argv: list[str]) -> list[str]:
-  """Sets FLAGS and returns the words that are no flags; raises ConfigError for anything absl does not accept."""
+  """Sets FLAGS and returns the words that are not flags; raises ConfigError for anything absl does not accept."""
   try:
     leftover = FLAGS(argv)
   except flags.UnrecognizedFlagError as error:

@@ -47,15 +47,15 @@ class ModelConfig:
     SHARING_SCHEMES,
   )
 
-  share_norms: bool = setting(True, 'share the norm scales of shared layers too, as the authors do')
-  lora_rank: int = setting(0, 'rank of the change of the shared kernels that each recursion has; 0: none')
-  lora_alpha: float = setting(32.0, 'that change is scaled by lora_alpha / lora_rank')
-  lora_targets: str = setting('all', 'kernels that have it', ('all', 'query_value'))
-  recursion_encoding: bool = setting(False, "add a learned vector of its own to each recursion's input")
+  share_norms: bool = setting(True, 'also share the norm scales of the shared layers, as the authors do')
+  lora_rank: int = setting(0, "LoRA: rank of each recursion's own change of the shared kernels; 0: none")
+  lora_alpha: float = setting(32.0, 'LoRA: the low-rank change is scaled by lora_alpha / lora_rank')
+  lora_targets: str = setting('all', 'LoRA: kernels with a low-rank change', ('all', 'query_value'))
+  recursion_encoding: bool = setting(False, "add a learned vector to each recursion's input")
 
   router: str = setting(
     'expert_choice',
-    'who chooses (mor): expert_choice, each recursion its best tokens; token_choice, each token its depth',
+    'mor: expert_choice, each recursion chooses its best tokens; token_choice, each token chooses its depth',
     ('expert_choice', 'token_choice'),
   )
   router_head: str = setting(
@@ -63,7 +63,7 @@ class ModelConfig:
   )
   router_activation: str = setting(
     'auto',
-    'squashes the scores; auto: sigmoid for expert_choice, softmax for token_choice; identity: not at all',
+    'activation of the scores; auto: sigmoid for expert_choice, softmax for token_choice; identity: none',
     ('auto', 'sigmoid', 'tanh', 'softmax', 'identity'),
   )
   router_alpha: float | None = setting(
@@ -86,8 +86,8 @@ class ModelConfig:
     'of the logit at the border of the top-k choice, kept in training',
     ('top_k', 'ema_threshold'),
   )
-  ema_decay: float = setting(0.99, 'decay of that moving average')
-  random_router: bool = setting(False, 'choose at random: uniform scores, as an ablation')
+  ema_decay: float = setting(0.99, 'ema_threshold: decay of the moving average')
+  random_router: bool = setting(False, 'route at random, with uniform scores (ablation)')
   capacity_warmup_steps: int = setting(
     0, 'optimiser steps in which capacities fall from 1 to their values, in at most 8 sizes (expert_choice)'
   )
@@ -97,7 +97,7 @@ class ModelConfig:
     'scores; aux_router, a second router on stopped gradients; none',
     ('aux_loss', 'aux_router', 'none'),
   )
-  aux_loss_weight: float = setting(0.001, 'weight of that loss (expert_choice)')
+  aux_loss_weight: float = setting(0.001, 'aux_loss: its weight (expert_choice)')
   token_gating: str = setting(
     'once',
     "token_choice: once, when a token has finished, the authors' code; every_step, the paper",
@@ -109,7 +109,9 @@ class ModelConfig:
     'the load; none',
     ('loss', 'loss_free', 'none'),
   )
-  bias_update_rate: float = setting(0.001, 'change of that bias in an optimiser step (token_choice)')
+  bias_update_rate: float = setting(
+    0.001, 'loss_free: change of the bias in an optimiser step (token_choice)'
+  )
   balance_warmup_steps: int = setting(
     0, 'first optimiser steps in which every token takes all recursions (token_choice)'
   )

@@ -64,7 +64,7 @@ class TrainConfig:
   steps: int = setting(10000, 'optimiser steps; train.flops_budget, where it is set, decides instead')
   flops_budget: float | None = setting(
     None,
-    'train for so many forward FLOPs, as the paper counts them: sets train.steps; none: train.steps counts',
+    'train for this many forward FLOPs, as the paper counts them; sets train.steps; none: use train.steps',
   )
   global_batch: int = setting(1024, 'rows in an optimiser step, over all devices')
   accumulation: int = setting(1, 'micro-batches an optimiser step is split into')
@@ -88,17 +88,18 @@ class TrainConfig:
   adam_epsilon: float = setting(1e-8, 'AdamW: epsilon')
   clip_norm: float = setting(1.0, 'largest global norm of the gradient')
   on_nonfinite: str = setting(
-    'halt', 'a loss or gradient that is no number: stop before the update, or leave it out', ('halt', 'skip')
+    'halt', 'a loss or gradient that is not finite: halt before the update, or skip it', ('halt', 'skip')
   )
   max_skipped: int = setting(10, 'updates of a run that on_nonfinite=skip may leave out; the next one halts')
   spike_zscore: float = setting(
-    6.0, 'report a loss so many standard deviations above the mean of the hundred before; 0: none'
+    6.0, 'report a loss this many standard deviations above the mean of the last 100; 0: never'
   )
   hang_seconds: float = setting(
-    1800.0, 'show what every thread does when no step, validation batch or save ends for so long; 0: never'
+    1800.0,
+    'print the stack of every thread when no step, validation batch or save ends for this long; 0: never',
   )
   exit_on_hang: bool = setting(
-    False, 'and end the process then with exit code 70, so that launchers restart it'
+    False, 'after train.hang_seconds end the process with exit code 70, so that launchers restart it'
   )
   seed: int = setting(0, 'initial parameters')
   log_every: int = setting(10, 'steps between two lines of metrics')
@@ -120,8 +121,8 @@ class InitConfig:
   )
   method: str = setting(
     'stepwise',
-    'layers of it that the shared block is made of: stepwise, at equal distances; the first (lower) or last '
-    '(upper); a random choice; average, the mean of all that a shared layer stands for',
+    'source layers that the shared block is made of: stepwise, at equal distances; the first (lower) or last '
+    '(upper); a random choice; average, the mean of all layers that a shared one replaces',
     ('stepwise', 'average', 'lower', 'upper', 'random'),
   )
 
@@ -134,7 +135,7 @@ class DistillConfig:
     0.0, 'weight of KL(teacher || model) * temperature^2 beside the loss on the text; 0: no teacher'
   )
   temperature: float = setting(1.0, 'divides the logits of both')
-  top_k: int | None = setting(None, 'keep only so many most probable tokens of the teacher; none: all')
+  top_k: int | None = setting(None, "use only this many of the teacher's most probable tokens; none: all")
   teacher: str | None = setting(
     None, 'folder of a run or Llama checkpoint with the same tokenizer; none: init.source'
   )
@@ -145,17 +146,15 @@ class CheckpointConfig:
   """When to save and what to keep."""
 
   every_steps: int = setting(1000, 'steps between two checkpoints; the last step is always saved')
-  every_minutes: float | None = setting(None, 'also save when the last checkpoint is so many minutes old')
+  every_minutes: float | None = setting(None, 'also save when the last checkpoint is this many minutes old')
   max_unsaved_steps: int | None = setting(
     None,
-    'train at most so many steps past the newest finished checkpoint, and wait for the one being written; '
+    'train at most this many steps past the newest finished checkpoint, then wait for the one being written; '
     'none: no waiting',
   )
   keep: int = setting(2, 'newest checkpoints kept')
-  keep_every: int | None = setting(None, 'also keep those of every so many steps')
-  keep_best: int = setting(
-    0, 'also keep so many of least validation loss, among those of steps that were validated'
-  )
+  keep_every: int | None = setting(None, 'also keep one checkpoint every this many steps')
+  keep_best: int = setting(0, 'also keep this many checkpoints with the lowest validation loss')
   folder: str | None = setting(
     None, 'where checkpoints go: a folder, gs://, s3://, az://; none: checkpoints/ in the run folder'
   )

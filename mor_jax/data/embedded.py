@@ -107,7 +107,7 @@ def docstrings(source: str, module: str) -> str:
   The module is parsed, never imported. Returns '' if nothing is documented or it doesn't parse.
   """
   with warnings.catch_warnings():
-    warnings.simplefilter('ignore')  # invalid escape sequences are the library's business
+    warnings.simplefilter('ignore')  # invalid escape sequences in the library's sources
     try:
       tree = ast.parse(source)
     except SyntaxError:
@@ -122,7 +122,7 @@ def _sections(node: ast.AST, heading: str, prefix: str) -> Iterator[tuple[str, s
   if text:
     yield heading, text
   if isinstance(node, _FUNCTIONS):
-    return  # functions within functions are nobody's interface
+    return  # functions inside functions are not public
   for child in ast.iter_child_nodes(node):
     if isinstance(child, (ast.ClassDef, *_FUNCTIONS)):
       yield from _sections(child, _heading(child, prefix), f'{prefix}{child.name}.')

@@ -56,7 +56,7 @@ class LiveDataset:
   validation: list[Row]
 
   def rows(self, split: str) -> list[Row]:
-    """The rows of 'validation'. Raises ValueError for 'train', which is no list."""
+    """The rows of 'validation'. Raises ValueError for 'train', which is a stream."""
     if split != 'validation':
       raise ValueError(f'the {split} rows of a live dataset can only be read in order')
     return self.validation

@@ -167,7 +167,7 @@ def _result(unit: Unit, future: futures.Future[PackedUnit]) -> tuple[Unit, Packe
     return unit, future.result()
   except futures.process.BrokenProcessPool as error:
     raise RuntimeError(
-      'a process that tokenises has died, most likely for want of memory; lower data.workers and run the '
+      'a process that tokenises has died, most likely because memory ran out; lower data.workers and run the '
       'same command again: it continues where it stopped'
     ) from error
 

@@ -71,7 +71,7 @@ class Tokenizer:
     return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of token ids. Special tokens are left out; bytes that are no UTF-8 become U+FFFD."""
+    """The text of token ids. Special tokens are left out; bytes that are not UTF-8 become U+FFFD."""
     return self._backend.decode(list(ids))
 
   def save(self, path: str | os.PathLike) -> None:
@@ -145,16 +145,14 @@ def _from_hub(name: str) -> pathlib.Path:
   try:
     import huggingface_hub
   except ImportError as error:
-    raise ConfigError(
-      f'{flag} is no file, and looking on the hub needs: pip install huggingface_hub'
-    ) from error
+    raise ConfigError(f'{flag} is not a file, and the hub needs: pip install huggingface_hub') from error
   cached = huggingface_hub.try_to_load_from_cache(name, 'tokenizer.json')
   if isinstance(cached, str):
     return pathlib.Path(cached)
   remedy = 'give the path of a tokenizer.json, or use data.tokenizer=bpe'
   if huggingface_hub.constants.HF_HUB_OFFLINE:
     raise ConfigError(
-      f'{flag} is no file and would have to be downloaded, but HF_HUB_OFFLINE is set; {remedy}'
+      f'{flag} is not a file and would have to be downloaded, but HF_HUB_OFFLINE is set; {remedy}'
     )
   hubs.require_network(huggingface_hub.constants.ENDPOINT, flag, remedy)
   try:

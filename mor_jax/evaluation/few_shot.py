@@ -62,7 +62,7 @@ def load(names: Sequence[str], include_path: str | None = None) -> Any:
 
   if include_path is not None and not Path(include_path).is_dir():
     raise ConfigError(
-      f'--include_path={include_path} is no folder; name one that holds the YAML files of tasks'
+      f'--include_path={include_path} is not a folder; name one that holds the YAML files of tasks'
     )
   own = [Path(include_path)] if include_path else []
   manager = LoadedTasks(include_path=own, include_defaults=False)
@@ -115,7 +115,7 @@ def _families(names: Sequence[str], own: Iterable[str]) -> list[Path]:
     if name not in found:
       close = difflib.get_close_matches(name, [*found, *own], n=3)
       hint = f'did you mean {" or ".join(close)}?' if close else 'lm-eval ls tasks lists those it has'
-      raise ConfigError(f'--tasks={name} is no task of lm-evaluation-harness or below --include_path; {hint}')
+      raise ConfigError(f'--tasks={name} is not a task of lm-evaluation-harness or in --include_path; {hint}')
   return sorted(set().union(*(found[name] for name in names)))
 
 

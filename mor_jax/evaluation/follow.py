@@ -40,5 +40,5 @@ class Follow:
       print_line(self._console, f'{text}, {self._rows:,} rows')
 
   def advance(self, rows: int) -> None:
-    """So many rows more are under way."""
+    """This many more rows were dispatched."""
     self._bar.advance(rows)

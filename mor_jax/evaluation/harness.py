@@ -139,7 +139,7 @@ class HarnessModel(TemplateLM):
     """Continuations, without the text that ended them, by depth-wise batching; routing is always by threshold.
 
     Raises:
-      ConfigError: under top-k routing, or a task asks for a way of sampling that there is none of.
+      ConfigError: under top-k routing, or for a sampling option that does not exist.
     """
     if self.routing == 'topk' and self.run.config.model.kind == 'mor':
       raise ConfigError(

@@ -73,13 +73,13 @@ def _ended(entries: Sequence[Result | dict[str, Any]]) -> Iterator[dict[str, Any
 
 
 def parse(line: str, template: Request, tokenizer: Tokenizer) -> Request:
-  """The request of a line. Raises RequestError if it's no JSON object or has fields of another kind."""
+  """The request of a line. Raises RequestError if it is not a JSON object or has fields of another type."""
   try:
     fields = json.loads(line)
   except json.JSONDecodeError as error:
-    raise RequestError(f'the line is no JSON: {error}') from None
+    raise RequestError(f'the line is not JSON: {error}') from None
   if not isinstance(fields, dict) or ('prompt' in fields) == ('tokens' in fields):
-    raise RequestError('a line is an object with either "prompt", a text, or "tokens", a list of ids')
+    raise RequestError('a line must be an object with either "prompt", a text, or "tokens", a list of ids')
   hints = typing.get_type_hints(Request)
   if 'prompt' in fields:
     text = fields.pop('prompt')

@@ -1,4 +1,4 @@
-"""Generated text on a terminal while it grows, coloured by depth if wanted; and what it took."""
+"""Generated text on a terminal as it grows, coloured by depth if wanted, and its speed."""
 
 import numpy as np
 from rich.console import Console
@@ -12,7 +12,7 @@ from mor_jax.inference.scheduler import Statistics
 
 # From few recursions to many; tokens that took none come first.
 COLOURS = ('bright_black', 'cyan', 'green', 'yellow', 'red', 'magenta', 'bright_blue', 'white')
-REPLACEMENT = '�'  # of bytes that are no character yet
+REPLACEMENT = '�'  # stands for bytes that do not make a character yet
 
 
 class Writer:

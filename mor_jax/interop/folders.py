@@ -17,7 +17,7 @@ def read_config(folder: Path) -> dict[str, Any]:
   try:
     return json.loads((folder / 'config.json').read_text())
   except (FileNotFoundError, NotADirectoryError):
-    raise ConfigError(f'{folder} is no checkpoint folder: it has no config.json') from None
+    raise ConfigError(f'{folder} is not a checkpoint folder: it has no config.json') from None
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise ConfigError(f'{folder}/config.json cannot be read ({error})') from None
 

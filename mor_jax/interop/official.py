@@ -51,7 +51,7 @@ def open_weights(
   else:
     raw = folders.read_config(Path(path))
     if OURS not in raw:
-      raise ConfigError(f'{path} does not say what model it is of; name a file of settings (--settings)')
+      raise ConfigError(f'{path} does not say which model it holds; give a file of settings (--settings)')
     config = with_changes(Config(model=from_dict(ModelConfig, raw[OURS], 'model.'))).model
   return NamedWeights(config, names.official(config), held, untied)
 
@@ -74,7 +74,7 @@ def write(folder: str | Path, opened: Weights, tokenizer: Tokenizer | None) -> N
   """As `save`, from weights that come leaf by leaf."""
   config = opened.config
   if config.kind == 'vanilla':
-    raise ConfigError('model.kind=vanilla is no model of the authors; write it as a Llama checkpoint')
+    raise ConfigError("model.kind=vanilla is not among the authors' models; write it as a Llama checkpoint")
   table = names.official(config)
   unnamed = sorted(set(opened.shapes) - {place.leaf for place in table.values()})
   if unnamed:

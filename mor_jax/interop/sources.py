@@ -1,4 +1,4 @@
-"""Opens a model wherever it is: the newest checkpoint of a run, or a Llama checkpoint."""
+"""Opens a model: the newest checkpoint of a run, or a Llama checkpoint."""
 
 from pathlib import Path
 

@@ -3,7 +3,7 @@
 A query sees a key iff both lie in the same segment and the key's position is not later
 than its own. Keys are tokens of a row in their order; queries are the same tokens, or some
 of them in the same order: that is all a recursion step needs, whichever tokens it selected.
-Of tokens that are no part of the text (segment 0, padding, and below) outputs mean nothing.
+Outputs of tokens outside the text (padding, segment 0, and below) mean nothing.
 Every backend honours both, or raises. But for `reference`, the definition, none of them
 holds scores or weights of all queries and keys at once when rows are long.
 """

@@ -56,7 +56,7 @@ def attend(
 
 
 def _ids(context: TokenContext, block: int, nobody: int) -> tuple[jax.Array, jax.Array]:
-  """Positions and segments, filled up to whole blocks; what is no text is of the segment `nobody`."""
+  """Positions and segments, padded to whole blocks; padding has the segment `nobody`."""
   more = ((0, 0), (0, -context.positions_BC.shape[1] % block))
   position_BC, segment_BC = (
     jnp.pad(a_BC.astype(jnp.int32), more) for a_BC in (context.positions_BC, context.segments_BC)

@@ -55,7 +55,7 @@ def make_rule(
   steps = config.recursions if max_recursions is None else max_recursions
   if not (1 <= steps < config.recursions and config.can_stop_early) and steps != config.recursions:
     raise ValueError(
-      f'max_recursions={steps} cannot be had of {config.recursions} under sharing={config.sharing}'
+      f'max_recursions={steps} is not possible with {config.recursions} recursions and sharing={config.sharing}'
     )
   return Rule(routing, max_len, config.threshold_slack if slack is None else slack, steps)
 

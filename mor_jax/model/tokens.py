@@ -1,6 +1,6 @@
 """Tokens moved out of their rows and back: selection, gather, scatter.
 
-Every row of a batch is a matter of its own, so all of this happens on the device where the row lies.
+Rows of a batch are independent, so all of this happens on the device that holds the row.
 
 A gather's gradient is a scatter, and what goes back to its place is scattered in the first place. A processor
 that is slow at that can gather instead: each token of the row fetches the value that is meant for it, if there

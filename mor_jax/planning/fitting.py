@@ -19,7 +19,7 @@ class Attempt:
 
   Attributes:
     flags: what to add to the command line.
-    program: what came of it.
+    program: the result.
   """
 
   flags: str

@@ -18,7 +18,7 @@ def write_page(paths: Sequence[str], output: Path, tokens: int, report: Callable
     report: is told what happens.
 
   Raises:
-    ConfigError: a folder is no run's, or the page cannot be written.
+    ConfigError: a folder is not a run folder, or the page cannot be written.
   """
   shown = runs.read(paths)
   runs.check_writable(output)

@@ -91,7 +91,7 @@ def read(paths: list[str]) -> list[Run]:
   """The runs in these folders, in this order.
 
   Raises:
-    ConfigError: a folder is no run's, or holds no metrics; names it.
+    ConfigError: a folder is not a run folder, or holds no metrics; the error names it.
   """
   names = [Path(path).resolve().name for path in paths]
   labels = names if len(set(names)) == len(names) else [str(Path(path)) for path in paths]

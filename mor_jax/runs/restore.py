@@ -31,7 +31,7 @@ def load_run(path: str | os.PathLike, step: int | None = None, mesh: Mesh | None
   """Reads the newest checkpoint of the run in a folder, or that of a step, onto a mesh; default: whole on all devices.
 
   Raises:
-    ConfigError: the folder is no run's, or the run has no checkpoint yet, or none of that step.
+    ConfigError: the folder is not a run folder, or the run has no checkpoint yet, or none of that step.
     RunError: the checkpoints, or that of the step, cannot be used.
   """
   folder = RunFolder(Path(path))

@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where, and whether it belongs to the run that wants to use it."""
+"""The folder of a run: its files, and whether it belongs to the run that wants to use it."""
 
 import contextlib
 import dataclasses
@@ -97,7 +97,7 @@ class RunFolder:
       return
     unknown = [name for name in allowed if name not in settings()]
     if unknown:
-      raise ConfigError(f'--allow_change={unknown[0]} is no setting; write it as in --config.SECTION.NAME')
+      raise ConfigError(f'--allow_change={unknown[0]} is not a setting; write it as in --config.SECTION.NAME')
     if not self._data.exists():
       raise ConfigError(
         f'workdir={self.path} holds a converted model, not a training; choose another workdir, and train from the '
@@ -172,7 +172,7 @@ class RunFolder:
   def checkpoints(self, config: Config, dataset: Dataset, report: Callable[[str], None]) -> Checkpoints:
     """The checkpoints of the run, to go on from and to add to; a context.
 
-    Each says which run it is of.
+    Each records the run's settings, tokenizer and code.
     """
     about = describe_checkpoints(config, dataset.manifest.tokenizer_digest)
     where, mirror = self.checkpoint_folder(config), self.mirror(config)
@@ -234,7 +234,7 @@ class RunFolder:
 
 
 def describe_checkpoints(config: Config, tokenizer_digest: str) -> dict[str, Any]:
-  """What every checkpoint says about the run that it is of."""
+  """What every checkpoint records about its run."""
   about = {'tokenizer_digest': tokenizer_digest, 'code': code_version()}
   return {'format': FORMAT, 'config': config.to_dict(), **about}
 
@@ -258,7 +258,7 @@ def _to_json(value: Any) -> str:
 def _differences(
   stored: dict[str, Any], wanted: dict[str, Any], prefix: str = ''
 ) -> Iterator[tuple[str, str]]:
-  """(setting, what it was and is) of those that may not change by themselves."""
+  """(setting, old and new value) of changed settings that are not in MAY_CHANGE."""
   for name, value in stored.items():
     key, other = f'{prefix}{name}', wanted[name]
     if isinstance(value, dict):

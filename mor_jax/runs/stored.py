@@ -72,7 +72,7 @@ def open_run(path: str | os.PathLike, of_format: int = FORMAT) -> StoredWeights:
     of_format: of the folder; paths of leaves are those of that format.
 
   Raises:
-    ConfigError: the folder is no run's, or of another format, or the run has no checkpoint yet.
+    ConfigError: the folder is not a run folder, or has another format, or the run has no checkpoint yet.
     RunError: none of its checkpoints is good.
   """
   folder = RunFolder(Path(path))
@@ -95,7 +95,7 @@ def write_model(
   """Makes a run folder of a converted model, which gets its name last; nothing stays of an unfinished one.
 
   Args:
-    config: of the run that the folder says it is of.
+    config: the run's settings, for config.json.
     weights: `interop.weights.Weights`: its leaves are read and written one at a time, in their dtype.
     origin: what was converted, for the checkpoint's manifest.
 

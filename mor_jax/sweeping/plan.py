@@ -166,7 +166,7 @@ def _overrides(entry: Any, spec: str) -> dict[str, Any]:
     if isinstance(value, Mapping):
       flat |= {f'{name}.{inner}': item for inner, item in _overrides(value, spec).items()}
     else:
-      flat[name] = value.item() if hasattr(value, 'item') else value  # NumPy's numbers are no Python numbers
+      flat[name] = value.item() if hasattr(value, 'item') else value  # NumPy numbers are not Python numbers
   if not isinstance(flat.get('name', ''), str):
     raise ConfigError(f'--sweep={spec}: name={flat["name"]!r} must be text')
   return flat

@@ -63,7 +63,7 @@ class Table:
 
 
 def of_runs(plan: Plan, status: Mapping[str, Status]) -> Table:
-  """One row a run: the settings that differ, what came out, and what became of it."""
+  """One row per run: the settings that differ, its results and its status."""
   rows = []
   for run in plan.runs:
     mine = status[run.name]

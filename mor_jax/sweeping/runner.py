@@ -181,7 +181,7 @@ class _Handlers:
 
 
 def read_status(plan: Plan) -> dict[str, Status]:
-  """What became of each run: its own folder knows whether it finished, sweep.json why it did not."""
+  """Status of each run: its folder tells whether it finished, sweep.json why it did not."""
   path = plan.folder / 'sweep.json'
   stored = json.loads(path.read_text())['runs'] if path.exists() else []
   before = {entry['name']: entry for entry in stored}
@@ -198,7 +198,7 @@ def read_status(plan: Plan) -> dict[str, Status]:
 
 
 def write_status(plan: Plan, status: dict[str, Status]) -> None:
-  """Writes sweep.json: the plan, and what became of each run."""
+  """Writes sweep.json: the plan and the status of each run."""
   runs: list[dict[str, Any]] = [
     {
       'name': run.name,

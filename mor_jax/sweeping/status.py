@@ -22,7 +22,7 @@ LINE_SECONDS = 60.0
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-  """What became of a run.
+  """The status of a run.
 
   Attributes:
     state: finished, failed, running, interrupted, unfinished (trained in part) or not started.

@@ -107,11 +107,11 @@ def train(
     saved = done
 
   def hold() -> None:
-    """Waits for the checkpoint under way where another step would lose too many with the process."""
+    """Waits for the checkpoint being written, where a crash after another step would lose too many."""
     if max_unsaved is None or done - first < max_unsaved:
       return
     with meter.paused(), ledger.measure(goodput.CHECKPOINT):
-      watchdog.beat('the checkpoint under way')
+      watchdog.beat('the checkpoint being written')
       checkpoints.await_finished(done + 1 - max_unsaved)
 
   def validation() -> Record:
@@ -179,7 +179,7 @@ def _extended(records: list[tuple[int, Record]], step: int, more: Record) -> lis
 
 
 def _last_good(checkpoints: Checkpoints) -> str:
-  checkpoints.wait()  # one may be on its way
+  checkpoints.wait()  # one may still be being written
   step = checkpoints.latest_step
   if step is None:
     return 'there is no checkpoint yet'

@@ -91,7 +91,7 @@ def _traced_once(function: Callable) -> Callable:
 def _only_finite(old: TrainState, new: TrainState, is_finite: jax.Array, may_skip: int) -> TrainState:
   """The new state if its update is finite; else the old one, one step on or, with nothing left to skip, halted.
 
-  The choice is made on the device, since the host sees a loss only when later steps are on their way.
+  The choice is made on the device, since the host sees a loss only after later steps were dispatched.
   """
   halted = old.halted | (~is_finite & (old.skipped >= may_skip))
   chosen = jax.tree.map(lambda one, other: jnp.where(is_finite & ~halted, one, other), new, old)

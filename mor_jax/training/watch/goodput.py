@@ -98,7 +98,7 @@ class Ledger:
 def _read(path: Path) -> list[dict[str, Any]]:
   try:
     return json.loads(path.read_text())
-  except (OSError, json.JSONDecodeError):  # missing or damaged, which is no reason not to train
+  except (OSError, json.JSONDecodeError):  # missing or damaged: train without it
     return []
 
 

@@ -1,4 +1,4 @@
-"""Losses and gradients that are no numbers: what the user is told about them.
+"""Losses and gradients that are not finite: what the user is told about them.
 
 The decision is the device's (`step.py`): such an update is never applied. The host reads about it a few steps later.
 """

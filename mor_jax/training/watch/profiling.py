@@ -32,7 +32,7 @@ def parse_span(text: str | None, steps: int) -> range:
 
 
 class Profiler:
-  """Traces the steps of a span. Use as a context, which ends a trace that is under way.
+  """Traces the steps of a span. Use as a context, which ends a running trace.
 
   Args:
     span: steps; none: does nothing.

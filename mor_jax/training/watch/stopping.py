@@ -100,7 +100,7 @@ class Signals:
 
   def exit_code(self, number: int) -> int:
     """The code to end with after saving. A process without others ends right here."""
-    if not jax.distributed.is_initialized():  # else its end is a matter of all processes
+    if not jax.distributed.is_initialized():  # else all processes must end together
       _leave(number)
     return 128 + number
 
@@ -144,7 +144,7 @@ class Stop:
     signals: of this process.
     mesh: all devices of the run.
     wants_save: whether this process wishes a checkpoint, for reasons of its own.
-    lag: votes that may be on their way; at least the steps that the loop runs ahead of the devices.
+    lag: votes that may be in flight; at least the steps that the loop runs ahead of the devices.
   """
 
   def __init__(
