@@ -148,7 +148,8 @@ class RunFolder:
       raise self._unreadable(error) from None
     if not isinstance(settings, dict):
       raise self._unreadable('it holds no JSON object')
-    return settings.pop('format', 1), settings
+    is_run = {'model', 'train'} <= settings.keys()  # else a file of something else, which `resolve` refuses
+    return settings.pop('format', 1 if is_run else FORMAT), settings
 
   def _unreadable(self, reason: object) -> ConfigError:
     return ConfigError(f'{self._config} cannot be read ({reason}); choose another workdir or remove it')
