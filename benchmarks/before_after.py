@@ -76,7 +76,7 @@ def _steps(before: Path) -> Iterator[list[Any]]:
     yield _timed('training step, ms', model, rounds, 'seconds', 1e3)
     yield _timed('training step, CPU ms', model, rounds, 'cpu_seconds', 1e3)
     yield _exact('training step, MB', model, [one['bytes'] / 1e6 for one in about])
-    yield _exact('compiling it, CPU s', model, [one['compile_cpu_seconds'] for one in about])
+    yield _exact('making model and step, CPU s', model, [one['compile_cpu_seconds'] for one in about])
 
 
 def _decoding(before: Path) -> Iterator[list[Any]]:

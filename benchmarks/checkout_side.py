@@ -8,13 +8,14 @@ import time
 
 from absl import flags
 
-from benchmarks import decode, sides, train_step, training
+from benchmarks import sides
 
 FLAGS = flags.FLAGS
 
 
 def _training(model: str):
-  training.define_flags()
+  from benchmarks import train_step, training  # not both benchmarks: their flags have the same names
+
   FLAGS(sys.argv[:1])
   begin = time.process_time()
   change = {'kind': 'vanilla'} if model == 'vanilla' else {'kind': 'mor', **train_step.MODELS[model]}
@@ -35,6 +36,8 @@ def _training(model: str):
 
 
 def _decoding(model: str):
+  from benchmarks import decode
+
   FLAGS(sys.argv[:1])
   recursions = 1 if model == 'vanilla' else 3
   made = decode.Contender(14, recursions, FLAGS.slots, max(1, FLAGS.slots // 4))
