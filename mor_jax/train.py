@@ -74,7 +74,7 @@ def main(
     if stopped:
       stages.say_stopped(run, checkpoints, stopped)
       return signals.exit_code(stopped)
-    stages.write_result(run, inputs, training, state, last)
+    stages.write_result(run, inputs, state, last)
     return 0
 
 

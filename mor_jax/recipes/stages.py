@@ -141,7 +141,7 @@ class Training:
     config, order = run.config, schedule.of(run.config.train)
     profiler = profiling.Profiler(run.traced, run.folder.profile, run.report, self.done)
     guards = loop.Guards(Stop(signals, self._mesh, checkpoints.wants_save), watchdog, run.ledger, profiler)
-    self.validate = make_validation(self._model, config, self._mesh, dataset, guards.over)
+    validate = make_validation(self._model, config, self._mesh, dataset, guards.over)
     host, num_hosts = mesh_lib.data_hosts(self._mesh)
     place = {'start_step': self.done, 'host': host, 'num_hosts': num_hosts, 'position': self._position}
     batches = loader.train_batches(dataset, config.data, order, **place)
@@ -153,10 +153,13 @@ class Training:
       watchdog,
     ):
       state = loop.train(
-        config, self._mesh, state, train_step, batches, self.validate, checkpoints, log, progress, guards
+        config, self._mesh, state, train_step, batches, validate, checkpoints, log, progress, guards
       )
       last = log.records[-1] if log.records else {}
-      return state, last, guards.finish(checkpoints)
+      stopped = guards.finish(checkpoints)
+    if not stopped and 'validation/nll' not in last:  # a run that ended between its last step and its result
+      last |= validate(state.variables)
+    return state, last, stopped
 
 
 def say_stopped(run: Run, checkpoints: Checkpoints, number: int) -> None:
@@ -166,10 +169,12 @@ def say_stopped(run: Run, checkpoints: Checkpoints, number: int) -> None:
   run.report(f'{name}: {checkpoints.describe_newest()}; the same command resumes')
 
 
-def write_result(run: Run, given: Inputs, training: Training, state: TrainState, last: Record) -> None:
-  """Writes summary.json and shows it; validates first, unless the last step did."""
-  if 'validation/nll' not in last:
-    last |= training.validate(state.variables)
+def write_result(run: Run, given: Inputs, state: TrainState, last: Record) -> None:
+  """Writes summary.json and shows it.
+
+  Args:
+    last: metrics of the last step, those of the validation among them.
+  """
   outcome = result.of_run(run.config, given.dataset, state.variables, last, run.ledger)
   if runtime.is_main():
     run.folder.write_summary(outcome)
