@@ -1,4 +1,4 @@
-"""Programs that benchmarks compile for absent accelerators: each by the real command, each kept as soon as it is done."""
+"""Compiles benchmark programs for absent accelerators with the real command, and saves each result at once."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ MODELS = {
 
 
 def model_flags(size: str, model: str) -> list[str]:
-  """Flags of one of MODELS at a size of the paper."""
+  """Command-line flags of one of MODELS at one of the paper's sizes."""
   variant, more = MODELS[model]
   return [f'--config=configs/{size}.py{variant}', *more]
 

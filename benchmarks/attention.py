@@ -1,11 +1,11 @@
-"""Attention backends and the vocabulary loss, forward and backward: time here, memory here and on a TPU.
+"""Attention backends and the vocabulary loss, forward and backward: time and memory here, memory on a TPU.
 
   python -m benchmarks.attention [--rounds=15] [--rows=4] [--heads=6] [--lengths=512,2048] [--topology=v5p:1x1x1]
 
-Attention of tokens to one another, and of half of them to all (shared keys and values); heads of 64, float32.
-The loss is that of as many tokens with --vocabulary entries. Ways alternate in one process, medians count.
-"all at once" is two plain products with scores of all queries and keys. Kernels for TPUs are compiled only.
-Writes benchmarks/results/attention.json and .md.
+Measures self-attention of all tokens, and attention of half of the tokens to all (shared keys and values), with
+64-dimensional heads in float32. The loss covers the same number of tokens over --vocabulary entries. The ways
+alternate in one process, and the table shows medians. "all at once" is two plain products with the scores of all
+queries and keys. TPU kernels are only compiled. Writes benchmarks/results/attention.json and .md.
 """
 
 import statistics
@@ -42,7 +42,7 @@ WIDTH = 64
 
 
 def all_at_once(q_BTHE, k_BSKE, v_BSKE, queries, keys=None):
-  """One block of queries that sees all keys, and keeps its weights."""
+  """Attention in one block: all queries against all keys, keeping the attention weights."""
   q_BHTE, v_BHSE = (a.transpose(0, 2, 1, 3) for a in (q_BTHE * WIDTH**-0.5, v_BSKE))
   scores_BHTS = jnp.matmul(q_BHTE, k_BSKE.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
   visible_BTS = attention_xla.visible(queries, queries if keys is None else keys)
@@ -116,7 +116,7 @@ def _normal(rng, *shape):
 
 
 def _measure(ways: dict, program: Callable, arguments: tuple, what: str) -> Iterator[tuple[str, list]]:
-  """(name, [median ms, least ms, MB of temporaries, the same on the TPU]) of every way, after comparing results."""
+  """Checks that all ways agree; yields (name, [median ms, minimum ms, MB of temporaries, the same on TPU])."""
   placed = jax.device_put(arguments)
   here = {name: way for name, way in ways.items() if attention.PLATFORMS.get(name, 'cpu') == 'cpu'}
   compiled = {name: jax.jit(program(way)).lower(*placed).compile() for name, way in here.items()}

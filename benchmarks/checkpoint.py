@@ -1,8 +1,8 @@
-"""How long a checkpoint holds the training up: python -m benchmarks.checkpoint [--megabytes=1000] [--rounds=5]
+"""How long a checkpoint blocks the training: python -m benchmarks.checkpoint [--megabytes=1000] [--rounds=5]
 
-Saves a state of that size while steps go on, and compares the time that `save` takes before it returns with
-the time until the checkpoint is complete, digested and published; and the steps taken meanwhile with steps
-beside which nothing is written. Writes benchmarks/results/checkpoint.*.
+Saves a state of that size while steps continue. Compares the time until `save` returns with the time until the
+checkpoint is written, hashed and published, and the steps during a save with steps without one.
+Writes benchmarks/results/checkpoint.*.
 """
 
 import statistics
@@ -28,7 +28,7 @@ flags.DEFINE_string('folder', None, 'disk to write to; default: the folder for t
 
 @jax.jit
 def step(state: TrainState) -> TrainState:
-  """Touches all of the state, as an optimiser does."""
+  """Updates the whole state, as an optimiser does."""
   return state.replace(step=state.step + 1, params=jax.tree.map(lambda leaf: leaf * 1.0001, state.params))
 
 

@@ -1,9 +1,9 @@
-"""How long the train step takes to compile: MoR against vanilla, and that depth does not matter.
+"""Compile time of the train step: MoR against vanilla, at two depths.
 
   python -m benchmarks.compile_time [--size=360m] [--topologies=v5e:4x4,cpu:1] [--depths=32,62] [--again]
 
-Process CPU seconds of tracing, lowering and compiling, which other work on the machine changes little.
-results/compile_time.json is written after each program, and a second run goes on from there.
+Measures the process CPU seconds of tracing, lowering and compiling, which depend little on other load.
+Writes results/compile_time.json after each program; a second run resumes from it.
 """
 
 from absl import flags
@@ -22,7 +22,7 @@ BATCH = ['--config.train.global_batch=16', '--config.train.accumulation=1']
 
 
 def main() -> None:
-  """Compiles and writes the table."""
+  """Compiles all programs and writes the table."""
   programs = {}
   for topology in FLAGS.topologies:
     for depth in FLAGS.depths:

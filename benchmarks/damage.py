@@ -1,4 +1,4 @@
-"""Kinds of damage to the newest checkpoint of a folder, as disks, networks and hands do it."""
+"""Kinds of damage to the newest checkpoint in a folder, as disks, networks and people cause it."""
 
 import shutil
 from collections.abc import Callable
@@ -13,19 +13,19 @@ def newest(folder: Path, rank: int = 1) -> Path:
 
 
 def payload(checkpoint: Path) -> Path:
-  """The file that holds most of the arrays."""
+  """The largest file, which holds most of the arrays."""
   return max((path for path in checkpoint.rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
 
 
 def flip(path: Path) -> None:
-  """Turns one bit around."""
+  """Flips one bit in the middle of a file."""
   content = bytearray(path.read_bytes())
   content[len(content) // 2] ^= 1
   path.write_bytes(content)
 
 
 def truncate(path: Path) -> None:
-  """Cuts the last byte off."""
+  """Removes the last byte of a file."""
   path.write_bytes(path.read_bytes()[:-1])
 
 
@@ -34,7 +34,7 @@ def _append(path: Path) -> None:
 
 
 def _foreign(folder: Path) -> None:
-  """Content of the same file of an older checkpoint, at the same length."""
+  """Overwrites the largest file with content of an older checkpoint, keeping its length."""
   target = payload(newest(folder))
   older = payload(newest(folder, rank=2)).read_bytes()
   size = target.stat().st_size

@@ -1,9 +1,10 @@
 """Speed and memory of the data pipeline: python -m benchmarks.data --corpus='texts/**/*.txt' --tokenizer=tokenizer.json
 
-Prepares the same text with `tokenizers` alone (encode_batch_fast, all cores) and with mor_jax, in turns, and
-reports the ratio; then the tokens/s of the loader from a warm page cache, at rows of 2,048 and for the tiny
-model, whose training step runs in the same process; then the memory of preparing, over all processes, beyond
-that of a process that has only loaded the tokenizer. Run it from the repository: python -m benchmarks.data.
+Makes three measurements. Preparation: tokenises the same text with `tokenizers` alone (encode_batch_fast, all
+cores) and with mor_jax, in turns, and reports the ratio. Loading: tokens/s of the loader from a warm page cache,
+with rows of 2,048 tokens and for the tiny model, whose training step runs in the same process. Memory: that of
+preparation, summed over all processes, beyond that of a process that only loads the tokenizer. Run it from the
+root of the repository.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def main() -> None:
 
 
 def repeated(pattern: str, path: pathlib.Path, megabytes: float) -> pathlib.Path:
-  """Writes the texts as JSON lines, over and over, until there are enough; documents of 8,000 characters."""
+  """Writes the texts as JSON lines in documents of 8,000 characters, repeated up to `megabytes`."""
   import glob
 
   texts = [
@@ -76,13 +77,13 @@ def repeated(pattern: str, path: pathlib.Path, megabytes: float) -> pathlib.Path
 
 
 def settings(corpus: pathlib.Path, tokenizer: str, cache_dir: str) -> list[str]:
-  """The command that prepares `corpus`."""
+  """The command that prepares the dataset of `corpus`."""
   values = {'source': f'files:{corpus}', 'tokenizer': tokenizer, 'seq_len': 2048, 'cache_dir': cache_dir}
   return [sys.executable, '-m', 'mor_jax.prepare'] + [f'--config.data.{k}={v}' for k, v in values.items()]
 
 
 def prepare_speed(corpus: pathlib.Path, tokenizer: str, scratch: str, repeats: int) -> dict[str, float]:
-  """MB/s of both, each time one after the other; that of mor_jax as it reports it, without start-up, and with."""
+  """MB/s of both sides, in alternation; that of mor_jax as it reports it (without start-up) and with start-up."""
   import tokenizers
 
   backend = tokenizers.Tokenizer.from_file(tokenizer)
@@ -120,13 +121,13 @@ def prepare_speed(corpus: pathlib.Path, tokenizer: str, scratch: str, repeats: i
 
 
 def cpu_seconds(whose: int) -> float:
-  """CPU time of this process or of its children that have ended."""
+  """CPU time in seconds of this process or of its ended children."""
   usage = resource.getrusage(whose)
   return usage.ru_utime + usage.ru_stime
 
 
 def loader_speed(cache_dir: str) -> dict[str, float]:
-  """Tokens/s of the loader at rows of 2,048, after a first pass that warms the page cache."""
+  """Tokens/s of the loader with rows of 2,048 tokens, after a pass that warms the page cache."""
   from mor_jax.config import DataConfig
   from mor_jax.data import dataset, loader, schedule
 
@@ -142,7 +143,7 @@ def loader_speed(cache_dir: str) -> dict[str, float]:
 
 
 def tiny_speed(scratch: str) -> dict[str, float]:
-  """Tokens/s that the training step of configs/tiny.py takes, and that the loader gives for it."""
+  """Tokens/s consumed by the training step of configs/tiny.py, and tokens/s of its loader."""
   import jax
   import jax.numpy as jnp
 
@@ -182,7 +183,7 @@ def tiny_speed(scratch: str) -> dict[str, float]:
 
 
 def prepare_memory(corpus: pathlib.Path, tokenizer: str, scratch: str, megabytes: float) -> dict[str, float]:
-  """Largest memory of all processes together (shared pages counted once), and half-way against the end."""
+  """Peak memory of all processes together (shared pages count once), also for each half of the run."""
   load = f'import mor_jax.prepare, tokenizers, time; t = tokenizers.Tokenizer.from_file({tokenizer!r}); time.sleep(2)'
   base = max(watched([sys.executable, '-c', load]))
   seen = watched(settings(corpus, tokenizer, f'{scratch}/memory'))
@@ -198,7 +199,7 @@ def prepare_memory(corpus: pathlib.Path, tokenizer: str, scratch: str, megabytes
 
 
 def watched(command: list[str]) -> list[float]:
-  """Runs a command and returns its memory in MB, with that of its children, twice a second."""
+  """Runs a command; returns its memory in MB, children included, sampled twice a second."""
   process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
   seen: list[float] = []
   watcher = threading.Thread(target=_watch, args=(process.pid, lambda: process.poll() is None, seen))

@@ -1,14 +1,14 @@
-"""Scores of a Llama checkpoint through our class for lm-evaluation-harness and through the harness's own.
+"""Compares our lm-evaluation-harness class with the harness's own on a Llama checkpoint: scores and speed.
 
     python -m mor_jax.convert --checkpoint=SMOLLM2 --output=RUN
     python -m benchmarks.harness --model=SMOLLM2 --run=RUN --include_path=TASKS --tasks=local_lambada,local_hellaswag
 
-SMOLLM2 is the folder of the checkpoint as Hugging Face has it, TASKS a folder with YAML files of tasks. Both
-sides compute in float32, with the same documents, batch size and number of threads, every measurement in a
-process of its own. First each scores --limit documents of every task, and the log-likelihoods are compared
-one by one; then the first --timed documents, in alternation, for requests per second: from tokenised requests
-to their scores, after a few documents to warm up. Our programs then come from the compilation cache, and are
-compiled anew in one more measurement. With --keep=FOLDER measurements are kept, and not made again.
+SMOLLM2 is a checkpoint folder in Hugging Face's format, TASKS a folder with YAML task files. Both sides
+compute in float32 with the same documents, batch size and number of threads. Every measurement runs in its own
+process. First each side scores --limit documents of every task, and the log-likelihoods are compared one by
+one. Then the sides alternate on the first --timed documents. This measures requests per second, from tokenised
+requests to their scores, after a short warm-up and with our compiled programs in the cache. One more
+measurement starts with an empty cache. --keep=FOLDER stores the measurements, and a second run reuses them.
 
 Needs requirements-parity.txt and `pip install lm_eval accelerate`. Writes benchmarks/results/harness.*.
 """
@@ -48,7 +48,7 @@ WARM_UP = 4  # documents
 
 
 def main() -> int:
-  """Compares, writes the table; 1 if a goal is missed."""
+  """Compares both sides and writes the table; returns 1 if a goal is missed."""
   if FLAGS.side:
     Path(FLAGS.output).write_text(json.dumps(measure()))
     return 0
@@ -69,7 +69,7 @@ def main() -> int:
 
 
 def report(scores: dict[str, dict], speeds: dict[str, list[dict]], cold: dict) -> int:
-  """Writes and prints the table; 1 if a goal is missed."""
+  """Writes and prints the table; returns 1 if a goal is missed."""
   rows, met = [], True
   for task in FLAGS.tasks:
     both = [scores[side]['tasks'][task] for side in ('ours', 'theirs')]
@@ -96,13 +96,13 @@ def report(scores: dict[str, dict], speeds: dict[str, list[dict]], cold: dict) -
 
 
 def accuracy(found: dict[str, Any]) -> str:
-  """The accuracies of a task's results."""
+  """The accuracies in a task's results, as text."""
   names = ('acc,none', 'acc_norm,none')
   return '; '.join(f'{name.split(",")[0]} {found[name]:.4f}' for name in names if name in found)
 
 
 def strip(value: Any) -> Any:
-  """Measurements without the scores of single requests."""
+  """The measurements without the scores of single requests."""
   if isinstance(value, dict):
     return {
       name: strip(part) for name, part in value.items() if not (name == 'scores' and isinstance(part, list))
@@ -111,7 +111,7 @@ def strip(value: Any) -> Any:
 
 
 def in_a_process(side: str, output: Path, limit: int, cold: bool = False) -> dict[str, Any]:
-  """What `measure` returns in a process of its own, unless the file has it."""
+  """Runs `measure` in its own process, or reads its result if the file exists."""
   if not output.exists():
     forwarded = {name: FLAGS[name].value for name in ('model', 'run', 'include_path', 'batch_size')}
     given = [f'--{name}={value}' for name, value in forwarded.items() if value is not None]
@@ -127,7 +127,7 @@ def in_a_process(side: str, output: Path, limit: int, cold: bool = False) -> dic
 
 
 def measure() -> dict[str, Any]:
-  """Scores of every request in order, results and requests per second of every task, for one side."""
+  """Measures one side: per task, its results, the scores of all requests in order, and requests per second."""
   from mor_jax.evaluation import few_shot
 
   few_shot.prepare()
@@ -147,7 +147,7 @@ def measure() -> dict[str, Any]:
 
 
 class Stopwatch:
-  """Measures a model's scoring of tokenised requests, and keeps the scores in the order of the requests."""
+  """Times a model's scoring of tokenised requests and keeps the scores in request order."""
 
   def __init__(self, model: Any):
     self._score = model._loglikelihood_tokens
@@ -155,7 +155,7 @@ class Stopwatch:
     self.restart()
 
   def restart(self) -> None:
-    """Begins anew."""
+    """Resets time and scores."""
     self.seconds, self.scores = 0.0, []
 
   def _measured(self, requests, **options):
@@ -167,7 +167,7 @@ class Stopwatch:
 
 
 def ours() -> Any:
-  """Our class."""
+  """Our harness class, in float32."""
   import dataclasses
 
   from mor_jax.evaluation.harness import HarnessModel
@@ -182,7 +182,7 @@ def ours() -> Any:
 
 
 def theirs() -> Any:
-  """The harness's class for models of Hugging Face."""
+  """The harness's own class for Hugging Face models."""
   from lm_eval.models.huggingface import HFLM
 
   return HFLM(pretrained=FLAGS.model, device='cpu', dtype='float32', batch_size=FLAGS.batch_size)

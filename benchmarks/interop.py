@@ -1,8 +1,9 @@
-"""A real model in and out, against `transformers`: python -m benchmarks.interop --model=SMOLLM2 --corpus='FOLDER/*.txt'
+"""Imports and exports a real model: python -m benchmarks.interop --model=SMOLLM2 --corpus='FOLDER/*.txt'
 
-Logits of 20 paragraphs, the text of 50 tokens that greedy decoding continues each of three with, the same
-again after an export that `transformers` opens, and the peak memory of both conversions, each in a process
-of its own. Needs requirements-parity.txt. Writes benchmarks/results/interop.*.
+Compares our model with `transformers`: the logits of 20 paragraphs, and 50 greedily decoded tokens after each
+of three prompts. Exports the model, opens the export with `transformers` and compares again. Measures the peak
+memory of both conversions, each in its own process. Needs requirements-parity.txt. Writes
+benchmarks/results/interop.*.
 """
 
 import glob
@@ -37,7 +38,7 @@ LENGTH = 128  # most tokens of a paragraph
 
 
 def main() -> int:
-  """Compares, measures, writes the table; 1 if a goal is missed."""
+  """Compares, measures and writes the table; returns 1 if a goal is missed."""
   import torch
   import transformers
 
@@ -109,7 +110,7 @@ def main() -> int:
 
 
 def paragraphs(count: int) -> list[str]:
-  """Paragraphs of at least 200 characters from as many files, or from all there are in turn."""
+  """`count` paragraphs of at least 200 characters, spread over as many files as possible."""
   files = sorted(glob.glob(FLAGS.corpus))
   if not files:
     raise ConfigError(f'--corpus={FLAGS.corpus} matches no file')
@@ -123,7 +124,7 @@ def paragraphs(count: int) -> list[str]:
 
 
 def continues_alike(model: Any, variables: Any, tokenizer: Any, theirs: Any, text: str) -> bool:
-  """Whether both continue the beginning of a text with the same tokens."""
+  """Whether both models continue the beginning of a text with the same tokens."""
   import torch
 
   prompt = tokenizer.decode(tokenizer.encode(text)[:16])
@@ -137,7 +138,7 @@ def continues_alike(model: Any, variables: Any, tokenizer: Any, theirs: Any, tex
 
 
 def convert(source: str | Path, output: Path) -> dict[str, float]:
-  """Peak memory in bytes and seconds of a conversion in a process of its own."""
+  """Runs a conversion in its own process; returns its peak memory in bytes and its time in seconds."""
   command = [sys.executable, '-m', 'mor_jax.convert', f'--checkpoint={source}', f'--output={output}']
   begin = time.perf_counter()
   measured = (

@@ -1,13 +1,13 @@
-"""Memory of the train step on a TPU, MoR against vanilla at equal settings, compiled ahead of time.
+"""Memory of the train step on a TPU: MoR against vanilla at equal settings, compiled ahead of time.
 
   python -m benchmarks.memory --fast [--sizes=360m] [--remats=full,dots,none,block]
       [--attentions=auto,xla,reference] [--loss_chunks=none,0] [--at=full,none] [--again]
 
-8 x 2048 tokens on one chip of v5p, AdamW, float32 parameters, bfloat16 compute. The first of each list is what
-the configs ship. Every remat is compiled with the shipped attention and loss; every other attention and loss
-with the remats of --at. Recursive KV sharing is compiled with these, under every attention: its `auto` is our
-Pallas kernel. A program takes half a minute and more; results/memory.json is written after each, and a second run goes on
-from there.
+Uses 8 x 2048 tokens on one v5p chip, AdamW, float32 parameters and bfloat16 compute. The first value of each list
+is the default of the configs. Every remat is compiled with the default attention and loss, and every other
+attention and loss with the remats of --at. Recursive KV sharing is compiled with every attention and the remats of
+--at; its `auto` is our Pallas kernel. A program takes at least half a minute to compile. Writes results/memory.json
+after each program; a second run resumes from it.
 """
 
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ SHARED = 'mor R=2 shared kv'
 
 
 def main() -> None:
-  """Compiles and writes the table."""
+  """Compiles all programs and writes the table."""
   programs = {}
   for size in FLAGS.sizes:
     for remat, attention, chunk, model in _star():
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _star() -> Iterator[tuple[str, str, str, str]]:
-  """(remat, attention, loss chunk, model) of what is compiled."""
+  """Yields (remat, attention, loss chunk, model) of every program."""
   (attention, *attentions), (chunk, *chunks) = FLAGS.attentions, FLAGS.loss_chunks
   beams = [(remat, attention, chunk) for remat in FLAGS.remats]
   beams += [(remat, attention, other) for other in chunks for remat in FLAGS.at]

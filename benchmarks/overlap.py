@@ -1,14 +1,13 @@
-"""Whether the device is busy with steps all the time while a training reads data, logs, and saves.
+"""Measures how much of the time the device runs steps while a training run reads data, logs and saves.
 
   python -m benchmarks.overlap [--config_file=configs/tiny.py] [--steps=300] [--save_every=100]
 
-Trains as `mor_jax.train` does, and looks at the time from the first step's dispatch to the last step's end.
-A step occupies the device from when it was dispatched, or the step before it ended, if that was later, until
-its results are there, which a thread of its own waits for. A validation in between is work of the device, but
-not of a step: it is taken out of the whole, and shown. Checkpoints, metrics and data are not: whatever the
-device waits for them counts against the share. What the host waits for is shown beside it, though it may wait
-as long as the device has work. At last the same steps run with nothing around them.
-Writes benchmarks/results/overlap.json and .md.
+Trains as `mor_jax.train` does and measures from the dispatch of the first step to the end of the last. A step
+occupies the device from its dispatch, or from the end of the previous step if that is later, until its results
+are ready; a separate thread waits for them. Validation also occupies the device, so its time is excluded and
+shown separately. Time that the device spends waiting for checkpoints, metrics or data counts as idle. The table
+also shows what the host waits for, which does no harm while the device is busy. Finally the same steps run with
+nothing around them. Writes benchmarks/results/overlap.json and .md.
 """
 
 import queue
@@ -47,7 +46,7 @@ Span = tuple[float, float]  # of time.perf_counter
 
 
 class Watch:
-  """When steps ran, and what the host waited for."""
+  """Records when steps run and what the host waits for."""
 
   def __init__(self):
     self.steps: list[Span] = []
@@ -58,7 +57,7 @@ class Watch:
     self._thread.start()
 
   def step(self, call: Callable) -> Callable:
-    """`PhasedStep.__call__`, watched."""
+    """Wraps `PhasedStep.__call__` to record its steps."""
 
     def watched(steps, state, batch):
       begin = time.perf_counter()
@@ -70,7 +69,7 @@ class Watch:
     return watched
 
   def of_host(self, name: str, call: Callable) -> Callable:
-    """A function whose calls count as waiting for `name`."""
+    """Wraps a function so that its calls count as waiting for `name`."""
 
     def watched(*args, **kwargs):
       begin = time.perf_counter()
@@ -82,7 +81,7 @@ class Watch:
     return watched
 
   def close(self) -> None:
-    """Waits for the steps that were dispatched."""
+    """Waits for all dispatched steps."""
     self._queue.put(None)
     self._thread.join()
 
@@ -96,7 +95,7 @@ class Watch:
 
 
 def main() -> None:
-  """Trains and writes the table."""
+  """Trains, measures and writes the table."""
   changes = {
     'train.steps': FLAGS.steps,
     'train.eval_every': FLAGS.steps // 2,
@@ -129,12 +128,12 @@ def main() -> None:
 
 
 def _timed_results(watch: Watch, name: str, make: Callable) -> Callable:
-  """A function that makes functions whose calls count as waiting for `name`."""
+  """Wraps a factory so that calls of its functions count as waiting for `name`."""
   return lambda *args: watch.of_host(name, make(*args))
 
 
 def _alone(steps: phases.PhasedStep, state: Any, batch: Any) -> float:
-  """Seconds of a step when steps follow one another."""
+  """Seconds per step when steps run back to back."""
   with jax.transfer_guard('allow'):
     state, _ = jax.block_until_ready(steps(state, batch))
     begin = time.perf_counter()

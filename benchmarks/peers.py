@@ -1,17 +1,18 @@
-"""A training step beside Hugging Face Llama in PyTorch: the same vanilla model, weights, tokens and optimiser.
+"""A training step against Hugging Face Llama in PyTorch: same vanilla model, weights, tokens and optimiser.
 
   python -m benchmarks.peers [--rounds=9] [--against=eager,compiled] [--layers=14] [--width=384] [--rows=4] [--seq_len=512]
   python -m benchmarks.peers --size=360m                     a shape of configs/ in bfloat16, for a GPU
 
-PyTorch has its best settings: as many threads as there are cores, attention by `scaled_dot_product_attention`, the
-fused AdamW, the batched clipping, TensorFloat-32 for what is left in float32 on a GPU; in bfloat16 products are
-under autocast beside float32 parameters, as ours are. "compiled" is torch.compile. Our layers are scanned, as by
-default, or "unrolled" (model.unroll_layers), which takes longer to compile.
+PyTorch runs with its best settings: one thread per core, `scaled_dot_product_attention`, fused AdamW, batched
+clipping, and TensorFloat-32 for the remaining float32 products on a GPU. In bfloat16 it uses autocast with float32
+parameters, as we do. "compiled" is torch.compile. Our layers are scanned (the default) or "unrolled"
+(model.unroll_layers), which takes longer to compile.
 
-Each side runs in a process of its own; they take turns step by step, so only one has work at a time. The losses of
-the first steps must agree before anything is timed. Medians count; "speed" is that of PyTorch's faster way = 1: the
-median over rounds of its time over that of a side beside it, with the smallest and the largest. FLOPs count products
-of the model without what is computed again, attention as its causal half. Writes benchmarks/results/peers.json and .md.
+Each side runs in its own process. The sides take turns step by step, so only one is busy at a time. The losses of
+the first steps must agree before timing starts. The table shows medians. "Speed" is relative to PyTorch's faster
+mode, which is 1: the median over rounds of that mode's time divided by the side's time, with the minimum and the
+maximum. FLOPs are those of the model's matrix products, without recomputation and with causal attention as half.
+Writes benchmarks/results/peers.json and .md.
 """
 
 import os
@@ -45,7 +46,7 @@ TOLERANCE = {'float32': 1e-4, 'bfloat16': 1e-2}
 
 
 def main() -> None:
-  """Measures all sides in turn, or is one of them. Raises ConfigError for flags that cannot work."""
+  """Measures all sides in turn, or runs as one of them. Raises ConfigError for invalid flags."""
   if FLAGS.rounds < 1:
     raise ConfigError(f'--rounds={FLAGS.rounds} is not allowed: must be >= 1')
   if unknown := set(FLAGS.against) - set(WAYS):
@@ -80,7 +81,7 @@ def main() -> None:
 
 
 def check_losses(turns: list[dict[str, dict[str, float]]], tolerance: float) -> None:
-  """Raises RunError if a side's loss is another than ours at one of these turns."""
+  """Raises RunError if a side's loss differs from ours in any of these turns."""
   for index, turn in enumerate(turns):
     for name, found in turn.items():
       if not abs(found['loss'] / turn[OURS]['loss'] - 1) <= tolerance:
@@ -99,10 +100,10 @@ def table_rows(
   """Rows of the table.
 
   Args:
-    turns: side -> seconds and loss, of every timed turn.
-    about: side -> what it said of itself.
-    tokens: of a step.
-    work: FLOPs of a step.
+    turns: side -> seconds and loss, for every timed turn.
+    about: side -> its description of itself.
+    tokens: tokens per step.
+    work: FLOPs per step.
   """
   taken = {name: [turn[name]['seconds'] for turn in turns] for name in turns[0]}
   medians = {name: statistics.median(seconds) for name, seconds in taken.items()}
@@ -204,7 +205,7 @@ def _theirs() -> tuple[dict[str, str], Callable[[int], dict[str, float]]]:
 
 
 def _compiled(function: Callable, tokens) -> tuple[Callable, str]:
-  """The function under torch.compile and nothing to note; or itself and why that does not work here."""
+  """(compiled function, ''), or (the function itself, the reason) if torch.compile fails on this machine."""
   import torch
 
   compiled = torch.compile(function)

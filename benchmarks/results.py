@@ -1,4 +1,4 @@
-"""Keeps what a benchmark found: benchmarks/results/NAME.json and NAME.md, with machine, versions and commit."""
+"""Writes a benchmark's results, machine, versions and commit to benchmarks/results/NAME.json and NAME.md."""
 
 import json
 import os
@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent / 'results'
 
 
 def machine() -> dict[str, str]:
-  """Where and with what a benchmark ran; asks for accelerators only if JAX is in use."""
+  """Machine, versions and commit of a benchmark run; queries accelerators only if JAX is loaded."""
   about = {
     'machine': f'{platform.machine()}, {len(os.sched_getaffinity(0))} cores',
     'python': platform.python_version(),
@@ -32,13 +32,14 @@ def machine() -> dict[str, str]:
 def keep(
   name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], settings: dict[str, Any], **more: Any
 ) -> str:
-  """Writes both files, and returns the table in Markdown.
+  """Writes both files and returns the table in Markdown.
 
   Args:
-    columns: titles.
-    rows: cells; text is shown as it is, numbers as in JSON.
-    settings: what the benchmark was run with, and how it was measured.
-    **more: further JSON for the .json alone.
+    name: file name without extension.
+    columns: column titles.
+    rows: cells; text is shown verbatim, numbers as in JSON.
+    settings: settings of the benchmark and how it measures.
+    **more: further JSON values for the .json file only.
   """
   lines = [f'| {" | ".join(columns)} |', f'|{"---|" * len(columns)}']
   lines += [f'| {" | ".join(map(str, row))} |' for row in rows]

@@ -1,10 +1,10 @@
-"""What the paper's models need on pods: mesh, memory, communication and the least step time, compiled ahead of time.
+"""Memory, communication and minimum step time of the paper's models on TPU pods, compiled ahead of time.
 
   python -m benchmarks.scale [--sizes=135m,360m] [--topologies=v5p:8x8x8] [--fast] [--again]
 
-Every program is the train step of the config with its 1024 x 2048 tokens, compiled for the whole slice.
-A second table shows that communication by device does not grow with the slice. A program takes minutes;
-results/scale.json is written after each, and a second run goes on from there.
+Every program is the train step of a config with its 1024 x 2048 tokens, compiled for the whole slice. A second
+table shows that communication per device does not grow with the slice. A program takes minutes to compile.
+Writes results/scale.json after each program; a second run resumes from it.
 """
 
 import math
@@ -30,7 +30,7 @@ ROWS = 2  # rows of a device in the second table
 
 
 def main() -> None:
-  """Compiles and writes both tables."""
+  """Compiles all programs and writes both tables."""
   fast = ['--fast'] if FLAGS.fast else []
   growth = {}
   for topology in FLAGS.growth:

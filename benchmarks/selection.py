@@ -1,11 +1,12 @@
-"""Ways to choose tokens and to move them, timed on this machine and compiled for a TPU.
+"""Ways to select tokens and to move them, timed on this machine and compiled for a TPU.
 
   python -m benchmarks.selection [--rounds=30] [--rows=4] [--width=384] [--lengths=512,1024,2048] [--topology=v5p:1x1x1]
 
-Ways of one kind give the same result to the bit, ties included, which is checked; they alternate in one
-process and the median counts. Ways to choose that are slower than those of `mor_jax/model/tokens.py` live here
-alone. Movement is timed with its gradient, in both ways that are there: tokens out of their rows, multiplied, and
-added back. The TPU's figures are its compiler's estimate. Writes benchmarks/results/selection.json and .md.
+The benchmark checks that all selections agree exactly, ties included, and that both movements agree within 1e-4.
+The ways alternate in one process, and the table shows medians. Selections that are slower than those in
+`mor_jax/model/tokens.py` exist only here. Movement takes tokens out of their rows, multiplies them and adds them
+back; it is timed with its gradient. TPU figures are the compiler's estimates. Writes
+benchmarks/results/selection.json and .md.
 """
 
 import statistics
@@ -34,19 +35,19 @@ flags.DEFINE_string('topology', 'v5p:1x1x1', 'TPU to compile for; empty: none')
 
 # ---- which tokens ----
 def stable_sort(scores_BT: jax.Array, count: int) -> jax.Array:
-  """A stable sort by falling score, then sorted places."""
+  """A stable sort by descending score, then a sort of the selected positions."""
   return jnp.sort(jnp.argsort(-scores_BT, axis=-1, stable=True)[:, :count], axis=-1)
 
 
 def bisect_and_search(scores_BT: jax.Array, count: int) -> jax.Array:
-  """The threshold by bisection, then every place by binary search in the running count."""
+  """Finds the threshold by bisection, then every position by binary search in the running count."""
   running_BT = jnp.cumsum(tokens.highest(scores_BT, count), axis=-1, dtype=jnp.int32)
   wanted_C = jnp.arange(1, count + 1, dtype=jnp.int32)
   return jax.vmap(lambda running_T: jnp.searchsorted(running_T, wanted_C))(running_BT).astype(jnp.int32)
 
 
 def bisect_and_sort(scores_BT: jax.Array, count: int) -> jax.Array:
-  """The threshold by bisection, then the places sorted, those not chosen last."""
+  """Finds the threshold by bisection, then sorts the positions with the unselected ones last."""
   length = scores_BT.shape[1]
   index_BT = jnp.arange(length, dtype=jnp.int32) + jnp.where(tokens.highest(scores_BT, count), 0, length)
   return jnp.sort(index_BT, axis=-1)[:, :count]
@@ -54,7 +55,7 @@ def bisect_and_sort(scores_BT: jax.Array, count: int) -> jax.Array:
 
 # ---- how they move ----
 def moved(way: tokens.Movement, x_BTD: jax.Array, indices_BC: jax.Array, scale: jax.Array) -> jax.Array:
-  """Tokens taken, changed, and added back: what a recursion step does."""
+  """Takes tokens out, scales them and adds them back, as a recursion step does."""
   return way.add(x_BTD, indices_BC, way.take(x_BTD, indices_BC) * scale)
 
 
@@ -107,7 +108,7 @@ def _movement(length: int) -> Iterator[list]:
 
 
 def _measure(ways: dict[str, Callable], program: Callable, arguments: tuple) -> Iterator[tuple]:
-  """(name, result, [median ms, least ms, TPU estimate in us, MB accessed there]) of every way."""
+  """Yields (name, result, [median ms, minimum ms, TPU estimate in us, MB accessed on TPU]) for every way."""
   placed = jax.device_put(arguments)
   compiled = {name: jax.jit(program(way)).lower(*placed).compile() for name, way in ways.items()}
   seconds = {name: [] for name in ways}

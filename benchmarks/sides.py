@@ -1,4 +1,4 @@
-"""Processes that are measured in turns: each has its own runtime and threads, and only one has work at a time."""
+"""Runs each side of a benchmark in its own process; the sides take turns, so only one is busy at a time."""
 
 import contextlib
 import json
@@ -40,14 +40,14 @@ class Side:
     self.about = self._read()
 
   def ask(self, question: Any) -> Any:
-    """The answer to a question, both JSON. Raises RunError if the process ended."""
+    """Returns the answer to a question; both are JSON values. Raises RunError if the process ended."""
     with contextlib.suppress(BrokenPipeError):  # reading tells more
       self._process.stdin.write(f'{json.dumps(question)}\n')
       self._process.stdin.flush()
     return self._read()
 
   def close(self) -> None:
-    """Lets the process end, and waits for that."""
+    """Ends the process and waits for it."""
     self._process.stdin.close()
     self._process.wait()
 

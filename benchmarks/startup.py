@@ -1,11 +1,11 @@
-"""How long it takes until a training trains: imports, and the command of the README up to its first step.
+"""Start-up time: imports, and the README's training command up to its first step.
 
   python -m benchmarks.startup [--rounds=3] [--config_file=configs/tiny.py]
 
-Every import happens in a process of its own, after that of jax, whose time is left out. The run is started with
-an empty cache (its dataset is prepared, its programs compiled) and again with the cache of the first (a new run
-folder; dataset and compiled programs are there), and stopped at its first step; its phases are told apart by
-what it prints. Medians count. Writes benchmarks/results/startup.json and .md.
+Each import is timed in its own process, after importing jax, which is not counted. The training command runs
+twice, each time up to its first step: cold, with an empty cache, so that it prepares the dataset and compiles; and
+warm, with a new run folder but the cache of the first. Its output marks the phases. The table shows medians.
+Writes benchmarks/results/startup.json and .md.
 """
 
 import os
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def _import(module: str, goal: float | None) -> list:
-  """A row about a module."""
+  """The table row of a module."""
   seconds = []
   for _ in range(FLAGS.rounds + 1):  # the first may write bytecode
     command = [sys.executable, '-c', _IMPORT.format(module=module)]
@@ -77,7 +77,7 @@ def _import(module: str, goal: float | None) -> list:
 
 
 def _start(cache: Path, name: str) -> dict[str, float]:
-  """Seconds of every phase of a run's start, from the command on."""
+  """Seconds of every start-up phase, beginning with the command."""
   command = [
     sys.executable,
     '-m',

@@ -1,12 +1,12 @@
 """The small-scale study: python -m benchmarks.study --source='files:CORPUS/**/*.txt' [--workdir=runs/study] [--parallel=2]
 
-Vanilla, recursive and MoR models (configs/study.py, two and three recursions) at equal FLOPs and at equal
-tokens: the learning rate of each is tuned over at least four values, with more beside the best until it lies
-inside the range; then further seeds train at it, and MoR also with the EMA threshold in
-place of the auxiliary loss. Losses of MoR are taken under top-k and under threshold routing. The same command
-goes on where it was stopped. Rows are kept in benchmarks/results/study.*, with plots beside them.
+Compares vanilla, recursive and MoR models (configs/study.py, two and three recursions) at equal FLOPs and at
+equal tokens. The learning rate of each model is tuned over at least four values. The range is extended until the
+best value lies inside it. Further seeds then train at the best value. MoR also trains with the EMA threshold
+instead of the auxiliary loss. MoR losses are measured under top-k and under threshold routing. If interrupted,
+the same command resumes. Writes benchmarks/results/study.* and plots.
 
-With --steps=500 it is about 50 runs of 70 to 120 seconds each, two at a time on two cores that do nothing else.
+With --steps=500 there are about 50 runs of 70 to 120 seconds each, two at a time on two otherwise idle cores.
 """
 
 import collections
@@ -61,7 +61,7 @@ COLUMNS = [
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """One line of the study: a kind of model, and what it has in common with the vanilla one."""
+  """One row of the study: a kind of model, and the budget it shares with the vanilla model."""
 
   kind: str
   recursions: int
@@ -70,14 +70,14 @@ class Model:
 
   @property
   def name(self) -> str:
-    """Of the runs, without learning rate and seed."""
+    """Prefix of the run names, which add learning rate and seed."""
     name = self.kind if self.kind == 'vanilla' else f'{self.kind}_r{self.recursions}'
     ema = '_ema' if self.selection == 'ema_threshold' else ''
     return f'{name}{ema}_{self.equal}' if self.kind == 'mor' else name
 
   @property
   def title(self) -> str:
-    """In the table."""
+    """Name in the table."""
     if self.kind == 'vanilla':
       return 'vanilla'
     ema = ', EMA threshold' if self.selection == 'ema_threshold' else ''
@@ -85,7 +85,7 @@ class Model:
 
   @property
   def tuned_as(self) -> 'Model':
-    """The model whose best learning rate this one takes: itself, or with the EMA threshold that without it."""
+    """The model whose tuned learning rate this one uses: itself or, with the EMA threshold, its top-k variant."""
     return dataclasses.replace(self, selection='top_k')
 
 
@@ -99,17 +99,17 @@ TUNED = tuple(model for model in MODELS if model == model.tuned_as)
 
 
 class Study:
-  """The runs that have been asked for, and those that are to be trained next."""
+  """All runs requested so far, and how to train more."""
 
   def __init__(self, console: Console, settings: dict[str, Any]):
     self._console, self._settings = console, settings
     self.runs: dict[tuple[Model, float, int], PlannedRun] = {}
 
   def train(self, wanted: list[tuple[Model, float, int]]) -> None:
-    """Trains models with a learning rate and a seed, unless they have finished.
+    """Trains (model, learning rate, seed) runs that have not finished yet.
 
     Raises:
-      RunError: a run failed, or a signal ended it.
+      RunError: a run failed, or a signal stopped it.
     """
     keys = list(dict.fromkeys([*self.runs, *wanted]))
     made = self._plan(keys)
@@ -144,21 +144,21 @@ class Study:
     return self.runs[model, rate, seed].folder.read_summary()['validation/nll']
 
   def rates(self, model: Model) -> list[float]:
-    """Learning rates that the model was trained with, rising."""
+    """Learning rates with which the model was trained, ascending."""
     return sorted({rate for trained, rate, _ in self.runs if trained == model})
 
   def best_rate(self, model: Model) -> float:
-    """That of the least loss, of seed 0."""
+    """The learning rate with the lowest loss at seed 0."""
     return min(self.rates(model), key=lambda rate: self.loss(model, rate))
 
   def missing_rates(self, model: Model) -> list[float]:
-    """The next learning rate beyond the best one, if that is the first or last of the range."""
+    """The next learning rate beyond the best one, if the best is at an end of the range."""
     rates, best = self.rates(model), self.best_rate(model)
     return [best / 2] * (best == rates[0]) + [best * 2] * (best == rates[-1])
 
 
 def main() -> None:
-  """Trains what is missing, evaluates, and writes tables and plots."""
+  """Trains the missing runs, evaluates them, and writes tables and plots."""
   rates = _check_flags()
   settings = {'data.source': FLAGS.source, 'train.steps': FLAGS.steps}
   for entry in FLAGS.overrides:
@@ -193,7 +193,7 @@ def _check_flags() -> list[float]:
 
 
 def _evaluate(run: PlannedRun) -> dict[str, Any]:
-  """The result of `python -m mor_jax.evaluate`, made unless it is there."""
+  """The result of `python -m mor_jax.evaluate`, which runs only if its output does not exist."""
   path = run.folder.path / 'evaluation.json'
   if not path.exists():
     command = [sys.executable, '-m', 'mor_jax.evaluate', f'--checkpoint={run.folder.path}']
@@ -204,7 +204,7 @@ def _evaluate(run: PlannedRun) -> dict[str, Any]:
 
 
 def _keep(study: Study, best: dict[Model, float], evaluated: dict[tuple, dict[str, Any]]) -> str:
-  """The table: means and deviations over seeds."""
+  """Writes the table: means and standard deviations over seeds."""
   losses = collections.defaultdict(lambda: collections.defaultdict(list))
   for (model, _, _), result in evaluated.items():
     modes = result['routing']
@@ -253,7 +253,7 @@ def _spread(values: list[float]) -> str:
 
 
 def _plot(study: Study) -> None:
-  """Loss by learning rate, and at the best one by tokens and by FLOPs: benchmarks/results/study_*.png."""
+  """Plots the loss by learning rate and, at the best rate, by tokens and FLOPs: benchmarks/results/study_*.png."""
   import matplotlib
 
   matplotlib.use('Agg')

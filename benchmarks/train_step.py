@@ -1,15 +1,15 @@
-"""Time, FLOPs and memory of a training step, vanilla against recursive and MoR, side by side.
+"""Time, FLOPs and memory of a training step: vanilla against recursive and MoR models.
 
   python -m benchmarks.train_step [--rounds=7] [--layers=14] [--width=384] [--rows=4] [--seq_len=512]
   python -m benchmarks.train_step --size=360m                a shape of configs/ in bfloat16, for a GPU
 
-All models have the width and tokens of the vanilla model, and its depth, unless R recursions do not divide that:
-such a model is as deep as the paper makes it, and is compared with a vanilla model of its own depth. Steps
-alternate in one process, and medians count; a ratio is the median over rounds of a model's time over vanilla's beside it.
-"Executed" is the ratio of the FLOPs that the compiled steps execute in matrix products, "paper" that of the
-paper's formula (forward, no head). "Delivered" is the time ratio over the executed one: 1 where the whole saving
-arrives. Memory is that of arguments and temporaries. FLOPs of MFU leave out what is computed again, and count
-attention as its causal half. Writes benchmarks/results/train_step.json and .md.
+All models have the width, tokens and depth of the vanilla model. If R recursions do not divide that depth, the
+model is as deep as in the paper and is compared with a vanilla model of the same depth. Steps alternate in one
+process, and the table shows medians. A time ratio is the median over rounds of a model's time divided by
+vanilla's in the same round. "Executed" is the ratio of the FLOPs that the compiled steps execute in matrix
+products, "paper" that of the paper's formula (forward pass, without the head). "Delivered" is the time ratio
+divided by the executed ratio: 1 if the whole saving becomes speed. Memory is that of arguments and temporaries.
+MFU excludes recomputation and counts causal attention as half. Writes benchmarks/results/train_step.json and .md.
 """
 
 import statistics
@@ -43,19 +43,19 @@ MODELS = {
 
 
 class Contender:
-  """A model, its compiled step, and the seconds that it took."""
+  """A model, its compiled step, and the seconds of every timed step."""
 
   def __init__(self, config: Config):
     self.config, self._step, self.seconds = config, training.TrainingStep(config), []
 
   def run(self, turn: int) -> None:
-    """One step, timed unless it is the first."""
+    """Runs one step; the first is not timed."""
     seconds, _ = self._step.run(turn)
     if turn:
       self.seconds.append(seconds)
 
   def figures(self) -> dict[str, float]:
-    """What a step takes; seconds are the median, bytes those of one device."""
+    """Figures of a step: median seconds, tokens, FLOPs, and bytes per device."""
     memory, model, seq_len = (
       self._step.compiled.memory_analysis(),
       self.config.model,
@@ -74,10 +74,10 @@ class Contender:
 
 
 def contenders_of(base: Config, names: list[str]) -> dict[str, tuple[str, Config]]:
-  """Name -> (name of the vanilla model to compare with, run) of vanilla models and those asked for.
+  """name -> (name of the vanilla model to compare with, config), for the named models and their vanilla models.
 
   Raises:
-    ConfigError: there is no such model.
+    ConfigError: a model does not exist.
   """
   found = {}
   for name in names:
@@ -92,7 +92,7 @@ def contenders_of(base: Config, names: list[str]) -> dict[str, tuple[str, Config
 
 
 def main() -> None:
-  """Measures all models and writes the table. Raises ConfigError for flags that cannot work."""
+  """Measures all models and writes the table. Raises ConfigError for invalid flags."""
   if FLAGS.rounds < 1:
     raise ConfigError(f'--rounds={FLAGS.rounds} is not allowed: must be >= 1')
   chosen = contenders_of(training.base_config(kind='vanilla'), FLAGS.models or list(MODELS))
@@ -133,8 +133,8 @@ def table_rows(
 
   Args:
     figures: model -> `Contender.figures`.
-    seconds: model -> seconds of every timed step; the models took turns.
-    bases: model -> the vanilla model that it is compared with.
+    seconds: model -> seconds of every timed step; the models take turns.
+    bases: model -> the vanilla model to compare it with.
     device: kind of the device.
   """
   for name, own in figures.items():

@@ -1,4 +1,4 @@
-"""What benchmarks of training share: flags for the shape, and a training step that is compiled and can be timed."""
+"""Shared by the training benchmarks: flags for the model shape, and a compiled training step to time."""
 
 import time
 from typing import Any
@@ -25,7 +25,7 @@ SHAPE_FLAGS = ('size', *SMALL, 'remat')
 
 
 def define_flags() -> None:
-  """Flags of the shape, which `base_config` reads."""
+  """Defines the flags for the model shape, which `base_config` reads."""
   flags.DEFINE_enum('size', 'small', SIZES, 'small, for a CPU; or a shape of configs/, in bfloat16, 8 x 2048')
   flags.DEFINE_integer('layers', None, 'unrolled depth; small: 14, 2 more than a multiple of 2, 3 and 4')
   flags.DEFINE_integer('width', None, 'model width, a multiple of 64; small: 384')
@@ -37,7 +37,7 @@ def define_flags() -> None:
 
 
 def base_config(**model: Any) -> Config:
-  """The run that the flags describe, with settings of the model changed. Raises ConfigError if it cannot be."""
+  """The config described by the flags, with the given model settings. Raises ConfigError if it is invalid."""
   given = {name: FLAGS[name].value for name in SMALL if FLAGS[name].value is not None}
   if FLAGS.size == 'small':
     given = SMALL | given
@@ -73,17 +73,17 @@ def base_config(**model: Any) -> Config:
 
 
 def random_tokens(config: Config, turn: int) -> np.ndarray:
-  """Tokens (B, T) of a turn, the same for all who take part."""
+  """Tokens (B, T) of a turn, the same for all sides."""
   shape = config.train.global_batch, config.data.seq_len
   return np.random.default_rng(turn).integers(0, config.model.vocab_size, shape, np.int32)
 
 
 class TrainingStep:
-  """A model with its state, and its optimiser step, compiled.
+  """A model with its training state and compiled optimiser step.
 
   Attributes:
-    state: parameters and the rest, from seed 0.
-    compiled: the step.
+    state: training state, initialised with seed 0.
+    compiled: the compiled step.
   """
 
   def __init__(self, config: Config):
@@ -99,7 +99,7 @@ class TrainingStep:
     self.state = initialize(np.zeros((), SEED.dtype))
 
   def run(self, turn: int) -> tuple[float, float]:
-    """(seconds, loss) of one step on the tokens of a turn, which are on the device before the time begins."""
+    """(seconds, loss) of one step on the tokens of a turn. The copy to the device is not timed."""
     tokens_BT = random_tokens(self.config, turn)
     ones_BT = np.ones_like(tokens_BT)
     rows = {'tokens': tokens_BT, 'segment_ids': ones_BT, 'positions': ones_BT.cumsum(1, dtype=np.int32) - 1}
@@ -112,6 +112,6 @@ class TrainingStep:
 
 
 def utilization(flops_per_second: float, device_kind: str) -> float | None:
-  """Share of what the device can do at most in bfloat16; None of one that is not in the table of chips."""
+  """Fraction of the device's peak bfloat16 FLOPs; None for a device not listed in `chips`."""
   chip = chips.of_kind(device_kind)
   return flops_per_second / chip.flops if chip else None

@@ -1,9 +1,9 @@
-"""A real model uptrained to MoR: python -m benchmarks.uptrain --model=SMOLLM2 --corpus='files:FOLDER/*.txt' [--steps=20]
+"""Uptrains a real model to MoR: python -m benchmarks.uptrain --model=SMOLLM2 --corpus='files:FOLDER/*.txt' [--steps=20]
 
-For two and three recursions (configs/uptrain_smollm2_135m.py) and every init.method: validation NLL right after
-the conversion and after some steps, against random weights, against the original before any training and after
-as many steps, and with distillation. All see the same batches. Rows are kept in benchmarks/results/uptrain.*
-as they come.
+Measures the validation NLL right after the conversion and after --steps steps, for two and three recursions
+(configs/uptrain_smollm2_135m.py) and every init.method. Compares with random weights, with the original before and
+after the same training, and with distillation. All runs see the same batches. Writes benchmarks/results/uptrain.*
+after every run.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ COLUMNS = ['model', 'layers', 'parameters, M', 'begins from', 'NLL at first', 'N
 
 @dataclasses.dataclass
 class Setup:
-  """One kind of model, compiled once for all its beginnings."""
+  """One kind of model, compiled once for all its initial weights."""
 
   config: Config
   mesh: Any
@@ -69,7 +69,7 @@ class Setup:
     return nll.evaluate(self.nll_step, variables, batches, self.mesh)['nll']
 
   def train(self, weights: Any, theirs: tuple = ()) -> tuple[float, float, float]:
-    """(NLL at first, after all steps, seconds of a step) from weights, or from random ones."""
+    """Trains from `weights` (None: random); returns (initial NLL, final NLL, seconds per step)."""
     state = self.initialize(jnp.uint32(0))
     state = state if weights is None else begin_from(state, weights)
     first, begin = self.evaluate(state.variables), 0.0
@@ -86,7 +86,7 @@ class Setup:
 
 
 def main() -> None:
-  """Trains all and writes the table."""
+  """Trains all models and writes the table."""
   if not FLAGS.model or not FLAGS.corpus:
     raise ConfigError('--model and --corpus are needed (--help shows an example)')
   vanilla = settings('vanilla', 1)
@@ -132,7 +132,7 @@ def main() -> None:
 
 
 def settings(variant: str, recursions: int) -> Config:
-  """The recipe, for a CPU: float32, short rows, all capacities from the first step."""
+  """The recipe, adapted to a CPU: float32, short rows, no capacity warm-up."""
   changes = {
     'model.num_recursions': recursions,
     'model.dtype': 'float32',
@@ -153,7 +153,7 @@ def settings(variant: str, recursions: int) -> Config:
 
 
 def keep(rows: list[list[Any]]) -> str:
-  """Writes what there is so far."""
+  """Writes the table of the rows so far and returns it."""
   about = {
     'original': Path(FLAGS.model).name,
     'training': f'{FLAGS.steps} steps of {FLAGS.rows} x {FLAGS.seq_len} tokens, peak learning rate {FLAGS.learning_rate}',

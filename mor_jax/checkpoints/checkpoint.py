@@ -1,7 +1,7 @@
-"""Checkpoints of a run: written in the background, verified before use, removed when their successors are complete.
+"""Checkpoints of a run: written in the background, verified before use, deleted after newer ones are complete.
 
-A checkpoint is a folder named by its step, made by Orbax, with digests of all its files and a manifest
-(integrity.py). The manifest also says what the state belongs to: config, tokenizer, code, validation loss.
+A checkpoint is a folder named after its step. Orbax writes it; integrity.py adds digests of all its files
+and a manifest. The manifest also records config, tokenizer, code version and validation loss.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ def _is_no_stack_of_orbax(record: logging.LogRecord) -> bool:
 
 
 def ever_finished(folder: epath.Path, mirror: Mirror | None = None) -> bool:
-  """Whether a folder of checkpoints, or its mirror, ever had a finished one, even if nothing good is left of it."""
+  """Whether a checkpoint folder or its mirror ever had a finished checkpoint, even if none is usable now."""
   if mirror is not None and mirror.ever_finished():
     return True
   if not folder.is_dir():
@@ -94,14 +94,14 @@ class Checkpoints:
 
   @property
   def steps(self) -> list[int]:
-    """Steps of all checkpoints on disk, ascending, finished or not."""
+    """Steps of all checkpoints on disk in ascending order, finished or not."""
     if not self._folder.is_dir():
       return []
     return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
 
   @property
   def latest_step(self) -> int | None:
-    """Step of the newest finished checkpoint; None without any."""
+    """Step of the newest finished checkpoint; None if there is none."""
     return max((step for step in self.steps if (self.path(step) / integrity.MANIFEST).exists()), default=None)
 
   def path(self, step: int) -> epath.Path:
@@ -109,12 +109,12 @@ class Checkpoints:
     return self._folder / str(step)
 
   def newest_good(self) -> int | None:
-    """Step of the newest checkpoint whose files are all as they were written; None if none was ever finished.
+    """Step of the newest checkpoint whose files are all intact; None if none was ever finished.
 
-    Newer ones that are damaged or unfinished are reported, and renamed out of the way unless `read_only`.
+    Reports newer checkpoints that are damaged or unfinished, and renames them unless `read_only`.
 
     Raises:
-      RunError: there were checkpoints, but none is good; and so at every further call.
+      RunError: there were checkpoints, but none is intact. Further calls raise it again.
     """
     here, copies = self.steps, self._mirror.steps if self._mirror else []
     for step in sorted({*here, *copies}, reverse=True):
@@ -139,11 +139,11 @@ class Checkpoints:
     return None
 
   def good(self, step: int) -> int:
-    """The step, if its checkpoint is there, or in the mirror, and its files are as they were written.
+    """Returns the step if its checkpoint exists, here or in the mirror, and its files are intact.
 
     Raises:
       ConfigError: there is no checkpoint of this step.
-      RunError: it cannot be used.
+      RunError: the checkpoint is damaged or unfinished.
     """
     copies = self._mirror.steps if self._mirror else []
     if step not in self.steps:
@@ -186,9 +186,9 @@ class Checkpoints:
   # ---- saving ----
 
   def wants_save(self) -> bool:
-    """Whether this process's clock asks for a save: it is time, or to try again one that failed.
+    """Whether this process should save by the clock: the interval has passed, or a failed save is due for a retry.
 
-    Processes must agree before they save.
+    The processes must agree before they save.
     """
     now = time.monotonic()
     if self._failure is not None:
@@ -228,7 +228,7 @@ class Checkpoints:
     self._finishing.start()
 
   def _finish(self, step: int, response: Any, about: dict[str, Any], position: dict[str, Any] | None) -> None:
-    """Makes a save count once it is on disk, then removes what need not be kept. Runs on a thread."""
+    """Marks a save as finished once it is on disk, then applies retention. Runs on a thread."""
     try:
       response.result()
       if runtime.is_main():
@@ -273,7 +273,7 @@ class Checkpoints:
       self._remove(step)
 
   def _remove(self, step: int) -> None:
-    """By rename first, so that nothing half-removed bears a checkpoint's name."""
+    """Renames before deleting, so that a partly deleted folder never has a checkpoint's name."""
     if runtime.is_main():
       if self._mirror is not None:
         self._mirror.remove(step)

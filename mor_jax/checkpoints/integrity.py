@@ -1,8 +1,8 @@
-"""Whether a checkpoint is what was written: digests of all its files, checked before it is used.
+"""Integrity of checkpoints: digests of all files, checked before a checkpoint is used.
 
-Orbax verifies no payload, and a flipped bit loads silently. So when a checkpoint is complete on disk every
-process digests the files that it wrote and leaves them in `process_N.json`; the first process gathers these
-and publishes `manifest.json`, last and by rename. A checkpoint without manifest was never finished.
+Orbax does not verify payloads, so a flipped bit would load silently. When a checkpoint is complete on disk,
+every process writes the digests of its files to `process_N.json`. The first process collects these and
+publishes `manifest.json`, last and by rename. A checkpoint without a manifest was never finished.
 """
 
 import hashlib
@@ -24,11 +24,11 @@ Digests = dict[str, list]  # path within the checkpoint -> [size in bytes, diges
 
 
 def write_share(folder: epath.Path, process: int, about: dict[str, Any]) -> None:
-  """Digests the files that this process wrote, with what else it has to say about the checkpoint.
+  """Writes the digests of this process's files, and `about`.
 
   Args:
-    folder: of a checkpoint that is complete on disk.
-    about: JSON of this process, such as its position in a stream of data.
+    folder: folder of a checkpoint that is complete on disk.
+    about: JSON of this process, such as its position in a data stream.
   """
   names = [name for name in _files(folder) if _owner(name) == process]
   share = {'files': _digests(folder, names), 'about': about}
@@ -36,10 +36,10 @@ def write_share(folder: epath.Path, process: int, about: dict[str, Any]) -> None
 
 
 def publish(folder: epath.Path, num_processes: int, about: dict[str, Any]) -> None:
-  """Makes the checkpoint count as finished, once all processes have written their shares.
+  """Waits for the digests of all processes, then marks the checkpoint as finished.
 
   Raises:
-    TimeoutError: the share of a process did not come.
+    TimeoutError: the digests of a process are missing.
   """
   begin = time.monotonic()
   shares = [folder / f'process_{process}.json' for process in range(num_processes)]
@@ -58,10 +58,10 @@ def publish(folder: epath.Path, num_processes: int, about: dict[str, Any]) -> No
 
 
 def read_manifest(folder: epath.Path) -> dict[str, Any]:
-  """What `publish` wrote.
+  """Reads the manifest that `publish` wrote.
 
   Raises:
-    ValueError: there is none, or it is damaged; the message says which.
+    ValueError: the manifest is missing or damaged; the message says which.
   """
   try:
     envelope = json.loads((folder / MANIFEST).read_text())
@@ -76,14 +76,14 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
 
 
 def read_share(folder: epath.Path, process: int) -> dict[str, Any]:
-  """What a process had to say about the checkpoint (`about` of `write_share`)."""
+  """Reads the `about` that a process passed to `write_share`."""
   return json.loads((folder / f'process_{process}.json').read_text())['about']
 
 
 def problems(folder: epath.Path, part: int = 0, parts: int = 1) -> list[str]:
-  """What is wrong with a checkpoint; [] if nothing is.
+  """Lists the problems of a checkpoint; [] if it is intact.
 
-  With several processes each looks at every `parts`-th file, from the `part`-th on.
+  Several processes share the work: each checks every `parts`-th file, beginning with the `part`-th.
   """
   try:
     files: Digests = read_manifest(folder)['files']
@@ -106,7 +106,7 @@ def problems(folder: epath.Path, part: int = 0, parts: int = 1) -> list[str]:
 
 
 def _files(folder: epath.Path, prefix: str = '') -> list[str]:
-  """Paths of all files that are the checkpoint's own, manifest and shares left out."""
+  """Paths of all files of the checkpoint, without the manifest and `process_N.json`."""
   names = []
   for path in sorted(folder.iterdir()):
     if path.is_dir():
@@ -117,7 +117,7 @@ def _files(folder: epath.Path, prefix: str = '') -> list[str]:
 
 
 def _owner(name: str) -> int:
-  """The process that wrote a file: Orbax has its number in the path; what is shared is the first one's."""
+  """The process that wrote a file. Orbax puts its number in the path; the first process writes shared files."""
   match = _OWNER.search(name)
   return int(match[1]) if match else 0
 

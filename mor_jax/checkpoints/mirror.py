@@ -1,8 +1,8 @@
 """Copies of a run's finished checkpoints on a file system that Orbax cannot write to, such as s3://.
 
-Orbax writes in the run folder, and what is finished there is copied file by file through etils' epath, the
-manifest last. So what has a manifest in the mirror is complete, as on disk. A machine that has lost its disk
-takes from the mirror what its run folder lacks.
+Orbax writes to the run folder. Finished checkpoints are copied file by file with etils' epath, the manifest
+last, so that a copy with a manifest is complete. A machine that has lost its disk fetches the missing
+checkpoints from the mirror.
 """
 
 import shutil
@@ -24,11 +24,11 @@ _SET_ASIDE = f'{integrity.MANIFEST}.damaged'  # name of the manifest of a damage
 
 
 class Mirror:
-  """The checkpoints under a folder, which are copies of those with the same names under another.
+  """Copies of the checkpoints in another folder, under the same names.
 
   Args:
-    folder: of the copies; anything that epath takes.
-    original: where Orbax writes.
+    folder: folder of the copies; any path that epath supports.
+    original: folder that Orbax writes to.
   """
 
   def __init__(self, folder: epath.PathLike, original: epath.PathLike):
@@ -36,7 +36,7 @@ class Mirror:
 
   @property
   def steps(self) -> list[int]:
-    """Steps of the complete copies, ascending."""
+    """Steps of the complete copies in ascending order."""
     if not self._folder.is_dir():
       return []
     found = [path for path in self._folder.iterdir() if path.name.isdigit()]
@@ -47,7 +47,7 @@ class Mirror:
     return self._folder / str(step)
 
   def ever_finished(self) -> bool:
-    """Whether a copy was ever complete, even one that turned out to be damaged."""
+    """Whether there was ever a complete copy, even if it is damaged now."""
     if not self._folder.is_dir():
       return False
     manifests = (integrity.MANIFEST, _SET_ASIDE)
@@ -55,7 +55,7 @@ class Mirror:
     return any((folder / name).exists() for folder in folders for name in manifests)
 
   def upload(self, step: int) -> None:
-    """Copies a finished checkpoint. Raises what the file system raises; the copy is then incomplete."""
+    """Copies a finished checkpoint. On a file system error the copy is incomplete and the error is raised."""
     source, target = self._original / str(step), self.path(step)
     self.remove(step)  # what an earlier attempt left
     files = [path for path in _files(source) if path.name != integrity.MANIFEST]
@@ -63,7 +63,7 @@ class Mirror:
     _copy(source, target, [source / integrity.MANIFEST])
 
   def fetch(self, step: int) -> None:
-    """Copies one back, which has its name there once it is complete. Raises RunError if that fails."""
+    """Copies a checkpoint back to the original folder and renames it when complete. Raises RunError on failure."""
     source, target = self.path(step), self._original / str(step)
     partial = target.with_name(f'{step}.fetched')
     try:
@@ -78,13 +78,13 @@ class Mirror:
       ) from error
 
   def set_aside(self, step: int) -> None:
-    """A damaged copy counts as complete no more, and none is renamed: object stores copy for that."""
+    """Marks a copy as damaged by renaming its manifest only: object stores rename by copying."""
     manifest = self.path(step) / integrity.MANIFEST
     manifest.with_name(_SET_ASIDE).write_bytes(manifest.read_bytes())
     manifest.unlink()
 
   def remove(self, step: int) -> None:
-    """Removes a copy, if there is one; its manifest first, so that nothing half-removed counts."""
+    """Deletes a copy if it exists, its manifest first, so that a partly deleted copy is not complete."""
     folder = self.path(step)
     if (manifest := folder / integrity.MANIFEST).exists():
       manifest.unlink()
@@ -101,7 +101,7 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
 
 
 def _copy(source: epath.Path, target: epath.Path, files: list[epath.Path]) -> None:
-  """Copies files of a folder into another one, at the same places."""
+  """Copies files of a folder to the same relative paths in another folder."""
   pairs = [(path, target.joinpath(*path.relative_to(source).parts)) for path in files]
   for parent in {copy.parent for _, copy in pairs}:
     parent.mkdir(parents=True, exist_ok=True)
@@ -119,20 +119,20 @@ def _copy_file(path: epath.Path, copy: epath.Path) -> None:
 
 
 def scheme(folder: str | None) -> str | None:
-  """'gs' of gs://BUCKET/FOLDER; None of a folder that the operating system knows."""
+  """The URL scheme of a folder, such as 'gs' for gs://BUCKET/FOLDER; None for a local folder."""
   return folder.partition('://')[0] if folder and '://' in folder else None
 
 
 def check_folder(folder: str | None, writes: bool) -> None:
-  """Finds out whether a folder with a scheme can be used.
+  """Checks that a remote folder can be used.
 
   Args:
     folder: `checkpoint.folder`.
-    writes: whether to write to it.
+    writes: whether to test writing too.
 
   Raises:
-    ConfigError: etils does not know the scheme, or lacks a package for it.
-    RunError: it does not answer, or cannot be written.
+    ConfigError: etils does not support the scheme, or a package for it is missing.
+    RunError: the storage does not respond, or the folder is not writable.
   """
   name = scheme(folder)
   if name is None:

@@ -1,4 +1,4 @@
-"""Which checkpoints are kept: the newest, every so many steps, and the best by validation."""
+"""Which checkpoints to keep: the newest, those of every n-th step, and the best by validation loss."""
 
 from collections.abc import Mapping
 
@@ -6,10 +6,10 @@ from mor_jax.config import CheckpointConfig
 
 
 def to_remove(settings: CheckpointConfig, losses: Mapping[int, float | None]) -> list[int]:
-  """Steps of the checkpoints that need not be kept.
+  """Steps of the checkpoints to delete.
 
   Args:
-    losses: validation loss by step of every finished checkpoint; None where it was not validated.
+    losses: validation loss of every finished checkpoint by step; None if it was not validated.
   """
   steps = sorted(losses)
   kept = set(steps[-settings.keep :])

@@ -1,11 +1,11 @@
-"""Every setting of mor_jax: frozen dataclasses, made from an ml_collections ConfigDict.
+"""All settings of mor_jax: frozen dataclasses, built from an ml_collections ConfigDict.
 
-A config file (`configs/*.py`) starts from `default()`, changes what it wants and
-returns the ConfigDict; absl flags override single fields (`--config.model.num_recursions=3`);
-`resolve()` turns the result into a `Config`, which is immutable, typed and validated.
-Nothing below reads flags or ConfigDicts.
+A config file (`configs/*.py`) starts from `default()`, changes some settings and returns the
+ConfigDict. absl flags override single fields (`--config.model.num_recursions=3`). `resolve()`
+turns the result into a `Config`, which is immutable, typed and validated. The rest of the
+package reads neither flags nor ConfigDicts.
 
-Symbols used in code and docstrings all over the package, as suffixes of array names:
+Shape letters, used throughout the package in docstrings and as suffixes of array names:
 
   B  batch (rows)                 H  query heads          U  unique layers (parameter slots)
   T  tokens in a row              K  key/value heads      R  recursions (`num_recursions`)

@@ -1,4 +1,4 @@
-"""From an ml_collections ConfigDict to a validated `Config`, and the list of settings that `--help` shows."""
+"""Builds a validated `Config` from an ml_collections ConfigDict, and lists the settings for `--help`."""
 
 import dataclasses
 import typing
@@ -18,7 +18,7 @@ def default() -> config_dict.ConfigDict:
 
 
 def resolve(settings: config_dict.ConfigDict | dict[str, Any]) -> Config:
-  """The validated `Config` of a ConfigDict or of the dict in a run's config.json.
+  """Returns the validated `Config` for a ConfigDict, or for the dict in a run's config.json.
 
   Raises:
     ConfigError: unknown setting, wrong type, or a value that cannot work.
@@ -30,10 +30,10 @@ def resolve(settings: config_dict.ConfigDict | dict[str, Any]) -> Config:
 
 
 def with_changes(config: Config, **sections: dict[str, Any]) -> Config:
-  """A validated copy with single settings changed: `with_changes(config, model={'dtype': 'float32'})`.
+  """Returns a validated copy with some settings changed: `with_changes(config, model={'dtype': 'float32'})`.
 
   Raises:
-    ConfigError: a value that cannot work, alone or with the others.
+    ConfigError: a value that cannot work, by itself or in combination with others.
   """
   changed = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
   config = dataclasses.replace(config, **changed)
@@ -42,7 +42,7 @@ def with_changes(config: Config, **sections: dict[str, Any]) -> Config:
 
 
 def describe(sections: Sequence[str] | None = None) -> str:
-  """The settings, all or of some sections, with type, default and meaning, one a line: the body of `--help`."""
+  """Lists the settings of all or some sections, with type, default and meaning: the body of `--help`."""
   lines = []
   for section in dataclasses.fields(Config):
     if sections is not None and section.name not in sections:
@@ -60,7 +60,7 @@ def describe(sections: Sequence[str] | None = None) -> str:
 
 
 def settings() -> dict[str, Any]:
-  """Type hint of every setting by its dotted name: `{'name': str, 'model.kind': str, ...}`."""
+  """Maps the dotted name of every setting to its type hint: `{'name': str, 'model.kind': str, ...}`."""
   hints: dict[str, Any] = {}
   for name, hint in typing.get_type_hints(Config).items():
     if dataclasses.is_dataclass(hint):

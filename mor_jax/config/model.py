@@ -1,4 +1,4 @@
-"""The settings of a model, and what follows from them; the letters in names are those of `config.py`."""
+"""Settings of the model and the values derived from them. `mor_jax/config/__init__.py` lists the shape letters."""
 
 import dataclasses
 import math
@@ -175,20 +175,21 @@ class ModelConfig:
 
   @property
   def shared_depth(self) -> int:
-    """Layers in the shared block, that is per recursion."""
+    """Layers in the shared block, i.e. per recursion."""
     return (self.num_layers - 2 * self.unique_ends) // self.recursions
 
   @property
   def can_stop_early(self) -> bool:
-    """Whether fewer than R recursions make a model; under `sequence` sharing each layer repeats by itself."""
+    """Whether the first r < R recursions form a model. Not under `sequence` sharing, which repeats each layer."""
     return self.kind != 'vanilla' and self.sharing.endswith('cycle')
 
   @property
   def passes(self) -> int:
-    """Passes over the middle layers between which keys and values may be shared.
+    """Passes over the middle layers that may share keys and values: R, or `num_recursions` under `kv=shared`.
 
-    R, or under `kv=shared` of a vanilla model the number that `num_recursions` gives: its layers
-    have parameters of their own and read the keys and values of those that R would tie them to.
+    This differs for a vanilla model only, where R is 1. With `kv=shared` its layers keep their own
+    parameters but read the keys and values of the layers whose parameters they would share in a
+    recursive model.
     """
     return self.num_recursions if self.kv == 'shared' else self.recursions
 
@@ -199,7 +200,7 @@ class ModelConfig:
 
   @property
   def step_capacities(self) -> tuple[float, ...]:
-    """Fraction of the tokens that enters each recursion ((R - r) / R unless set; paper section 2.2.1)."""
+    """Fraction of tokens that enters each recursion: (R - r) / R unless set (paper section 2.2.1)."""
     if self.kind == 'mor' and self.router == 'expert_choice':
       return self.capacities or self.balanced_capacities
     if self.kind == 'mor' and self.token_capacity_factor is not None:
@@ -208,24 +209,24 @@ class ModelConfig:
 
   @property
   def balanced_capacities(self) -> tuple[float, ...]:
-    """Fraction of the tokens that enters each recursion when all depths are equally common."""
+    """Fraction of tokens that enters each recursion when all depths are equally frequent."""
     return tuple((self.recursions - r) / self.recursions for r in range(self.recursions))
 
   @property
   def has_aux_router(self) -> bool:
-    """Whether second routers make the causal decisions."""
+    """Whether auxiliary routers make the causal decisions."""
     return self.kind == 'mor' and self.router == 'expert_choice' and self.causality == 'aux_router'
 
   @property
   def squash(self) -> str:
-    """The activation that `router_activation` stands for."""
+    """The router activation, with `auto` resolved."""
     if self.router_activation != 'auto':
       return self.router_activation
     return 'sigmoid' if self.router == 'expert_choice' else 'softmax'
 
   @property
   def gate_scale(self) -> float:
-    """The alpha that `router_alpha` stands for."""
+    """The gate's alpha, with the default resolved."""
     if self.router_alpha is not None:
       return self.router_alpha
     return 0.1 if self.squash in ('sigmoid', 'tanh') else 1.0

@@ -1,4 +1,4 @@
-"""The settings of a run, section by section: frozen dataclasses that know nothing of what goes together."""
+"""The settings of a run, section by section. Rules across settings are in validation.py."""
 
 import dataclasses
 from typing import Any
@@ -9,7 +9,7 @@ from mor_jax.config.typed import setting
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Text, tokenizer and rows."""
+  """Documents, tokenizer and rows."""
 
   source: str = setting(
     'embedded',
@@ -112,7 +112,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-  """What a new training begins from. A checkpoint of the run itself always comes first."""
+  """Where a new run gets its initial weights. A checkpoint of the run itself takes precedence."""
 
   source: str | None = setting(
     None,
@@ -129,7 +129,7 @@ class InitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
-  """Learning from the predictions of another model while training."""
+  """Distillation from a teacher model during training."""
 
   weight: float = setting(
     0.0, 'weight of KL(teacher || model) * temperature^2 beside the loss on the text; 0: no teacher'
@@ -143,7 +143,7 @@ class DistillConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-  """When to save and what to keep."""
+  """When to save checkpoints and which to keep."""
 
   every_steps: int = setting(1000, 'steps between two checkpoints; the last step is always saved')
   every_minutes: float | None = setting(None, 'also save when the last checkpoint is this many minutes old')
@@ -162,7 +162,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
-  """How rows and parameters are split over devices; the product of all sizes is the number of devices."""
+  """How rows and parameters are sharded. The product of all sizes is the number of devices."""
 
   replica: int = setting(-1, 'copies of the parameters within a slice; -1: as many as devices are left')
   fsdp: int = setting(1, 'parts that parameters and optimiser state are split into within a slice; -1 fills')
@@ -173,7 +173,7 @@ class ParallelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """All settings of a run. `resolve` makes one from a ConfigDict, and checks it."""
+  """All settings of a run. `resolve` builds and validates one from a ConfigDict."""
 
   name: str = setting('default', 'names the run and its folder, runs/NAME')
   model: ModelConfig = ModelConfig()
@@ -185,5 +185,5 @@ class Config:
   parallel: ParallelConfig = ParallelConfig()
 
   def to_dict(self) -> dict[str, Any]:
-    """Plain nested dict, as written to config.json; `resolve` reads it back."""
+    """The settings as a plain nested dict, as written to config.json. `resolve` reads it back."""
     return dataclasses.asdict(self)

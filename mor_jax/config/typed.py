@@ -1,6 +1,6 @@
-"""Typed settings: dataclasses whose fields explain themselves, to and from ml_collections ConfigDicts.
+"""Typed settings: dataclasses with a help text per field, converted to and from ml_collections ConfigDicts.
 
-Says nothing about which settings there are; that is run.py and model.py.
+The settings themselves are in run.py and model.py.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ from mor_jax.errors import ConfigError
 
 
 def setting(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
-  """A dataclass field with the text that `--help` shows and, optionally, its allowed values."""
+  """Returns a dataclass field with its text for `--help` and, optionally, its allowed values."""
   return dataclasses.field(default=default, metadata={'help': help_text, 'choices': choices})
 
 
 def describe_field(owner: type, field: dataclasses.Field, default_value: Any, prefix: str) -> str:
-  """The flag of a field, its allowed values and what it means, as `--help` shows them."""
+  """Returns a field's flag, allowed values and meaning, as shown by `--help`."""
   kind, _ = unwrap_optional(typing.get_type_hints(owner)[field.name])
   allowed = '|'.join(field.metadata['choices']) or getattr(kind, '__name__', str(kind))
   shown = 'none' if default_value is None else default_value
@@ -29,7 +29,7 @@ def describe_field(owner: type, field: dataclasses.Field, default_value: Any, pr
 
 
 def unwrap_optional(hint: Any) -> tuple[Any, bool]:
-  """(type, may be None) of a type hint; parametrised tuples become `tuple`."""
+  """Splits a type hint into (type, whether it may be None). Parametrised tuples become `tuple`."""
   optional = isinstance(hint, types.UnionType)
   if optional:
     hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
@@ -37,7 +37,7 @@ def unwrap_optional(hint: Any) -> tuple[Any, bool]:
 
 
 def to_config_dict(value: Any) -> config_dict.ConfigDict:
-  """A locked ConfigDict of a dataclass of settings and its sections; optional settings can be overridden."""
+  """Converts a settings dataclass and its sections to a locked ConfigDict. Flags can set optional settings."""
   result = config_dict.ConfigDict()
   hints = typing.get_type_hints(type(value))
   for field in dataclasses.fields(value):
@@ -54,7 +54,7 @@ def to_config_dict(value: Any) -> config_dict.ConfigDict:
 
 
 def from_dict(cls: type, raw: dict[str, Any], prefix: str = '') -> Any:
-  """The dataclass of a nested dict. Raises ConfigError for an unknown setting or a wrong type."""
+  """Builds the dataclass from a nested dict. Raises ConfigError for an unknown setting or a wrong type."""
   hints = typing.get_type_hints(cls)
   for name in raw:
     if name not in hints:

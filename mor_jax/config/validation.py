@@ -19,7 +19,7 @@ SPECIAL_AND_BYTE_TOKENS = 257  # every byte, end of text
 
 
 def validate(config: Config) -> None:
-  """Raises ConfigError naming the first flag that cannot work, its value and what is allowed."""
+  """Raises ConfigError for the first flag that cannot work. Names its value and what is allowed."""
   _check_choices(config)
   _validate_model(config.model)
   _validate_data(config.data)

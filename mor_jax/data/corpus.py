@@ -1,7 +1,7 @@
-"""Documents of `data.source`: mixed, split into train and validation, filtered and limited.
+"""Documents of `data.source`: mixed, filtered, limited and split into train and validation.
 
-Every source is read the same way: in one pass and in a fixed order. Which side of the
-split a document is on follows from a hash of its origin, so that it never changes.
+Every source is read in one pass and in a fixed order. A hash of a document's origin decides
+its split, so the split never changes.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ _WEIGHTED = re.compile(r'\s*(?:(?P<weight>\d*\.?\d+)\s*\*\s*)?(?P<source>.*\S)\s
 
 
 def open_source(data: DataConfig) -> Source:
-  """The source that `data.source` names, after cheap checks.
+  """Opens the source that `data.source` names, after some quick checks.
 
   Raises:
     ConfigError: unknown kind, no matching file, a missing package.
@@ -60,7 +60,7 @@ def _open_single(spec: str, data: DataConfig) -> Source:
 
 
 class Mixture:
-  """Several sources in given shares of characters; ends when the first of them does."""
+  """Several sources, weighted by characters. Ends when the first of them ends."""
 
   def __init__(self, sources: list[Source], weights: list[float]):
     self._sources, self._weights = sources, weights
@@ -68,12 +68,12 @@ class Mixture:
     self.bytes_read = 0
 
   def fingerprint(self) -> str:
-    """Those of the sources, with their weights."""
+    """The fingerprints and weights of the sources."""
     parts = (f'{w:g}*{s.fingerprint()}' for w, s in zip(self._weights, self._sources, strict=True))
     return ';'.join(parts)
 
   def records(self) -> Iterator[Document | Unreadable]:
-    """Next is always a document of the source that lags furthest behind its share."""
+    """Yields the next document from the source furthest behind its share."""
     streams = [source.records() for source in self._sources]
     taken = [0.0] * len(streams)
     while True:
@@ -88,12 +88,12 @@ class Mixture:
 
 
 class Reading:
-  """One pass over the documents of both splits, counting what is left out. Iterate it once.
+  """One pass over the documents of both splits. Counts the dropped ones. Iterate it once.
 
   Attributes:
-    source: tells how far the reading is.
-    dropped: number of documents left out by reason.
-    examples: where the first unreadable ones are, and why.
+    source: knows how much has been read.
+    dropped: number of dropped documents by reason.
+    examples: location and problem of the first unreadable documents.
   """
 
   def __init__(self, data: DataConfig):
@@ -107,8 +107,8 @@ class Reading:
     """Yields (split, document).
 
     Raises:
-      ConfigError: more than `data.max_bad_fraction` of the documents cannot be read, or a file
-        or dataset as a whole.
+      ConfigError: more than `data.max_bad_fraction` of the documents are unreadable, or a whole
+        file or dataset is.
     """
     room = {split: _limit(self._data, split) for split in SPLITS}
     for document in self._usable():
@@ -154,10 +154,10 @@ class Reading:
 
 
 def documents(data: DataConfig, split: str) -> Iterator[Document]:
-  """Yields the documents of a split, 'train' or 'validation', in an order that never changes.
+  """Yields the documents of a split, 'train' or 'validation', always in the same order.
 
-  `data.max_documents` is shared out between the splits by `data.validation_fraction`, at
-  least one to each.
+  `data.max_documents` is divided between the splits by `data.validation_fraction`, with at
+  least one document in each.
 
   Raises:
     ConfigError: the source cannot be read.
@@ -169,7 +169,7 @@ def documents(data: DataConfig, split: str) -> Iterator[Document]:
 
 
 def split_of(document: Document, validation_fraction: float) -> str:
-  """The side a document is on."""
+  """The split of a document."""
   origin = document.text if document.origin is None else document.origin
   return 'validation' if uniform_hash('split', origin) < validation_fraction else 'train'
 

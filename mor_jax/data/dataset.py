@@ -1,8 +1,8 @@
 """Prepared datasets: a corpus as packed rows in one folder, built once and opened by name.
 
 The folder holds the rows (shards.py), tokenizer.json, and manifest.json with the counts. It
-is built under another name and renamed when it is complete, so a folder that has its final
-name is finished. An interrupted build is continued by the next one.
+is built under a temporary name and renamed when it is complete, so a folder with its final
+name is finished. The next build continues an interrupted one.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ _MANIFEST, _TOKENIZER = 'manifest.json', 'tokenizer.json'
 
 @dataclasses.dataclass(frozen=True)
 class SplitCounts:
-  """What a split holds. Bits per byte: nats per target / `bytes_per_token` / ln 2."""
+  """Counts of a split. Bits per byte are nats per target / `bytes_per_token` / ln 2."""
 
   documents: int
   bytes: int  # of the documents in UTF-8, without separators
@@ -42,13 +42,13 @@ class SplitCounts:
 
   @property
   def bytes_per_token(self) -> float:
-    """Bytes of text that a token stands for, on average."""
+    """Average bytes of text per token."""
     return self.bytes / self.tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-  """The table of contents of a prepared dataset, as manifest.json has it."""
+  """The contents of a prepared dataset, as stored in manifest.json."""
 
   format_version: int
   source: str
@@ -74,7 +74,7 @@ class Manifest:
 
 @dataclasses.dataclass(frozen=True)
 class PreparedDataset:
-  """A finished dataset: its folder, tokenizer and counts, and the rows of its splits."""
+  """A finished dataset: folder, tokenizer, counts, and the rows of each split."""
 
   folder: pathlib.Path
   tokenizer: tokenizers.Tokenizer
@@ -86,7 +86,7 @@ class PreparedDataset:
 
 
 def dataset_folder(data: DataConfig) -> pathlib.Path:
-  """Where the dataset of these settings lives; its name has a digest of all that decides its content.
+  """The folder of the dataset for these settings. Its name has a digest of everything that determines the content.
 
   Raises:
     ConfigError: the source or the tokenizer cannot be found.
@@ -111,7 +111,7 @@ def dataset_folder(data: DataConfig) -> pathlib.Path:
 
 
 def cache_dir(data: DataConfig) -> pathlib.Path:
-  """The folder for what can be made again."""
+  """The folder for files that can be rebuilt."""
   if data.cache_dir:
     return pathlib.Path(data.cache_dir).expanduser()
   return pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'mor_jax'
@@ -119,7 +119,7 @@ def cache_dir(data: DataConfig) -> pathlib.Path:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """How far a preparation is. Bytes and documents include those that were done before it was continued."""
+  """Progress of a preparation. Bytes and documents include those of interrupted runs."""
 
   done: Counter[str]  # documents, bytes, tokens, rows
   skipped_bytes: int  # prepared before
@@ -131,20 +131,20 @@ def prepare(
   report: Callable[[str], None] = lambda line: None,
   progress: Callable[[Progress], None] = lambda state: None,
 ) -> PreparedDataset:
-  """Opens the prepared dataset of these settings, after building it if there is none.
+  """Opens the prepared dataset for these settings and builds it first if it does not exist.
 
-  Several processes may call this at once: one builds, the others wait for it. A build that was
-  interrupted, by SIGKILL even, is continued, with the same result as if it had not been.
+  Several processes may call this at once: one builds while the others wait. An interrupted build,
+  even one ended by SIGKILL, is continued and gives the same result as an uninterrupted one.
 
   Args:
-    data: settings; all but `segment_mask`, `seed`, `prefetch`, `workers` decide the content.
-    report: called with lines that tell a user what is going on.
+    data: settings; all but `segment_mask`, `seed`, `prefetch` and `workers` determine the content.
+    report: called with status lines for the user.
     progress: called every few megabytes while building.
 
   Raises:
-    ConfigError: the cache folder cannot be written to, the corpus is missing, unreadable or too
-      small for a row in each split, the prepared folder is damaged, or one that `data.source`
-      names was made with other settings.
+    ConfigError: the cache folder is not writable; the corpus is missing, unreadable or too small
+      for one row per split; the prepared folder is damaged; or the folder named by `data.source`
+      was prepared with different settings.
   """
   folder = dataset_folder(data)
   if data.source.startswith(PREPARED):
@@ -168,7 +168,7 @@ def prepare(
 
 
 def _check_settings(manifest: Manifest, data: DataConfig) -> None:
-  """Raises ConfigError unless the dataset is what these settings ask for."""
+  """Raises ConfigError unless the dataset matches these settings."""
   wanted = {'seq_len': data.seq_len, 'tokenizer': tokenizers.fingerprint(data), 'separator': data.separator}
   for name, value in wanted.items():
     if getattr(manifest, name) != value:
@@ -182,7 +182,7 @@ def open_dataset(folder: str | os.PathLike) -> PreparedDataset:
   """Opens a finished dataset folder.
 
   Raises:
-    ConfigError: there is none, or it is damaged; names the folder to delete.
+    ConfigError: the folder is missing or damaged; the message names the folder to delete.
   """
   folder = pathlib.Path(folder)
   if not folder.is_dir():
@@ -207,7 +207,7 @@ def open_dataset(folder: str | os.PathLike) -> PreparedDataset:
 
 @contextlib.contextmanager
 def _exclusive(path: pathlib.Path, report: Callable[[str], None]) -> Iterator[None]:
-  """Holds a lock on the file `path`, which ends with the process, however that ends."""
+  """Holds a lock on the file `path`. The system releases it even if the process is killed."""
   with path.open('a') as lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -218,13 +218,13 @@ def _exclusive(path: pathlib.Path, report: Callable[[str], None]) -> Iterator[No
 
 
 class _TooSmallError(ConfigError):
-  """A split has not one full row."""
+  """A split has less than one full row."""
 
 
 def _build(
   data: DataConfig, folder: pathlib.Path, report: Callable[[str], None], progress: Callable[[Progress], None]
 ) -> None:
-  """Makes the dataset beside `folder` and renames it last. Only the holder of the lock gets here."""
+  """Builds the dataset next to `folder` and renames it at the end. The caller holds the lock."""
   partial = folder.with_name(f'{folder.name}.partial')
   report(f'{"continuing" if partial.exists() else "preparing"} the dataset {folder.name}')
   partial.mkdir(exist_ok=True)
@@ -295,7 +295,7 @@ def _write_dataset(
 
 
 def _tokenizer(data: DataConfig, path: pathlib.Path) -> tokenizers.Tokenizer:
-  """The tokenizer of an interrupted build at `path`, else a new one, stored there."""
+  """Loads the tokenizer of an interrupted build from `path`, or builds one and saves it there."""
   if path.exists():
     return tokenizers.Tokenizer.load(path, data.separator)
   tokenizer = tokenizers.build(data)
@@ -304,7 +304,7 @@ def _tokenizer(data: DataConfig, path: pathlib.Path) -> tokenizers.Tokenizer:
 
 
 def _follow(reading: corpus.Reading, progress: Callable[[Progress], None]) -> Callable[[Counter[str]], None]:
-  """What `pipeline.write_splits` calls after every unit."""
+  """Returns the callback that `pipeline.write_splits` calls after every unit."""
   done: Counter[str] = Counter()
   skipped_bytes = 0
 

@@ -1,4 +1,4 @@
-"""What every source yields: documents, and notes of what could not be read."""
+"""The items that every source yields: documents, and records of unreadable ones."""
 
 import dataclasses
 import hashlib
@@ -8,7 +8,7 @@ from typing import Protocol
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """A text with its name. Documents of one `origin`, by default their text, fall into the same split."""
+  """A text and its name. Documents with the same `origin` (by default the text) are in the same split."""
 
   name: str
   text: str
@@ -17,14 +17,14 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Unreadable:
-  """A document that cannot be used: where it is (file and line, or record) and why."""
+  """A document that cannot be used: its location (file and line, or record) and the reason."""
 
   where: str
   reason: str
 
 
 class Source(Protocol):
-  """Where documents come from."""
+  """A source of documents."""
 
   total_bytes: int | None
   """Size of all that will be read, for progress; none: unknown."""
@@ -32,13 +32,13 @@ class Source(Protocol):
   """How much of it the latest `records` has read."""
 
   def fingerprint(self) -> str:
-    """Names what will be read: equal fingerprints mean equal documents."""
+    """Identifies the content: equal fingerprints mean equal documents."""
 
   def records(self) -> Iterator[Document | Unreadable]:
-    """Everything there is, in an order that never changes."""
+    """Yields all records, always in the same order."""
 
 
 def uniform_hash(purpose: str, text: str) -> float:
-  """A number in [0, 1) that depends on nothing but its arguments."""
+  """A number in [0, 1) that depends only on the arguments."""
   digest = hashlib.sha256(f'{purpose}:{text}'.encode()).digest()
   return int.from_bytes(digest[:6], 'big') / 2**48

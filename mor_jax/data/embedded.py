@@ -1,7 +1,7 @@
-"""The embedded corpus: the text that every full Python installation carries.
+"""The embedded corpus: text that every complete Python installation contains.
 
-Documentation topics, and the docstrings and sources of the standard library. It needs no
-network and differs between Python versions.
+It consists of Python's documentation topics and of the docstrings and sources of the standard
+library. It needs no network, and it differs between Python versions.
 """
 
 import ast
@@ -28,20 +28,20 @@ _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 class EmbeddedCorpus:
-  """Topics, docstrings and sources, mixed, so that any beginning is a fair sample of the whole."""
+  """Topics, docstrings and sources, mixed so that any prefix is representative of the whole."""
 
   total_bytes: int | None = None
   bytes_read = 0
 
   def fingerprint(self) -> str:
-    """The version of Python decides."""
+    """The version of Python, which determines the content."""
     return f'embedded-python{platform.python_version()}'
 
   def records(self) -> Iterator[Document]:
-    """All documents; a file's docstrings and its source have the file as their origin.
+    """Yields all documents. The docstrings and the source of a file share it as their origin.
 
     Raises:
-      ConfigError: this Python installation does not carry the texts.
+      ConfigError: this Python installation does not contain the texts.
     """
     topics = _topics()
     folder = pathlib.Path(sysconfig.get_path('stdlib'))
@@ -72,7 +72,7 @@ def _topics() -> dict[str, str]:
 
 
 def _library_files(folder: pathlib.Path) -> list[str]:
-  """Relative names of the modules worth reading, sorted."""
+  """Sorted relative paths of the modules to include."""
   found = []
   for parent, subfolders, files in os.walk(folder):
     subfolders[:] = [name for name in subfolders if not _skipped(name)]
@@ -86,7 +86,7 @@ def _skipped(name: str) -> bool:
 
 
 def _library_text(folder: pathlib.Path, kind: str, file: str) -> str:
-  """Source or docstrings of a module; empty where it isn't UTF-8, is a table, or cannot be parsed."""
+  """Source or docstrings of a module; empty if it isn't UTF-8, is a table, or cannot be parsed."""
   try:
     source = (folder / file).read_text(encoding='utf-8')
   except UnicodeDecodeError:
@@ -102,9 +102,9 @@ def _module_name(file: str) -> str:
 
 
 def docstrings(source: str, module: str) -> str:
-  """The docstrings of a module as one text: a heading for each class and function, then its docstring.
+  """Returns the docstrings of a module as one text, each after a heading for its class or function.
 
-  The module is parsed, never imported. Returns '' if nothing is documented or it doesn't parse.
+  The module is parsed but not imported. Returns '' if it has no docstrings or doesn't parse.
   """
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # invalid escape sequences in the library's sources
@@ -117,7 +117,7 @@ def docstrings(source: str, module: str) -> str:
 
 
 def _sections(node: ast.AST, heading: str, prefix: str) -> Iterator[tuple[str, str]]:
-  """(heading, docstring) of a module, class or function and of what it defines for its users."""
+  """Yields (heading, docstring) of a module, class or function and of its public members."""
   text = ast.get_docstring(node) if isinstance(node, (*_FUNCTIONS, ast.ClassDef, ast.Module)) else None
   if text:
     yield heading, text

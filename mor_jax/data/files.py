@@ -1,7 +1,7 @@
 """Documents from files: text, Markdown, JSON lines and Parquet, local or in a bucket.
 
-The kind of a file follows from its name: .txt and .md are one document each, .jsonl one
-a line, .parquet one a row; all but .parquet may be compressed as .gz or .zst.
+The extension determines the format: .txt and .md hold one document per file, .jsonl one per
+line, .parquet one per row. All but .parquet may be compressed as .gz or .zst.
 """
 
 import glob
@@ -33,11 +33,11 @@ class Files:
     """Finds the files.
 
     Args:
-      patterns: globs separated by commas; `**` stands for any folders (not in buckets); `gs://` for a bucket.
+      patterns: globs separated by commas; `**` matches any folders (not in buckets); `gs://` names a bucket.
       text_key: key of the text in JSON lines, column of the text in Parquet files.
 
     Raises:
-      ConfigError: a pattern matches nothing, or a file of another kind; a package is missing.
+      ConfigError: a pattern matches no file or an unsupported one, or a package is missing.
     """
     found = {str(path): path for pattern in patterns.split(',') for path in _glob(pattern.strip())}
     self._paths = [found[name] for name in sorted(found)]
@@ -46,15 +46,15 @@ class Files:
     self.total_bytes, self.bytes_read = sum(self._sizes), 0
 
   def fingerprint(self) -> str:
-    """A digest of names, sizes and times of change."""
+    """A digest of the names, sizes and modification times."""
     stats = [(path.name, stat.length, int(stat.mtime)) for path in self._paths if (stat := path.stat())]
     return f'files-{hashlib.sha256(repr((stats, self._text_key)).encode()).hexdigest()[:16]}'
 
   def records(self) -> Iterator[Document | Unreadable]:
-    """The documents of all files.
+    """Yields the documents of all files.
 
     Raises:
-      ConfigError: a file is truncated or damaged, or cannot be read at all; names it.
+      ConfigError: a file is truncated, damaged or unreadable; the message names it.
     """
     self.bytes_read = 0
     for path, size in zip(self._paths, self._sizes, strict=True):
@@ -70,7 +70,7 @@ class Files:
 
 
 def _glob(pattern: str) -> list[epath.Path]:
-  """The files of one pattern."""
+  """The files that match one pattern."""
   if '://' in pattern:
     paths = _glob_bucket(pattern)
   else:
@@ -168,7 +168,7 @@ def _read_text(raw: BinaryIO, path: epath.Path, text_key: str) -> Iterator[Docum
 
 
 def _last_line_end(content: bytes) -> int:
-  """Where to cut: after the last line, or, in a single line, before an unfinished character."""
+  """Where to split: after the last line or, within a single line, before an incomplete character."""
   end = content.rfind(b'\n') + 1
   if not end:
     end = len(content) - 1

@@ -1,4 +1,4 @@
-"""Dataset folders from elsewhere are data: TFDS would import whatever module their features.json names."""
+"""Guards against code in dataset folders: TFDS imports any module that features.json names."""
 
 import json
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ _OWN = 'tensorflow_datasets.core.features.'
 
 
 def check_features(folder: epath.PathLike) -> None:
-  """To be called before `tfds.builder_from_directory`.
+  """Checks a folder before `tfds.builder_from_directory` opens it.
 
   Raises:
-    ConfigError: the folder names a class that is not TFDS's own, or cannot be read.
+    ConfigError: the folder is unreadable or names a class from outside TFDS.
   """
   path = epath.Path(folder) / _FEATURES
   if not path.exists():
@@ -35,7 +35,7 @@ def check_features(folder: epath.PathLike) -> None:
 
 
 def _classes(node: Any) -> Iterator[str]:
-  """Names of classes anywhere in the JSON."""
+  """Yields the class names anywhere in the JSON."""
   if isinstance(node, list):
     for item in node:
       yield from _classes(item)

@@ -1,4 +1,4 @@
-"""Documents from dataset libraries: TFDS without TensorFlow, and Hugging Face `datasets`, streaming."""
+"""Documents from dataset libraries: TFDS (without TensorFlow) and streamed Hugging Face `datasets`."""
 
 import hashlib
 import importlib.util
@@ -30,7 +30,7 @@ _TFDS_REMEDY = (
 
 
 class TfdsSource:
-  """A split of a TFDS dataset, `NAME/SPLIT/KEY`, or `FOLDER/SPLIT/KEY` of a prepared one."""
+  """A split of a TFDS dataset: `NAME/SPLIT/KEY`, or `FOLDER/SPLIT/KEY` for a prepared one."""
 
   total_bytes: int | None = None
   bytes_read = 0
@@ -47,13 +47,13 @@ class TfdsSource:
       )
 
   def fingerprint(self) -> str:
-    """Spec and, for a folder, when it was prepared."""
+    """The spec and, for a folder, when it was prepared."""
     info = os.path.join(os.path.expanduser(self._name), 'dataset_info.json')
     written = int(os.stat(info).st_mtime) if os.path.exists(info) else 0
     return f'tfds-{hashlib.sha256(f"{self._spec}:{written}".encode()).hexdigest()[:16]}'
 
   def records(self) -> Iterator[Document | Unreadable]:
-    """The documents of the split; prepares the dataset first where that needs no TensorFlow."""
+    """Yields the documents of the split. Prepares the dataset first if that needs no TensorFlow."""
     records = self._open()
     for index in range(len(records)):
       where = f'tfds:{self._name}/{self._split}, record {index}'
@@ -127,7 +127,7 @@ def _registered_builder(name: str) -> Any:
 
 
 class HuggingFaceSource:
-  """A dataset of the Hugging Face hub or a local folder, `DATASET[:CONFIG[:SPLIT]]`, read as a stream."""
+  """A streamed dataset of the Hugging Face Hub or of a local folder: `DATASET[:CONFIG[:SPLIT]]`."""
 
   total_bytes: int | None = None
   bytes_read = 0
@@ -141,11 +141,11 @@ class HuggingFaceSource:
     self._name, self._config, self._split = os.path.expanduser(name), config or None, split or 'train'
 
   def fingerprint(self) -> str:
-    """Spec and key."""
+    """The spec and the key."""
     return f'hf-{hashlib.sha256(f"{self._spec}:{self._text_key}".encode()).hexdigest()[:16]}'
 
   def records(self) -> Iterator[Document | Unreadable]:
-    """The documents of the stream, one after the other."""
+    """Yields the documents of the stream."""
     read = failures = 0
     while True:
       try:
@@ -162,7 +162,7 @@ class HuggingFaceSource:
         failures += 1
 
   def _broken_off(self, error: Exception, read: int, failures: int) -> ConfigError:
-    """What to tell of an error that came after so many records, and again when reading on was tried."""
+    """The error to raise after `read` records and `failures` failed retries."""
     where = f'cannot be read on after {read:,} records, {failures + 1} attempts' if read else 'cannot be read'
     return ConfigError(
       f'data.source=hf:{self._spec} {where} ({type(error).__name__}: {error}); run the same command again '
@@ -199,9 +199,9 @@ def _document(where: str, record: Any, key: str) -> Document | Unreadable:
 
 
 def require_network(url: str, flag: str, remedy: str = OFFLINE_REMEDY, patience: float = PATIENCE) -> None:
-  """Raises ConfigError, naming `flag`, unless a server answers at `url` within so many seconds.
+  """Raises ConfigError, naming `flag`, unless a server answers at `url` within `patience` seconds.
 
-  Any answer will do. Libraries would retry for minutes; proxies are those of the environment.
+  Any answer counts. Without this check, libraries retry for minutes. Proxies come from the environment.
   """
   answers: list[str | None] = []
 

@@ -1,4 +1,4 @@
-"""What is in a prepared dataset, for human eyes: rows with their segments, lengths, tokens per byte."""
+"""Shows a prepared dataset to the user: rows with their segments, segment lengths, tokens per byte."""
 
 import itertools
 

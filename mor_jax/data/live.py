@@ -1,11 +1,11 @@
-"""The live path: documents of a stream are tokenised and packed while the model trains (`data.live`).
+"""Live data: a stream is tokenised and packed while the model trains (`data.live`).
 
-For streams that cannot be prepared first. Documents are gathered into units, as when a dataset is prepared;
-each host tokenises the units whose turn is its own, and takes their rows in an order of its own. So what a
-host has read is told by three numbers: pass over the stream, unit, rows taken of it. Resuming reads the
-stream again up to that unit, without tokenising, and goes on with the next row.
+This is for streams that cannot be prepared first. Documents are grouped into units, as during preparation.
+The hosts take units in turn; each tokenises its own and shuffles their rows. Three numbers describe the
+position of a host: the pass over the stream, the unit, and the rows taken from it. A resumed run reads the
+stream up to that unit without tokenising, then continues with the next row.
 
-Unlike a prepared dataset's, the batches depend on the number of hosts.
+Unlike batches of a prepared dataset, these depend on the number of hosts.
 """
 
 import dataclasses
@@ -31,10 +31,10 @@ Row = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-  """Where one host stands in the stream: the next row is row `row` of unit `unit` in pass `epoch`.
+  """Position of one host in the stream: the next row is row `row` of unit `unit` in pass `epoch`.
 
-  `digest` is that of the unit's documents, '' before its first row is taken: whoever resumes
-  sees whether the stream is still the same.
+  `digest` identifies the unit's documents, so that a resumed run can tell whether the stream has
+  changed. It is '' before the first row of the unit.
   """
 
   epoch: int = 0
@@ -45,9 +45,9 @@ class Position:
 
 @dataclasses.dataclass(frozen=True)
 class LiveDataset:
-  """A stream with its tokenizer: validation rows in memory, training rows by `LiveRows`.
+  """A stream and its tokenizer. Validation rows are in memory; `LiveRows` reads training rows.
 
-  Takes the place of a `PreparedDataset`; its manifest has counts for the validation split only.
+  It replaces a `PreparedDataset`. Its manifest has counts for the validation split only.
   """
 
   data: DataConfig
@@ -63,10 +63,10 @@ class LiveDataset:
 
 
 def open_dataset(data: DataConfig, report: Callable[[str], None] = lambda line: None) -> LiveDataset:
-  """Reads the head of the stream, until it has given `data.live_validation_rows` rows of validation.
+  """Reads the start of the stream to collect `data.live_validation_rows` validation rows.
 
   Raises:
-    ConfigError: the source or tokenizer cannot be used, or gives not one row of validation.
+    ConfigError: the source or tokenizer cannot be used, or does not fill one validation row.
   """
   tokenizer = tokenizers.build(data)
   reading = corpus.Reading(data)
@@ -111,7 +111,7 @@ def open_dataset(data: DataConfig, report: Callable[[str], None] = lambda line: 
 
 
 class LiveRows(grain.IterDataset):
-  """The training rows of one host, without end: pass after pass over the stream."""
+  """The endless training rows of one host: pass after pass over the stream."""
 
   def __init__(self, dataset: LiveDataset, host: int, num_hosts: int):
     super().__init__()
@@ -122,11 +122,11 @@ class LiveRows(grain.IterDataset):
 
 
 class LiveRowIterator(grain.DatasetIterator):
-  """Iterates `LiveRows`; its state is a `Position` as a dict.
+  """Iterator over `LiveRows`. Its state is a `Position` as a dict.
 
   Raises on reading:
-    ConfigError: the stream cannot be read, is not what it was when the position was taken, or
-      has fewer units than there are hosts.
+    ConfigError: the stream is unreadable, has changed since the position was saved, or has
+      fewer units than there are hosts.
   """
 
   def __init__(self, rows: LiveRows):
@@ -139,7 +139,7 @@ class LiveRowIterator(grain.DatasetIterator):
     return dataclasses.asdict(self._position)
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Continues at a position; the stream is read up to there at the next row."""
+    """Moves to a position. The stream is read up to there when the next row is requested."""
     self._position = Position(**state)
     self._rows = self._read(self._position)
 
@@ -148,7 +148,7 @@ class LiveRowIterator(grain.DatasetIterator):
     return row
 
   def _read(self, start: Position) -> Iterator[tuple[Row, Position]]:
-    """Yields (row, position after it) from `start` on."""
+    """Yields (row, position after it), beginning at `start`."""
     data, skipped = self._rows_of.dataset.data, start.row
     for epoch in itertools.count(start.epoch):
       first, own = (start.unit if epoch == start.epoch else 0), 0
@@ -172,7 +172,7 @@ class LiveRowIterator(grain.DatasetIterator):
         )
 
   def _own_units(self) -> Iterator[tuple[int, pipeline.Unit]]:
-    """(number, unit) of this host in a pass over the stream."""
+    """Yields (number, unit) for this host's units in a pass over the stream."""
     units = pipeline.units(corpus.Reading(self._rows_of.dataset.data), UNIT_CHARACTERS)
     train = (unit for unit in units if unit.split == 'train')
     return itertools.islice(enumerate(train), self._rows_of.host, None, self._rows_of.num_hosts)
@@ -185,10 +185,10 @@ class LiveRowIterator(grain.DatasetIterator):
 
 
 class LiveBatches:
-  """The batches of one host, int32 arrays (B, T), from a position on. An iterator.
+  """Iterator over the batches of one host, int32 arrays (B, T), beginning at a position.
 
   Attributes:
-    position: of the first row after the batch that was read last.
+    position: position of the first row after the latest batch.
   """
 
   def __init__(
@@ -200,7 +200,7 @@ class LiveBatches:
     host: int = 0,
     num_hosts: int = 1,
   ):
-    """Starts at `position`, taken after `start_step` steps; none: at the beginning of the stream."""
+    """Starts at `position`, saved after `start_step` steps, or at the start of the stream if None."""
     rows = LiveRows(dataset, host, num_hosts)
     largest = max(size for _, size in schedule.stages) // num_hosts
     ahead = ThreadPrefetchIterDataset(rows, prefetch_buffer_size=dataset.data.prefetch * largest)

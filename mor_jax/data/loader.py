@@ -1,7 +1,7 @@
-"""Batches of rows by step, read ahead on threads with Grain.
+"""Batches of rows by step, prefetched on threads with Grain.
 
-The batch of a step is a pure function of (data.seed, step). There is no iterator state:
-resuming a run means starting at another step.
+The batch of a step is a pure function of (data.seed, step). There is no iterator state: a
+resumed run simply starts at a later step.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ Batch = dict[str, np.ndarray]  # 'tokens', 'segment_ids', 'positions', each int3
 
 
 def open_dataset(data: DataConfig, report: Callable[[str], None] = lambda line: None) -> Dataset:
-  """The prepared dataset of these settings, prepared now if need be, or under `data.live` the stream.
+  """Opens the dataset for these settings and prepares it if necessary; with `data.live`, opens the stream.
 
   Raises:
     ConfigError: see `dataset.prepare` and `live.open_dataset`.
@@ -34,11 +34,11 @@ def open_dataset(data: DataConfig, report: Callable[[str], None] = lambda line: 
 
 
 def batch_rows(num_rows: int, first: int, count: int, seed: int) -> np.ndarray:
-  """Indices (count,) of the rows that form the global batch after which `first` rows have been read.
+  """Indices (count,) of the rows in the global batch that follows the first `first` rows.
 
-  The rows of all epochs, each in an order of its own, form one endless sequence, which the
-  batches cut into pieces: every row comes once in an epoch, and a batch may reach into the
-  next one. A host reads its `host_rows` of the result.
+  The epochs, each shuffled differently, form one endless sequence of rows, and batches are
+  consecutive pieces of it. Every row occurs once per epoch, and a batch may span two epochs.
+  Each host reads its `host_rows` of the result.
   """
   epochs, places = np.divmod(np.arange(first, first + count), num_rows)
   seeds = {
@@ -62,12 +62,12 @@ def describe_batch(dataset: Dataset, schedule: BatchSchedule, seed: int, step: i
 
 
 def host_rows(rows: np.ndarray, accumulation: int, host: int, num_hosts: int) -> np.ndarray:
-  """The rows (B,) of a global batch that a host reads, (B / num_hosts,): its slice of every micro-batch.
+  """The part (B / num_hosts,) of a global batch `rows` (B,) that a host reads: its slice of every micro-batch.
 
-  So the micro-batches, too, are the same for any number of hosts.
+  This way each micro-batch has the same rows for any number of hosts.
 
   Raises:
-    ConfigError: the hosts cannot have equal parts of a micro-batch.
+    ConfigError: a micro-batch cannot be split equally among the hosts.
   """
   if len(rows) % (accumulation * num_hosts):
     raise ConfigError(
@@ -86,16 +86,16 @@ def train_batches(
   num_hosts: int = 1,
   position: dict[str, Any] | None = None,
 ) -> Iterator[Batch]:
-  """The endless batches of training, from `start_step` on: int32 arrays of shape (B, T).
+  """Returns the endless training batches, beginning at `start_step`: int32 arrays of shape (B, T).
 
-  B is the schedule's rows / `num_hosts`: a host reads only the rows of its own devices. What all hosts
-  read together depends on neither their number nor `start_step`, so a run may resume on more or fewer hosts.
+  B is the schedule's rows / `num_hosts`: a host reads only the rows of its own devices. The global batch
+  depends neither on the number of hosts nor on `start_step`, so a run may resume on more or fewer hosts.
 
   Args:
-    position: of a live dataset only, which depends on it instead: where this host stood after `start_step`.
+    position: for a live dataset, the position of this host after `start_step` steps; otherwise unused.
 
   Raises:
-    ConfigError: the batch does not divide among the hosts.
+    ConfigError: the batch does not divide evenly among the hosts.
   """
   for first, size in schedule.stages:  # now, not at the first batch
     host_rows(np.arange(size), schedule.micro_batches(first), host, num_hosts)
@@ -116,10 +116,10 @@ def train_batches(
 def validation_batches(
   dataset: Dataset, batch_size: int, max_rows: int | None = None, host: int = 0, num_hosts: int = 1
 ) -> Iterator[Batch]:
-  """The validation rows in order, at most `max_rows`: int32 arrays of shape (batch_size / num_hosts, T).
+  """Yields at most `max_rows` validation rows in order: int32 arrays of shape (batch_size / num_hosts, T).
 
-  The last batch is filled up with rows of padding, whose segment ids are all 0. Each host reads its part
-  of every batch; `batch_size` must be a multiple of their number.
+  The last batch is filled with padding rows, whose segment ids are all 0. Each host reads its part of
+  every batch; `batch_size` must be a multiple of the number of hosts.
   """
   rows = dataset.rows('validation')
   count = len(rows) if max_rows is None else min(max_rows, len(rows))

@@ -1,7 +1,7 @@
-"""Packing: documents' token ids to rows of one length. Pure functions over numpy.
+"""Packing: token ids of documents to rows of equal length. Pure functions over numpy.
 
-A row is its tokens and the lengths of its segments, one after the other; what is left at
-the end is padding. Segment ids and positions follow from the lengths.
+A row consists of its tokens and the lengths of its consecutive segments; the remainder of the
+row is padding. Segment ids and positions are derived from the lengths.
 """
 
 import dataclasses
@@ -24,18 +24,18 @@ class Row:
 
   @property
   def num_targets(self) -> int:
-    """Tokens that can be predicted: every one but the first of each segment."""
+    """Tokens to predict: all but the first of each segment."""
     return self.num_tokens - len(self.segment_lengths)
 
 
 def concat_and_split(documents: Iterable[Sequence[int]], seq_len: int, end_of_text: int) -> Iterator[Row]:
-  """Writes documents one after the other, each with an end-of-text token, and cuts rows of `seq_len`.
+  """Concatenates documents, each followed by an end-of-text token, and cuts the result into rows.
 
   No token is lost: a document that doesn't fit continues in the next row as a new segment,
-  and the last row is filled up with padding (`end_of_text`, in no segment).
+  and the last row is filled with padding (`end_of_text`, in no segment).
 
   Args:
-    documents: token ids of each document; may be a stream, one row is held in memory.
+    documents: token ids of each document; may be a stream, since only one row is held in memory.
     seq_len: tokens T in a row.
     end_of_text: id of the separator.
 
@@ -58,10 +58,10 @@ def concat_and_split(documents: Iterable[Sequence[int]], seq_len: int, end_of_te
 
 
 def first_fit(documents: Iterable[Sequence[int]], seq_len: int, end_of_text: int) -> Iterator[Row]:
-  """Puts every document, with an end-of-text token, whole into the first row that has room for it.
+  """Puts every document, followed by an end-of-text token, into the first row with room for it.
 
-  Only a document that is longer than a row is cut: into full rows and a rest, which is placed
-  like a document. No token is lost; what stays free in a row is padding.
+  Only documents longer than a row are cut: into full rows and a remainder, which is placed like
+  a document. No token is lost; the unused end of a row is padding.
 
   Args:
     documents: token ids of each document; all are held in memory.
@@ -69,7 +69,7 @@ def first_fit(documents: Iterable[Sequence[int]], seq_len: int, end_of_text: int
     end_of_text: id of the separator.
 
   Yields:
-    rows with int32 tokens of shape (T,), in the order in which they were begun.
+    rows with int32 tokens of shape (T,), in the order of their first documents.
   """
   pieces: list[np.ndarray] = []
   for document in documents:
@@ -95,9 +95,9 @@ PACKINGS = {'concat': concat_and_split, 'first_fit': first_fit}
 
 
 def unpack(row: Row) -> dict[str, np.ndarray]:
-  """The row as a model reads it: 'tokens', 'segment_ids' and 'positions', each int32 of shape (T,).
+  """Converts a row to model input: 'tokens', 'segment_ids' and 'positions', each int32 of shape (T,).
 
-  Segments count from 1 in every row, positions from 0 in every segment; both are 0 in padding.
+  Segment ids start at 1 in every row, positions at 0 in every segment. Both are 0 in padding.
   """
   lengths = row.segment_lengths.astype(np.int64)
   starts = np.cumsum(lengths) - lengths
@@ -110,5 +110,5 @@ def unpack(row: Row) -> dict[str, np.ndarray]:
 
 
 def padding_row(seq_len: int, end_of_text: int) -> dict[str, np.ndarray]:
-  """A row of nothing but padding, in the form of `unpack`."""
+  """A row of padding only, in the format of `unpack`."""
   return unpack(Row(np.full(seq_len, end_of_text), np.zeros(0, np.int32)))

@@ -1,10 +1,10 @@
-"""Documents to shards: in parallel, in bounded memory, and in steps that can be taken up again.
+"""Documents to shards: in parallel, in bounded memory, and resumable after an interruption.
 
-Documents are gathered into units of a few megabytes. A unit is encoded and packed by itself,
-in any process, and the units are written in the order of their documents; so the shards
-depend on neither the number of processes nor on interruptions. A finished shard has a note
-beside it of the units it holds; whoever continues reads the documents again, which is quick,
-and encodes only the units of no finished shard.
+Documents are grouped into units of a few megabytes. Any process can encode and pack a unit
+independently, and units are written in the order of their documents. The shards therefore
+depend neither on the number of processes nor on interruptions. A note next to each finished
+shard lists its units. A resumed run reads the documents again, which is fast, and encodes only
+the units missing from finished shards.
 """
 
 import collections
@@ -43,7 +43,7 @@ class Unit:
 
   @functools.cached_property
   def digest(self) -> str:
-    """Equal digests mean equal documents."""
+    """Identifies the documents: equal digests mean equal documents."""
     hashed = hashlib.blake2b(digest_size=16)
     for text in self.texts:
       content = text.encode()
@@ -54,7 +54,7 @@ class Unit:
 
 @dataclasses.dataclass(frozen=True)
 class PackedTexts:
-  """Rows, and what they hold: documents, bytes, tokens, targets, rows, cut."""
+  """Rows and their counts: documents, bytes, tokens, targets, rows, cut."""
 
   rows: list[packing.Row]
   counts: Counter[str]
@@ -62,7 +62,7 @@ class PackedTexts:
 
 @dataclasses.dataclass(frozen=True)
 class PackedUnit:
-  """The records of a unit's rows, and what they hold: documents, bytes, tokens, targets, rows, cut."""
+  """Serialised rows of a unit and their counts: documents, bytes, tokens, targets, rows, cut."""
 
   records: list[bytes]
   counts: Counter[str]
@@ -70,7 +70,7 @@ class PackedUnit:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """What a process needs to know to make a PackedUnit."""
+  """Everything a worker process needs to make a PackedUnit."""
 
   tokenizer_file: str
   separator: str
@@ -79,7 +79,7 @@ class Recipe:
 
 
 def units(documents: Iterable[tuple[str, Document]], characters: int | None = None) -> Iterator[Unit]:
-  """Gathers (split, document) into units of `characters` (default UNIT_CHARACTERS); every split's documents keep their order."""
+  """Groups (split, document) pairs into units of `characters` (default UNIT_CHARACTERS), in order within each split."""
   characters = characters or UNIT_CHARACTERS
   texts: dict[str, list[str]] = collections.defaultdict(list)
   sizes: Counter[str] = Counter()
@@ -101,14 +101,14 @@ def _tools(recipe: Recipe) -> tuple[Tokenizer, shards.RowFormat]:
 
 
 def pack_unit(recipe: Recipe, texts: list[str]) -> PackedUnit:
-  """Encodes and packs documents."""
+  """Encodes, packs and serialises documents."""
   tokenizer, row_format = _tools(recipe)
   packed = pack_texts(tokenizer, recipe, texts)
   return PackedUnit([row_format.serialize(row) for row in packed.rows], packed.counts)
 
 
 def pack_texts(tokenizer: Tokenizer, settings: Recipe | DataConfig, texts: list[str]) -> PackedTexts:
-  """Encodes and packs documents by the `seq_len` and `packing` of `settings`."""
+  """Encodes and packs documents with the `seq_len` and `packing` of `settings`."""
   counts = Counter(documents=len(texts), bytes=sum(len(text.encode()) for text in texts))
 
   def token_ids() -> Iterator[list[int]]:
@@ -124,7 +124,7 @@ def pack_texts(tokenizer: Tokenizer, settings: Recipe | DataConfig, texts: list[
 
 
 def _batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
-  """Lists of texts of at least `characters` together (the last one may have fewer)."""
+  """Yields lists of texts with at least `characters` characters in total (the last may have fewer)."""
   batch, size = [], 0
   for text in texts:
     batch.append(text)
@@ -140,7 +140,7 @@ def _batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
 
 
 def packed(stream: Iterable[Unit], recipe: Recipe, workers: int) -> Iterator[tuple[Unit, PackedUnit]]:
-  """Packs units in `workers` processes and yields them in order, a few in memory at a time."""
+  """Packs units in `workers` processes and yields them in order, with a few in memory at a time."""
   stream = iter(stream)
   head = list(itertools.islice(stream, SMALL))
   if workers == 1 or len(head) < SMALL:
@@ -192,7 +192,7 @@ def _start_worker() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ShardNote:
-  """What a finished shard holds."""
+  """The contents of a finished shard."""
 
   units: int
   digest: str  # of the documents
@@ -201,7 +201,7 @@ class ShardNote:
 
 
 class SplitWriter:
-  """The shards of a split, of at least `rows_per_shard` rows but for the last; continues earlier ones."""
+  """Writes the shards of a split, each but the last with at least `rows_per_shard` rows. Resumes earlier writes."""
 
   def __init__(self, folder: pathlib.Path, split: str, rows_per_shard: int):
     self._folder, self._split, self._rows_per_shard = folder, split, rows_per_shard
@@ -217,7 +217,7 @@ class SplitWriter:
     self._counts: Counter[str] = Counter()
 
   def shard_path(self, shard: int) -> pathlib.Path:
-    """Where a shard is until it is published."""
+    """Path of a shard until it is published."""
     return self._folder / f'{self._split}-{shard:05d}.shard'
 
   def _note_path(self, shard: int) -> pathlib.Path:
@@ -225,14 +225,14 @@ class SplitWriter:
 
   @property
   def counts(self) -> Counter[str]:
-    """Of all finished shards together."""
+    """Total counts of all finished shards."""
     return sum((Counter(note.counts) for note in self.notes), Counter())
 
   def has(self, unit: Unit) -> bool:
-    """Whether the next unit is already in a finished shard. To be asked once for each, in order.
+    """Whether the next unit is already in a finished shard. Call it once per unit, in order.
 
     Raises:
-      ConfigError: the documents are not those that the shard was made of.
+      ConfigError: the documents differ from those in the shard.
     """
     if not self._left_to_skip:
       return False
@@ -250,7 +250,7 @@ class SplitWriter:
     return True
 
   def append(self, unit: Unit, packed_unit: PackedUnit) -> None:
-    """Adds the rows of a unit. Raises OSError if that fails."""
+    """Adds the rows of a unit. Raises OSError if writing fails."""
     file = self._file = self._file or shards.ShardFile(self.shard_path(len(self.notes)))
     for record in packed_unit.records:
       file.append(record)
@@ -275,7 +275,7 @@ class SplitWriter:
       self._finish_shard(self._file)
 
   def publish(self) -> None:
-    """Gives all shards their final names; whoever was interrupted in this may do it again."""
+    """Gives all shards their final names. Safe to repeat after an interruption."""
     shards.publish(self._folder, self._split, [self.shard_path(i) for i in range(len(self.notes))])
 
 
@@ -286,14 +286,14 @@ def write_splits(
   workers: int,
   progress: Callable[[Counter[str]], None],
 ) -> dict[str, SplitWriter]:
-  """Encodes, packs and writes all documents; returns the writers, whose shards are all finished.
+  """Encodes, packs and writes all documents. Returns the writers, with all shards finished.
 
   Args:
-    reading: (split, document).
-    folder: where shards go, and where those of an interrupted call are.
-    recipe: how rows are made.
-    workers: processes.
-    progress: called after every unit with what it held, `skipped=1` if it was in a finished shard.
+    reading: (split, document) pairs.
+    folder: folder of the shards, including those of an interrupted call.
+    recipe: how to make rows.
+    workers: number of processes.
+    progress: called after every unit with its counts, and `skipped=1` if it was in a finished shard.
   """
   rows_per_shard = max(1, shards.SHARD_TOKENS // recipe.seq_len)
   writers = {split: SplitWriter(folder, split, rows_per_shard) for split in corpus.SPLITS}

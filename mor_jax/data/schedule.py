@@ -1,7 +1,7 @@
-"""How many rows each optimiser step takes: constant, or doubling from a smaller batch to the full one.
+"""Rows per optimiser step: constant, or doubling from a smaller batch to the full one.
 
-A batch grows by the number of its micro-batches, whose size is fixed, so that every size is a
-program of its own that is compiled once. Small batches learn more from a token early in training.
+A batch grows by adding micro-batches of fixed size, and each batch size is one compiled program.
+Early in training, smaller batches learn more per token.
 """
 
 import bisect
@@ -15,7 +15,7 @@ class BatchSchedule:
   """Rows of the global batch of every step.
 
   Attributes:
-    stages: (steps done before, rows of each of its batches), ascending, the first at 0.
+    stages: (first step, rows per batch) of each stage, in ascending order; the first step is 0.
     micro_rows: rows of a micro-batch; divides the rows of every stage.
   """
 
@@ -23,7 +23,7 @@ class BatchSchedule:
   micro_rows: int
 
   def rows(self, step: int) -> int:
-    """Rows of the batch that follows after `step` updates."""
+    """Rows of the batch after `step` updates."""
     return self.stages[self._stage(step)][1]
 
   def micro_batches(self, step: int) -> int:
@@ -31,14 +31,14 @@ class BatchSchedule:
     return self.rows(step) // self.micro_rows
 
   def rows_before(self, step: int) -> int:
-    """Rows of the first `step` batches together: where the next one begins in the order of all rows."""
+    """Total rows of the first `step` batches, i.e. the index of the next batch's first row."""
     ends = [first for first, _ in self.stages[1:]] + [step]
     return sum(
       max(0, min(end, step) - first) * rows for (first, rows), end in zip(self.stages, ends, strict=True)
     )
 
   def steps_for(self, rows: float) -> int:
-    """The number of batches whose rows together are nearest to `rows`, at least 1."""
+    """The number of batches, at least 1, whose total rows are closest to `rows`."""
     first, size = next(stage for stage in reversed(self.stages) if self.rows_before(stage[0]) <= rows)
     return max(1, first + round((rows - self.rows_before(first)) / size))
 
@@ -47,12 +47,12 @@ class BatchSchedule:
 
 
 def constant(rows: int, micro_batches: int = 1) -> BatchSchedule:
-  """The same rows at every step."""
+  """The same number of rows at every step."""
   return BatchSchedule(((0, rows),), rows // micro_batches)
 
 
 def of(train: TrainConfig) -> BatchSchedule:
-  """The batches of a training: `train.global_batch` rows, from `train.ramp_batch` on in equally long stages."""
+  """The schedule of a run: `train.global_batch` rows, after equally long stages that start at `train.ramp_batch`."""
   micro_rows = train.global_batch // train.accumulation
   if train.ramp_batch is None:
     return BatchSchedule(((0, train.global_batch),), micro_rows)

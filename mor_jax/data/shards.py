@@ -1,8 +1,8 @@
-"""Rows on disk: ArrayRecord shards that are a TFDS dataset, written and read without TensorFlow.
+"""Rows on disk: the ArrayRecord shards of a TFDS dataset, written and read without TensorFlow.
 
-A record is a tf.Example with the features `tokens` (T,) and `segment_lengths`, raw integers
-of the smallest width that fits. `tfds.builder_from_directory(folder).as_data_source()` opens
-the same files.
+A record is a tf.Example with the features `tokens` (T,) and `segment_lengths`, raw integers of
+the smallest sufficient width. `tfds.builder_from_directory(folder).as_data_source()` opens the
+same files.
 """
 
 import operator
@@ -21,7 +21,7 @@ _DATASET_NAME = 'mor_jax'
 
 
 class RowFormat:
-  """How rows become records: vocabulary and row length decide the widths of the integers."""
+  """Serialises rows to records. Vocabulary size and row length determine the integer widths."""
 
   def __init__(self, vocab_size: int, seq_len: int):
     import tensorflow_datasets as tfds
@@ -33,7 +33,7 @@ class RowFormat:
     self._serializer = example_serializer.ExampleSerializer(self.features.get_serialized_info())
 
   def serialize(self, row: packing.Row) -> bytes:
-    """The record of a row, the same in every process."""
+    """Serialises a row; the bytes are the same in every process."""
     values = {'tokens': row.tokens_T, 'segment_lengths': row.segment_lengths}
     encoded = self.features.encode_example(
       {name: value.astype(self.features[name].np_dtype) for name, value in values.items()}
@@ -47,7 +47,7 @@ def _smallest_uint(largest: int) -> type[np.unsignedinteger]:
 
 
 class ShardFile:
-  """One ArrayRecord file in the making."""
+  """An ArrayRecord file that is being written."""
 
   def __init__(self, path: pathlib.Path):
     self.path, self.rows, self.num_bytes = path, 0, 0
@@ -55,7 +55,7 @@ class ShardFile:
     self._writer = array_record_module.ArrayRecordWriter(os.fspath(path), 'group_size:1')
 
   def append(self, record: bytes) -> None:
-    """Raises OSError if the file cannot be written, because the disk is full, for example."""
+    """Appends a record. Raises OSError if the file cannot be written, e.g. because the disk is full."""
     try:
       self._writer.write(record)
     except RuntimeError as error:
@@ -64,7 +64,7 @@ class ShardFile:
     self.num_bytes += len(record)
 
   def close(self) -> None:
-    """Raises OSError unless every record is in the file."""
+    """Closes the file. Raises OSError unless it contains every record."""
     try:
       self._writer.close()
       reader = array_record_module.ArrayRecordReader(os.fspath(self.path))
@@ -77,7 +77,7 @@ class ShardFile:
 
 
 def publish(folder: pathlib.Path, split: str, shards: Sequence[pathlib.Path]) -> None:
-  """Gives the finished shards of a split the names that TFDS expects, in this order; skips those that have them."""
+  """Renames the finished shards of a split, in order, as TFDS expects. Skips those already renamed."""
   for index, path in enumerate(shards):
     if path.exists():
       path.rename(folder / f'{_DATASET_NAME}-{split}.array_record-{index:05d}-of-{len(shards):05d}')
@@ -86,13 +86,13 @@ def publish(folder: pathlib.Path, split: str, shards: Sequence[pathlib.Path]) ->
 def write_tfds_metadata(
   folder: pathlib.Path, row_format: RowFormat, lengths: dict[str, list[int]], num_bytes: dict[str, int]
 ) -> None:
-  """Makes `folder`, which holds published shards, a TFDS dataset.
+  """Writes the metadata that makes a folder of published shards a TFDS dataset.
 
   Args:
-    folder: where the shards are.
-    row_format: that of the records.
-    lengths: rows of every shard, by split.
-    num_bytes: size of all records, by split.
+    folder: folder of the shards.
+    row_format: format of the records.
+    lengths: rows of each shard, by split.
+    num_bytes: total size of the records, by split.
   """
   import tensorflow_datasets as tfds
 
@@ -110,7 +110,7 @@ def write_tfds_metadata(
 
 
 class Rows(Sequence):
-  """The rows of a split by index, read from disk on demand; may be read from several threads.
+  """The rows of a split by index, read from disk on demand. Thread-safe.
 
   `rows[i]` is a dict of 'tokens', 'segment_ids' and 'positions', int32 arrays of shape (T,).
   """

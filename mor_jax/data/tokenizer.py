@@ -1,6 +1,6 @@
-"""Text to token ids and back: one class over the `tokenizers` library, stored as a tokenizer.json.
+"""Text to token ids and back: a wrapper around the `tokenizers` library, stored as a tokenizer.json.
 
-The two kinds made here are byte-level, so every text can be encoded and comes back unchanged.
+The two kinds built here are byte-level: they encode every text, and decoding restores it exactly.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ _HUB_NAME = re.compile(r'[\w.-]+/[\w.-]+')
 
 
 class Tokenizer:
-  """A vocabulary with a token that separates documents, called end of text whatever its name is."""
+  """A vocabulary with a token that separates documents, called end of text regardless of its name."""
 
   def __init__(self, backend: tokenizers.Tokenizer, separator: str = END_OF_TEXT):
     """Wraps `backend`, whose vocabulary must have the token `separator`."""
@@ -45,12 +45,12 @@ class Tokenizer:
 
   @property
   def vocab_size(self) -> int:
-    """Entries of the vocabulary, end of text included."""
+    """Vocabulary size, including end of text."""
     return self._backend.get_vocab_size()
 
   @property
   def largest_id(self) -> int:
-    """The largest token id, which may be above `vocab_size - 1` where a vocabulary has gaps."""
+    """The largest token id; above `vocab_size - 1` if the vocabulary has gaps."""
     return max(self._backend.get_vocab().values())
 
   @property
@@ -63,7 +63,7 @@ class Tokenizer:
     return self._backend.token_to_id(token)
 
   def encode(self, text: str) -> list[int]:
-    """Token ids of a text; no special token is added, and none is read from the text."""
+    """Token ids of a text. No special tokens are added or recognised."""
     return self._backend.encode(text, add_special_tokens=False).ids
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -75,7 +75,7 @@ class Tokenizer:
     return self._backend.decode(list(ids))
 
   def save(self, path: str | os.PathLike) -> None:
-    """Writes the tokenizer.json, which the `tokenizers` and `transformers` libraries can also read."""
+    """Writes a tokenizer.json, which the `tokenizers` and `transformers` libraries can also read."""
     write_atomically(pathlib.Path(path), self._backend.to_str())
 
   @classmethod
@@ -90,14 +90,14 @@ class Tokenizer:
 
 
 def build(data: DataConfig) -> Tokenizer:
-  """The tokenizer of a corpus, the same for the same corpus and settings.
+  """Builds the tokenizer of a corpus. Same corpus and settings, same tokenizer.
 
   `bytes` has 257 entries: token id = byte, then end of text. `bpe` is trained on the first
-  documents of the train split, 1 KiB of text for each of `data.vocab_size` entries; a small
-  corpus may give fewer entries. Anything else is a tokenizer.json, see `existing_file`.
+  documents of the train split, 1 KiB of text per entry of `data.vocab_size`; a small corpus may
+  give fewer entries. Any other value names a tokenizer.json (see `existing_file`).
 
   Raises:
-    ConfigError: there is no such tokenizer, or it has no token `data.separator`.
+    ConfigError: there is no such tokenizer, or it lacks the token `data.separator`.
   """
   if data.tokenizer not in MADE_HERE:
     path = existing_file(data)
@@ -114,7 +114,7 @@ def build(data: DataConfig) -> Tokenizer:
 
 
 def fingerprint(data: DataConfig) -> str:
-  """Names what `build` will give for a corpus: equal fingerprints mean equal tokenizers."""
+  """Identifies the tokenizer that `build` returns for a corpus: equal fingerprints mean equal tokenizers."""
   if data.tokenizer == 'bytes':
     return 'bytes'
   if data.tokenizer == 'bpe':
@@ -124,9 +124,9 @@ def fingerprint(data: DataConfig) -> str:
 
 
 def existing_file(data: DataConfig) -> pathlib.Path:
-  """The tokenizer.json of `data.tokenizer`: a file, a folder that has one, or a name on the hub.
+  """The tokenizer.json of `data.tokenizer`: a file, a folder that contains one, or a name on the Hub.
 
-  A file of the hub is downloaded once. Raises ConfigError if there is none.
+  Files from the Hub are downloaded once. Raises ConfigError if there is none.
   """
   path = pathlib.Path(data.tokenizer).expanduser()
   if path.is_dir():
@@ -162,7 +162,7 @@ def _from_hub(name: str) -> pathlib.Path:
 
 
 def _name(tokenizer: str) -> str:
-  """A short name for folders."""
+  """A short name, for folders."""
   path = pathlib.PurePath(tokenizer)
   return path.parent.name or path.stem if path.name == 'tokenizer.json' else path.stem
 
@@ -181,10 +181,10 @@ def _byte_vocabulary(separator: str) -> tokenizers.Tokenizer:
 
 
 def _byte_symbols() -> dict[str, int]:
-  """Byte of each character by which byte-level tokenizers represent bytes.
+  """Maps each character that byte-level tokenizers use for a byte to that byte.
 
-  Printable Latin-1 characters stand for themselves; the other bytes, in order, have the
-  characters from U+0100 on.
+  Printable Latin-1 characters represent themselves. The other bytes, in order, use the
+  characters from U+0100 upwards.
   """
   symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
   themselves = {symbol: ord(symbol) for symbol in symbols if ord(symbol) < 256}

@@ -1,9 +1,9 @@
-"""Causal thresholds for capacities that a model was not trained with.
+"""Calibrates causal thresholds for capacities that a model was not trained with.
 
-Top-k with other capacities is run over some data; the mean logit at the border of its
-choice is the threshold that, token by token, takes about as many. So the compute a model
-spends can be chosen after training (best with `causality=aux_router` or `none`: the auxiliary
-loss pushes logits away from every other border, paper section 7.1).
+This runs top-k routing with the new capacities over some data. The mean logit at the boundary
+of the selection becomes the threshold, which then selects about as many tokens. In this way the
+compute of a model can be chosen after training. It works best with `causality=aux_router` or
+`none`, since the auxiliary loss moves logits away from all other boundaries (paper section 7.1).
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from mor_jax.model.transformer import Transformer
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-  """Thresholds (R,) found for capacities (R,) with the checkpoint of `step` on `rows` rows."""
+  """Thresholds (R,) for capacities (R,), calibrated with the checkpoint of `step` on `rows` rows."""
 
   capacities: tuple[float, ...]
   thresholds: tuple[float, ...]
@@ -35,7 +35,7 @@ class Calibration:
 
 
 def check(config: Config, capacities: tuple[float, ...]) -> Config:
-  """The config with other capacities. Raises ConfigError where they, or the model, do not allow it."""
+  """Returns the config with new capacities. Raises ConfigError if they or the model are unsuitable."""
   model = config.model
   if model.kind != 'mor' or model.router != 'expert_choice' or model.random_router:
     raise ConfigError(
@@ -48,9 +48,9 @@ def check(config: Config, capacities: tuple[float, ...]) -> Config:
 def calibrate(
   config: Config, variables: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh
 ) -> tuple[tuple[float, ...], int]:
-  """Thresholds (R,) for the capacities in `config`, and the number of rows they come from.
+  """Returns the thresholds (R,) for the capacities in `config`, and the number of rows used.
 
-  Steps that refuse nobody keep threshold 0, which they do not use.
+  Steps that take all tokens keep threshold 0 and do not use it.
   """
   nll_step = nll.make_nll_step(Transformer(config.model), config, mesh)
   rows, totals = 0, None
@@ -65,7 +65,7 @@ def calibrate(
 
 
 def apply(config: Config, variables: Any, calibration: Calibration) -> tuple[Config, dict[str, Any]]:
-  """Config and variables whose threshold routing follows the calibration."""
+  """Returns config and variables with the calibrated thresholds."""
   routing = {**variables.get('routing', {}), 'threshold': jnp.array(calibration.thresholds, jnp.float32)}
   return check(config, calibration.capacities), {**variables, 'routing': routing}
 
@@ -79,14 +79,14 @@ def read(path: Path) -> list[Calibration]:
 
 
 def store(path: Path, calibration: Calibration) -> None:
-  """Adds a calibration to those of the run, in place of an older one for the same capacities."""
+  """Adds a calibration to the run. Replaces an older one for the same capacities."""
   others = [other for other in read(path) if other.capacities != calibration.capacities]
   entries = [dataclasses.asdict(entry) for entry in (*others, calibration)]
   write_atomically(path, json.dumps(entries, indent=2) + '\n')
 
 
 def take(batches: Iterable[dict[str, np.ndarray]], rows: int) -> Iterable[dict[str, np.ndarray]]:
-  """The first batches, until they hold at least `rows` rows."""
+  """Yields batches until they have at least `rows` rows in total."""
   batches = iter(batches)
   first = next(batches)
   more = -(-rows // len(first['tokens'])) - 1

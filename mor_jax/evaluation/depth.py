@@ -1,4 +1,4 @@
-"""How deep each token of a text goes: depths and router scores, and what kind of word goes deepest."""
+"""Depths and router scores of the tokens of a text, and mean depths by kind of word."""
 
 import collections
 import dataclasses
@@ -32,13 +32,13 @@ _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?|\d+|[^\w\s]|_")
 
 @dataclasses.dataclass(frozen=True)
 class RoutedRow:
-  """One row of T tokens and what the routers did with it.
+  """A row of T tokens and its routing.
 
   Attributes:
-    tokens_T, segments_T: token ids, and documents (0: padding).
-    depth_T: recursions that each token took, 0 to R.
-    scores_RT: gates in the units of the router's activation, one row a recursion step; tokens
-      that a step was not offered have nan.
+    tokens_T, segments_T: token ids, and segment ids of the documents (0: padding).
+    depth_T: number of recursions of each token, 0 to R.
+    scores_RT: gates in the units of the router's activation, for each recursion step; nan for
+      tokens that did not reach the step.
   """
 
   tokens_T: np.ndarray
@@ -49,7 +49,7 @@ class RoutedRow:
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-  """A word of a text with the mean depth of its tokens, and its kind."""
+  """A word of a text, the mean depth of its tokens, and its kind."""
 
   text: str
   depth: float
@@ -62,7 +62,7 @@ def route_rows(
   batches: Iterable[dict[str, np.ndarray]],
   routing: str = 'threshold',
 ) -> list[RoutedRow]:
-  """Runs a Mixture-of-Recursions model over batches (B, T) of a dataset; rows of padding are left out.
+  """Runs a Mixture-of-Recursions model over batches (B, T) of a dataset. Skips padding rows.
 
   Raises:
     ValueError: the model has no router.
@@ -94,14 +94,14 @@ def route_rows(
 
 
 def _scores(config: Config, routed: router.RoutingOutput) -> jax.Array:
-  """Activated logits (R, B, T), nan where a step was not offered the token."""
+  """Activated logits (R, B, T); nan where a token did not reach the step."""
   logits = jax.numpy.moveaxis(routed.logits_RBT, 0, -1)
   gates = jax.numpy.moveaxis(router.activate(config.model, logits), -1, 0)
   return jax.numpy.where(routed.entered_RBT, gates, jax.numpy.nan)
 
 
 def depth_by_position(rows: Sequence[RoutedRow], bins: int = 32) -> tuple[np.ndarray, np.ndarray]:
-  """(middle of each bin of places in the row, mean depth there)."""
+  """(midpoint of each bin of positions in the row, mean depth in the bin)."""
   depth_NT = np.stack([row.depth_T for row in rows]).astype(np.float64)
   real_NT = np.stack([row.segments_T for row in rows]) > 0
   edges = np.unique(np.linspace(0, depth_NT.shape[1], min(bins, depth_NT.shape[1]) + 1).astype(int))
@@ -111,7 +111,7 @@ def depth_by_position(rows: Sequence[RoutedRow], bins: int = 32) -> tuple[np.nda
 
 
 def words(tokenizer: Tokenizer, row: RoutedRow) -> list[Word]:
-  """The words of a row's documents. A word's depth is the mean over the tokens that touch it."""
+  """The words of a row's documents. A word's depth is the mean over all tokens that overlap it."""
   found = []
   for segment in range(1, int(row.segments_T.max()) + 1):
     inside_T = row.segments_T == segment
@@ -132,12 +132,12 @@ def _kind(word: str) -> str:
 
 
 def mean_by_kind(found: Iterable[Word]) -> dict[str, tuple[float, int]]:
-  """(mean depth, number of words) of every kind of word."""
+  """(mean depth, number of words) by kind of word."""
   return _means((word.kind, word.depth) for word in found)
 
 
 def mean_by_word(found: Iterable[Word], least: int = 5) -> dict[str, tuple[float, int]]:
-  """(mean depth, occurrences) of every word that occurs at least so often, shallowest first."""
+  """(mean depth, occurrences) of every word that occurs at least `least` times, in order of depth."""
   means = _means((word.text, word.depth) for word in found)
   kept = {word: mean for word, mean in means.items() if mean[1] >= least}
   return dict(sorted(kept.items(), key=lambda item: item[1][0]))

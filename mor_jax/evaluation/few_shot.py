@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: found fast, refused clearly, run in this process (the package `lm_eval`)."""
+"""Tasks of lm-evaluation-harness (package `lm_eval`): finds them quickly, checks them, and runs them in process."""
 
 import difflib
 import importlib.util
@@ -21,7 +21,7 @@ _NAME = re.compile(r'[^\s\'",\[\]]+')
 
 
 def prepare() -> None:
-  """Says before the libraries are imported whether there is a network, so that none waits for it in vain.
+  """Sets offline mode before importing the libraries if there is no network, so that they do not wait for it.
 
   Raises:
     ConfigError: the harness is not installed.
@@ -42,18 +42,18 @@ def _hub_answers() -> bool:
 
 
 def load(names: Sequence[str], include_path: str | None = None) -> Any:
-  """The harness's task manager, with these tasks loaded.
+  """Returns the harness's task manager with these tasks loaded.
 
   Args:
-    names: tasks, groups and tags of the harness, or of the YAML files below `include_path`, or such files.
+    names: tasks, groups and tags of the harness or of YAML files below `include_path`; or YAML files.
 
   Raises:
-    ConfigError: a task is unknown, cannot be loaded, or runs code that a model writes; or no such folder.
+    ConfigError: a task is unknown, cannot be loaded, or runs model-generated code; or the folder is missing.
   """
   from lm_eval.tasks import TaskManager
 
   class LoadedTasks(TaskManager):
-    """Loads the tasks once, and says clearly what is wrong with them."""
+    """Loads the tasks once, with clear errors."""
 
     def load(self, task_list):
       if not hasattr(self, '_loaded'):
@@ -104,7 +104,7 @@ def _load(manager: Any, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _families(names: Sequence[str], own: Iterable[str]) -> list[Path]:
-  """Folders of the harness that define these names. Raises ConfigError for names that nothing defines."""
+  """Folders of the harness that define these names. Raises ConfigError for undefined names."""
   root = Path(importlib.util.find_spec('lm_eval').origin).parent / 'tasks'
   found: dict[str, set[Path]] = {}
   for path in sorted(root.rglob('*.yaml')):
@@ -120,15 +120,15 @@ def _families(names: Sequence[str], own: Iterable[str]) -> list[Path]:
 
 
 def run(model: Any, names: Sequence[str], manager: Any, **settings: Any) -> dict[str, Any]:
-  """What the harness finds, in its own form, without the samples.
+  """Runs tasks and returns the harness's results in its own format, without the samples.
 
   Args:
-    model: `harness.HarnessModel`.
-    manager: what `load` returned for these names.
+    model: a `harness.HarnessModel`.
+    manager: the result of `load` for these names.
     **settings: further arguments of `lm_eval.simple_evaluate`, such as num_fewshot and limit.
 
   Raises:
-    ConfigError: the tasks ask for what the model cannot do, or for more examples than there are.
+    ConfigError: a task needs something unsupported by the model, or more examples than exist.
   """
   from lm_eval import simple_evaluate
   from lm_eval.utils import handle_non_serializable

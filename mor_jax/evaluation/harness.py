@@ -1,4 +1,4 @@
-"""A trained model as lm-evaluation-harness sees it (the optional package `lm_eval`).
+"""Adapter from a trained model to lm-evaluation-harness (the optional package `lm_eval`).
 
 from lm_eval import simple_evaluate
 model = harness.HarnessModel(load_run('runs/tiny-mor'))
@@ -28,11 +28,11 @@ MAX_NEW_TOKENS = 256  # where a task does not say, as the harness has it
 
 
 class HarnessModel(TemplateLM):
-  """Scores and continues texts with a run's model. Routing is by threshold, hence causal, unless asked otherwise.
+  """Scores and continues texts with a run's model. Routing is by threshold, and thus causal, by default.
 
-  Tokens are those of the run's tokenizer, without any added at the beginning; a text without context follows
-  the prefix token, by default that which ends documents, as in training. Texts longer than `max_len` lose
-  their beginning.
+  Texts are encoded with the run's tokenizer, without additional tokens at the start. A text without context
+  follows the prefix token, by default the end-of-document token, as in training. Texts longer than `max_len`
+  are truncated at the start.
   """
 
   def __init__(
@@ -43,16 +43,16 @@ class HarnessModel(TemplateLM):
     routing: str = 'threshold',
     prefix_token: str | None = None,
   ):
-    """Takes a loaded run.
+    """Wraps a loaded run.
 
     Args:
-      batch_size: texts computed together.
-      max_len: longest text in tokens; default: data.seq_len of the run.
-      routing: 'threshold', or 'topk' as in training, which looks at the whole text.
-      prefix_token: comes before a text without context; default: data.separator of the run.
+      batch_size: texts per batch.
+      max_len: maximum length of a text in tokens; default: data.seq_len of the run.
+      routing: 'threshold', or 'topk' as in training, which uses the whole text.
+      prefix_token: token before a text without context; default: data.separator of the run.
 
     Raises:
-      ConfigError: the tokenizer has no such token.
+      ConfigError: the tokenizer lacks the prefix token.
     """
     super().__init__()
     self.run, self.routing = run, routing
@@ -80,15 +80,15 @@ class HarnessModel(TemplateLM):
 
   @property
   def tokenizer_name(self) -> str:
-    """Names the tokenizer in the harness's caches."""
+    """The name of the tokenizer in the harness's caches."""
     return f'mor_jax-{self._tokenizer.digest[:16]}'
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-    """Token ids; special tokens are neither added nor read from the text."""
+    """Token ids. Special tokens are neither added nor recognised in the text."""
     return self._tokenizer.encode(string)
 
   def get_model_info(self) -> dict[str, Any]:
-    """What the harness's JSON says about the model."""
+    """The description of the model in the harness's JSON."""
     config = self.run.config.model
     return {
       'model_run': str(self.run.folder.path),
@@ -115,7 +115,7 @@ class HarnessModel(TemplateLM):
     return scores
 
   def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-    """Log-likelihood of whole texts, in windows of `max_len` that each predict what is new in them."""
+    """Log-likelihood of whole texts, in windows of `max_len` tokens that each predict only their new tokens."""
     texts = [request.args[0] for request in requests]
     windows, owners = [], []
     for owner, text in enumerate(texts):
@@ -190,6 +190,6 @@ class HarnessModel(TemplateLM):
 
 
 def _bar(total: int, description: str, disable: bool) -> tqdm:
-  """A bar on a terminal; elsewhere a line every now and then."""
+  """A progress bar on a terminal, otherwise occasional lines."""
   seconds = 0.1 if sys.stderr.isatty() else 30.0
   return tqdm(total=total, desc=description, disable=disable, mininterval=seconds)

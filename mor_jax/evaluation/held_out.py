@@ -1,4 +1,4 @@
-"""A trained model on held-out rows: its loss under both kinds of routing, by recursion limit and by position."""
+"""Evaluates a model on held-out rows: loss by kind of routing, recursion limit and position."""
 
 import dataclasses
 import itertools
@@ -25,17 +25,17 @@ SHORT_BINS = 8  # share of the row, as a divisor, up to which bins of positions 
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-  """A way to run a model: routing mode, and the recursions that a token takes at most."""
+  """A way to run a model: routing mode and maximum number of recursions."""
 
   routing: str
   max_recursions: int
 
 
 def ways(model: ModelConfig) -> list[Way]:
-  """All ways to run a model, by routing and ascending limit, of each mode the last without one.
+  """All ways to run a model: for each routing mode the recursion limits in ascending order, the last being none.
 
-  A model without router has one mode. Under `sequence` sharing, where every layer repeats by itself, and for
-  vanilla models there is no limit.
+  A model without router has one mode. Vanilla models and `sequence` sharing, which repeats single layers,
+  have no limit.
   """
   routings = ('topk', 'threshold') if model.kind == 'mor' else ('topk',)
   limits = range(1 if model.can_stop_early else model.recursions, model.recursions + 1)
@@ -48,11 +48,11 @@ def open_data(
   """The dataset to evaluate a run on.
 
   Args:
-    source: folder of a prepared dataset, or documents as `data.source` names them, which are prepared with the
-      run's tokenizer; None: the run's own data.
+    source: folder of a prepared dataset, or documents in the format of `data.source`, which are prepared with
+      the run's tokenizer; None: the run's own data.
 
   Raises:
-    ConfigError: it cannot be read, or has another tokenizer than the run.
+    ConfigError: the dataset is unreadable, or its tokenizer differs from the run's.
   """
   data, path = run.config.data, run.folder.tokenizer
   tokenizer = Tokenizer.load(path, data.separator)
@@ -83,18 +83,18 @@ def evaluate(
   begin: Callable[[Way], None] = lambda way: None,
   advance: Advance = lambda rows: None,
 ) -> dict[str, Any]:
-  """Everything that `python -m mor_jax.evaluate` shows, as JSON.
+  """Returns all results of `python -m mor_jax.evaluate` as JSON.
 
   Args:
-    batch_size: rows computed together.
+    batch_size: rows per batch.
     max_rows: validation rows to use; None: all.
     begin: called before each of `ways`.
-    advance: called with the number of rows of every batch.
+    advance: called with the number of rows after every batch.
 
   Returns:
-    'routing': by mode ('topk' and 'threshold', or 'none' for models without router) `summarize` of the whole
-    model, with 'recursion_limits', the same for every limit, and 'positions', of `by_position`; 'gap':
-    threshold minus top-k of loss, perplexity and bits per byte.
+    'routing': for each mode ('topk' and 'threshold', or 'none' for models without router) the `summarize` of
+    the whole model, with 'recursion_limits', the same for every limit, and 'positions', from `by_position`;
+    'gap': threshold minus top-k for loss, perplexity and bits per byte.
   """
   split = dataset.manifest.splits['validation']
   model = run.config.model
@@ -140,8 +140,8 @@ def _followed(batches: Iterator[loader.Batch], advance: Advance) -> Iterator[loa
 def summarize(sums: dict[str, Any], split: dataset_lib.SplitCounts) -> dict[str, Any]:
   """Loss in nats per predicted token, perplexity, bits per byte, and the metrics of `router.summarize`.
 
-  Beside them 'overflow_recursion_r', the share of all tokens that wanted to take recursion r = 1..R and found
-  no place. Bytes are those that a token of the whole split stands for.
+  Also 'overflow_recursion_r', the share of all tokens that were selected for recursion r = 1..R but got no
+  slot. Bits per byte use the average bytes per token of the whole split.
   """
   loss = float(sums['nll'] / sums['targets'])
   result = {
@@ -159,9 +159,9 @@ def summarize(sums: dict[str, Any], split: dataset_lib.SplitCounts) -> dict[str,
 
 
 def by_position(sums_T: dict[str, np.ndarray]) -> list[dict[str, float]]:
-  """Loss, mean depth and overflow by the number of tokens of the document that came before.
+  """Loss, mean depth and overflow by the number of preceding tokens in the document.
 
-  Bins double in size up to an eighth of the row, and have that size from there on; empty ones are left out.
+  Bins double in size up to an eighth of the row and then keep that size. Empty bins are omitted.
   """
   bins = []
   edges = position_edges(len(sums_T['nll']))
@@ -179,7 +179,7 @@ def by_position(sums_T: dict[str, np.ndarray]) -> list[dict[str, float]]:
 
 
 def position_edges(length: int) -> np.ndarray:
-  """Ascending first positions of bins of the positions 1 to T - 1, and T."""
+  """First positions, in ascending order, of the bins that cover 1 to T - 1, followed by T."""
   short = length / SHORT_BINS
   doubling = 2 ** np.arange(math.ceil(math.log2(max(short, 1))))
   even = np.arange(1, SHORT_BINS + 1) * length // SHORT_BINS

@@ -1,4 +1,4 @@
-"""Unigram and bigram entropy of a split: what a model without any context, or with one token, could reach."""
+"""Unigram and bigram entropy of a split: the best loss of a model with no context or one token of context."""
 
 from collections.abc import Iterable
 
@@ -8,16 +8,16 @@ import numpy as np
 def ngram_entropies(rows: Iterable[dict[str, np.ndarray]], vocab_size: int) -> tuple[float, float]:
   """Empirical entropies of the tokens of `rows`, in nats per predicted token.
 
-  Only pairs that the language-model loss counts are counted: both tokens in the same segment.
-  The counts are taken on the rows themselves (plug-in entropies), so no unigram or bigram
-  model has a lower loss on them, not even one fitted to them.
+  As in the language-model loss, only pairs of tokens in the same segment count. The counts come
+  from the rows themselves (plug-in entropies), so no unigram or bigram model has a lower loss on
+  them, not even one fitted to them.
 
   Args:
     rows: 'tokens' and 'segment_ids' of shape (..., T), for instance `PreparedDataset.rows(split)`.
-    vocab_size: entries V of the vocabulary.
+    vocab_size: size V of the vocabulary.
 
   Returns:
-    (H(target), H(target | token before)).
+    (H(target), H(target | previous token)).
 
   Raises:
     ValueError: no row has two tokens in the same segment.
@@ -30,7 +30,7 @@ def ngram_entropies(rows: Iterable[dict[str, np.ndarray]], vocab_size: int) -> t
 
 
 def _pairs(tokens_T: np.ndarray, segments_T: np.ndarray, vocab_size: int) -> np.ndarray:
-  """(token before) * V + target of every predicted token."""
+  """(previous token) * V + target for every predicted token."""
   counted = (segments_T[..., 1:] == segments_T[..., :-1]) & (segments_T[..., 1:] > 0)
   before, target = tokens_T[..., :-1][counted], tokens_T[..., 1:][counted]
   return before.astype(np.int64) * vocab_size + target

@@ -27,11 +27,11 @@ def make_nll_step(
   max_recursions: int | None = None,
   by_position: bool = False,
 ) -> Callable[[Any, loss_lib.Batch], dict[str, Any]]:
-  """The jitted function (variables, batch (B, T)) -> sums 'nll' in nats, 'targets', 'counts' of the routers.
+  """Returns the jitted function (variables, batch (B, T)) -> sums 'nll' in nats, 'targets', router 'counts'.
 
-  With `by_position` also 'position', sums (T,) over the tokens with so many tokens of their document before
-  them: 'nll' and 'targets' of those predicted, of all 'tokens' their 'depth' and 'overflow', if the model has
-  a router.
+  With `by_position`, there is also 'position': sums (T,) by the number of preceding tokens in the document.
+  These are 'nll' and 'targets' of predicted tokens and, if the model has a router, 'tokens', 'depth' and
+  'overflow' of all tokens.
   """
 
   def nll_step(variables, batch: loss_lib.Batch):
@@ -57,7 +57,7 @@ def make_nll_step(
 
 
 def _nll_by_position(x_BTD, kernel_DV, batch, chunk, mesh):
-  """Sum over the predicted tokens, and by position."""
+  """Sums over the predicted tokens, in total and by position."""
   length = x_BTD.shape[1]
 
   def token_loss(logits_NV, targets_mask_positions_N):
@@ -94,10 +94,10 @@ def run(nll_step: Callable, variables: Any, batch: dict[str, np.ndarray], mesh: 
 def evaluate(
   nll_step: Callable, variables: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh
 ) -> dict[str, float]:
-  """'nll' in nats per predicted token over all batches, and the router metrics.
+  """Returns 'nll' in nats per predicted token over all batches, and the router metrics.
 
   Raises:
-    ValueError: no token in the batches is predicted.
+    ValueError: the batches have no token to predict.
   """
   sums = totals(nll_step, variables, batches, mesh)
   nll = {'nll': float(sums['nll'] / sums['targets'])}
@@ -109,10 +109,10 @@ def totals(
 ) -> dict[str, Any]:
   """The sums of all batches, on the host in float64.
 
-  Rows of padding count for nothing, so the last batch may be filled up with them.
+  Padding rows contribute nothing, so they may fill the last batch.
 
   Raises:
-    ValueError: no token in the batches is predicted.
+    ValueError: the batches have no token to predict.
   """
   sharding = mesh_lib.batch_sharding(mesh)
   added, queued = None, None
@@ -126,5 +126,5 @@ def totals(
 
 
 def bits_per_byte(nats_per_token: float, tokens: int, num_bytes: int) -> float:
-  """Bits per byte of text, from the loss per token and the size of the text in both units."""
+  """Bits per byte of a text, from its loss per token and its size in tokens and bytes."""
   return nats_per_token * tokens / num_bytes / math.log(2)

@@ -1,4 +1,4 @@
-"""What a finished run says of itself in summary.json: sizes, validation, what n-grams reach, a text."""
+"""The result of a finished run in summary.json: sizes, validation metrics, n-gram entropies and a sample."""
 
 import itertools
 from typing import Any
@@ -46,7 +46,7 @@ def of_run(
 
 
 def _entropies(config: Config, dataset: loader.Dataset) -> tuple[float, float]:
-  """Unigram and bigram entropy of the rows that validation uses, in nats per predicted token."""
+  """Unigram and bigram entropy of the validation rows in use, in nats per predicted token."""
   rows = itertools.islice(dataset.rows('validation'), config.train.eval_rows)
   visible = (
     row | {'segment_ids': visible_segments(row['segment_ids'], config.data.segment_mask)} for row in rows

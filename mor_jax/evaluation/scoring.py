@@ -1,8 +1,8 @@
-"""Log-likelihoods of continuations: many (context, continuation) pairs of tokens in few programs.
+"""Log-likelihoods of continuations: many (context, continuation) pairs of tokens with few compiled programs.
 
-Texts of similar length are computed together, texts that occur several times once, and logits only of the
-tokens that are asked for. Under threshold routing, which is causal and counts places for `max_len` whatever
-the row's length, a score depends on its own text alone.
+Texts of similar length are batched, repeated texts are computed once, and logits are computed only where
+requested. Threshold routing is causal, and the number of its slots depends on `max_len` instead of the row's
+length, so a score depends on its own text only.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ TOKENS_AT_ONCE = (64, 512)  # sizes of the groups of tokens whose logits are com
 
 @dataclasses.dataclass
 class _Row:
-  """A text, and which of its tokens are asked for."""
+  """A text and the tokens to score in it."""
 
   tokens: tuple[int, ...]
   asked: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)  # pair, position, target
@@ -40,9 +40,9 @@ class Scorer:
   """A model that scores pairs.
 
   Attributes:
-    max_len: longest text in tokens; longer ones lose their beginning.
-    routing: 'threshold', or 'topk', which looks at the whole text; rows then have no padding, since padding
-      would change how many tokens are chosen, so every length has a program of its own.
+    max_len: maximum length of a text in tokens; longer ones are truncated at the start.
+    routing: 'threshold', or 'topk', which uses the whole text. With 'topk', rows have no padding, because
+      padding would change the number of selected tokens, so every length needs a program.
   """
 
   def __init__(
@@ -53,10 +53,10 @@ class Scorer:
     batch_size: int = 8,
     routing: str = 'threshold',
   ):
-    """Compiles nothing yet.
+    """Prepares the scorer. Programs are compiled on first use.
 
     Args:
-      batch_size: texts computed together, a multiple of the number of devices.
+      batch_size: texts per batch, a multiple of the number of devices.
     """
     self.max_len, self.routing, self._batch_size = max_len, routing, batch_size
     self._variables, self._mesh = variables, mesh_lib.make_mesh()
@@ -67,7 +67,7 @@ class Scorer:
       return model.apply(variables, batch['tokens'], **routed, with_logits=False).hidden
 
     def judge(variables, x_BTD, places_N, targets_N):
-      """Log-likelihood and whether it is the likeliest, of the targets that follow some places of the rows."""
+      """Log-likelihood of each target, and whether it is the most likely token, after some places in the rows."""
       x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])[places_N]
       logits_NV = model.apply(variables, x_ND, method=Transformer.logits)
       return -token_nll(logits_NV, targets_N), logits_NV.argmax(axis=-1) == targets_N
@@ -76,13 +76,13 @@ class Scorer:
     self._judge = jax.jit(rules.on_mesh(self._mesh, judge), out_shardings=mesh_lib.replicated(self._mesh))
 
   def score(self, pairs: Sequence[Pair], done: Callable[[int], None] = lambda count: None) -> list[Score]:
-    """Scores in the order of the pairs; an empty continuation has (0, True).
+    """Returns the scores in the order of the pairs. An empty continuation has (0, True).
 
     Args:
-      done: called with the number of pairs that every batch has completed.
+      done: called after every batch with the number of completed pairs.
 
     Raises:
-      ConfigError: a continuation is longer than `max_len`, or has no context at all.
+      ConfigError: a continuation is longer than `max_len`, or the context is empty.
     """
     totals = np.zeros(len(pairs))
     greedy = np.ones(len(pairs), bool)
@@ -99,7 +99,7 @@ class Scorer:
     return list(zip(totals.tolist(), greedy.tolist(), strict=True))
 
   def _rows(self, pairs: Sequence[Pair]) -> list[_Row]:
-    """Texts without their last token, longest first, each once."""
+    """The distinct texts without their last token, longest first."""
     rows: dict[tuple[int, ...], _Row] = {}
     for index, (context, continuation) in enumerate(pairs):
       if not continuation:
@@ -126,7 +126,7 @@ class Scorer:
       start = min(end, len(rows))
 
   def _begin(self, batch: list[_Row]) -> tuple[int, list[tuple[np.ndarray, Any]]]:
-    """Queues the computation of a batch: its number of finished pairs, and (pairs, results) of every group."""
+    """Queues a batch. Returns the number of pairs it completes, and (pairs, results) of every group."""
     longest = len(batch[0].tokens)
     length = longest if self.routing == 'topk' else min(row_length(longest), self.max_len)
     tokens_BT = np.zeros((self._batch_size, length), np.int32)
@@ -169,6 +169,6 @@ def _collect(queued, totals: np.ndarray, greedy: np.ndarray, done: Callable[[int
 
 
 def row_length(length: int) -> int:
-  """Length of the row for a text: at most an eighth more, so that there are few programs."""
+  """Row length for a text: at most an eighth longer, so that few programs are needed."""
   step = max(LEAST_STEP, 2 ** (max(length - 1, 1).bit_length() - 4))
   return -(-length // step) * step

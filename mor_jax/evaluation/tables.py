@@ -1,4 +1,4 @@
-"""What an evaluation found, as tables for a terminal: held-out losses, and tasks beside those of the paper."""
+"""Tables of evaluation results for the terminal: held-out losses, and tasks next to the paper's results."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -33,7 +33,7 @@ TITLES = {'topk': 'top-k', 'threshold': 'threshold', 'none': ''}
 
 
 def print_held_out(console: Console, result: dict[str, Any]) -> None:
-  """The tables of `held_out.evaluate`: the whole model, by recursion limit, by position."""
+  """Prints the results of `held_out.evaluate`: for the whole model, by recursion limit and by position."""
   modes = result['routing']
   first = next(iter(modes.values()))
   data = result['data']
@@ -72,7 +72,7 @@ def _whole(result: dict[str, Any]) -> Table:
 
 
 def _figures(result: dict[str, Any]) -> Iterator[tuple[str, list[str], str]]:
-  """(label, text for every mode, key) of all figures that the model has."""
+  """Yields (label, text for every mode, key) of all available figures."""
   modes = result['routing']
   named = [
     ('loss, nats per token', 'nll', '.4f'),
@@ -138,7 +138,7 @@ def _signed(value: float | None) -> str:
 
 
 def print_few_shot(console: Console, result: dict[str, Any]) -> None:
-  """The results of lm-evaluation-harness, and beside them Table 3 of the paper where it has the benchmarks."""
+  """Prints the results of lm-evaluation-harness, and Table 3 of the paper next to them if it has the benchmarks."""
   table = Table('task', 'examples', 'shots', 'metric')
   for column in ('value', 'standard error'):
     table.add_column(column, justify='right')
@@ -159,7 +159,7 @@ def print_few_shot(console: Console, result: dict[str, Any]) -> None:
 
 
 def _metrics(values: dict[str, Any]) -> Iterator[tuple[str, float, Any]]:
-  """(metric, value, standard error) of a task's entry, whose keys are `metric,filter`."""
+  """Yields (metric, value, standard error) from a task's entry, whose keys are `metric,filter`."""
   for key, value in values.items():
     metric, _, how = key.partition(',')
     if how and not metric.endswith('_stderr') and isinstance(value, int | float):
@@ -167,7 +167,7 @@ def _metrics(values: dict[str, Any]) -> Iterator[tuple[str, float, Any]]:
 
 
 def _of_the_paper(result: dict[str, Any]) -> dict[str, float]:
-  """Accuracy in per cent of every benchmark of Table 3 that was run; of several tasks the mean."""
+  """Accuracy in per cent for each benchmark of Table 3 in the results; the mean if it has several tasks."""
   found = {}
   for title, part, normalised in BENCHMARKS:
     accuracies = []

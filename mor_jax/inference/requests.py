@@ -1,4 +1,4 @@
-"""What a user asks of the engine, and what it answers."""
+"""Requests to the engine and their results."""
 
 import dataclasses
 
@@ -7,25 +7,25 @@ from mor_jax.inference.state import STOP_TOKENS
 
 
 class RequestError(ValueError):
-  """A request that cannot be answered. The message names what is wrong and what is allowed."""
+  """An invalid request. The message names the value and what is allowed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """One text to continue.
+  """A prompt to continue, and how to sample the continuation.
 
   Attributes:
     prompt: token ids, at least one.
-    max_new_tokens: most tokens to generate; fewer if the cache is full before.
+    max_new_tokens: maximum number of tokens to generate; fewer if the cache fills up first.
     temperature: divides the logits; 0 takes the most likely token.
-    top_k: sample from so many of the most likely tokens; 0: from all.
-    top_p: sample from the most likely tokens that together have this probability.
-    repetition_penalty: above 1, tokens that occurred become less likely (divides positive logits).
-    seed: equal seeds give equal texts.
+    top_k: sample from this many of the most likely tokens; 0: from all.
+    top_p: sample from the smallest set of most likely tokens with at least this total probability.
+    repetition_penalty: a value above 1 makes tokens that already occurred less likely (divides positive logits).
+    seed: random seed; equal seeds give equal texts.
     stop_tokens: ids that end the text; they are not part of it.
-    stop_strings: texts that end the text; they are not part of it.
-    max_recursions: recursions that a token may take; None: those of the engine.
-    threshold_shift: added to the routers' thresholds: above 0 tokens take fewer recursions, below more.
+    stop_strings: strings that end the text; they are not part of it.
+    max_recursions: maximum number of recursions per token; None: the engine's.
+    threshold_shift: added to the routers' thresholds; a positive value means fewer recursions, a negative more.
   """
 
   prompt: tuple[int, ...]
@@ -41,7 +41,7 @@ class Request:
   threshold_shift: float = 0.0
 
   def check(self) -> None:
-    """Raises RequestError for values that no engine accepts."""
+    """Raises RequestError if a value is invalid for any engine."""
     if not self.prompt:
       raise RequestError('the prompt is empty; give at least one token')
     rules = {
@@ -62,16 +62,16 @@ class Request:
 
 @dataclasses.dataclass(eq=False)
 class Result:
-  """The answer to a request, which grows while it is generated.
+  """The result of a request, which grows during generation.
 
   Attributes:
-    request: what was asked.
+    request: the request.
     tokens: ids generated so far, without the stop token.
-    text: their text, without the stop string; '' where there is no tokenizer.
-    depths: recursions that each of the prompt's and the generated tokens took; of the last token it is
-      not known, since it was never computed.
-    finish: why it ended: 'stop_token', 'stop_string', 'length', 'cancelled'; '' until then.
-    submitted, first_token, finished: seconds on the clock of `time.perf_counter`; 0 until then.
+    text: the decoded tokens, without the stop string; '' if there is no tokenizer.
+    depths: number of recursions of each prompt token and generated token, except the last: the model never
+      processes that one.
+    finish: reason for the end: 'stop_token', 'stop_string', 'length' or 'cancelled'; '' while it is running.
+    submitted, first_token, finished: times in seconds on the clock of `time.perf_counter`; 0 until they occur.
   """
 
   request: Request

@@ -1,7 +1,7 @@
-"""The next token from logits: greedy, temperature, top-k, top-p, repetition penalty; each lane by its own rules.
+"""Samples the next token from logits: greedy, temperature, top-k, top-p and repetition penalty, set per lane.
 
-The order is that of Hugging Face: penalty, temperature, top-k, top-p. The random key is made of
-the request's seed and the token's position alone, so a request gets the same text in any company.
+The order is that of Hugging Face: penalty, temperature, top-k, top-p. The random key depends only on the
+request's seed and the token's position, so a request gets the same text whatever else is in the batch.
 """
 
 import jax
@@ -13,15 +13,15 @@ NO_LIMIT = 0
 
 @struct.dataclass
 class SamplingRules:
-  """How each lane (or slot) samples.
+  """Sampling parameters of each lane (or slot).
 
   Attributes:
     temperature_B: divides the logits; 0 takes the most likely token.
-    top_k_B: only so many of the most likely tokens; NO_LIMIT: all.
-    top_p_B: only the most likely tokens that together have this probability.
-    penalty_B: logits of tokens that occurred, if positive, are divided by it, else multiplied (Keskar
-      et al. 2019).
-    seed_B: of the request.
+    top_k_B: keeps this many of the most likely tokens; NO_LIMIT: all.
+    top_p_B: keeps the smallest set of most likely tokens with at least this total probability.
+    penalty_B: for tokens that already occurred, divides positive logits and multiplies negative ones
+      (Keskar et al. 2019).
+    seed_B: seed of the request.
   """
 
   temperature_B: jax.Array
@@ -32,7 +32,7 @@ class SamplingRules:
 
 
 def default_rules(count: int) -> SamplingRules:
-  """Greedy rules of so many lanes."""
+  """Greedy sampling for `count` lanes."""
   return SamplingRules(
     temperature_B=jnp.zeros((count,)),
     top_k_B=jnp.zeros((count,), jnp.int32),
@@ -49,11 +49,14 @@ def sample(
   tokens_BT: jax.Array,
   known_B: jax.Array,
 ) -> jax.Array:
-  """Next tokens (B,). What no lane asks for is not computed.
+  """Samples the next tokens (B,), int32. Skips every operation that no lane needs.
 
   Args:
+    logits_BV: next-token logits.
+    rules: sampling parameters of the lanes.
     positions_B: position of the token to sample.
-    tokens_BT: each sequence so far, of which `known_B` tokens count.
+    tokens_BT: token buffer of each sequence, of which the first `known_B` are valid.
+    known_B: number of valid tokens.
   """
   penalized = (rules.penalty_B != 1).any()
   logits_BV = jax.lax.cond(
@@ -89,7 +92,7 @@ def _draw(logits_BV, rules, positions_B):
 
 
 def _truncate(logits_BV, rules):
-  """Minus infinity wherever a token is not among the k first or not needed to reach the probability p."""
+  """Sets the logits of tokens outside the top k or the top p to minus infinity."""
   vocabulary = logits_BV.shape[1]
   order_BV = jnp.argsort(-logits_BV, axis=-1, stable=True)
   sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=1)

@@ -1,4 +1,4 @@
-"""Requests in, texts out: a queue before the engine's slots, admission, cancellation, stop strings, statistics."""
+"""Schedules requests on the engine's slots: queue, admission, cancellation, stop strings and statistics."""
 
 import collections
 import dataclasses
@@ -16,15 +16,15 @@ from mor_jax.inference.state import IDLE
 
 @dataclasses.dataclass
 class Statistics:
-  """Sums over the calls of an engine; the properties are what a user wants to know.
+  """Totals over the calls of an engine, with derived metrics as properties.
 
   Attributes:
-    seconds: spent in `Scheduler.step`, of which `prefill_seconds` in computing prompts.
-    slots, lanes: sizes of the engine, all parts of a mesh together.
+    slots, lanes: sizes of the engine, summed over all parts of a mesh.
+    seconds: time in `Scheduler.step`, including `prefill_seconds`, the time spent on prompts.
     ticks, boundaries, block_lanes, boundary_lanes, resident, tokens, passes, sampled, overflow: as in
-      `ticks.Tally`; overflow has an entry for each step, prompts included.
-    first_token_seconds: of each request, from submission to its first token.
-    token_seconds: of each finished request with two tokens or more, mean time between tokens.
+      `ticks.Tally`; overflow has one entry per recursion step and includes prompts.
+    first_token_seconds: time from submission to the first token, for each request.
+    token_seconds: mean time between tokens, for each finished request with at least two tokens.
   """
 
   slots: int
@@ -46,31 +46,31 @@ class Statistics:
 
   @property
   def tokens_per_second(self) -> float:
-    """Sampled tokens per second, prompts' time included."""
+    """Sampled tokens per second of total time, prefill included."""
     return self.sampled / max(self.seconds, 1e-9)
 
   @property
   def slot_occupancy(self) -> float:
-    """Mean share of the slots in use."""
+    """Mean fraction of the slots in use."""
     return self.resident / max(self.ticks * self.slots, 1)
 
   @property
   def lane_occupancy(self) -> float:
-    """Mean share of the block's lanes that had work."""
+    """Mean fraction of the block's lanes in use."""
     return self.block_lanes / max(self.ticks * self.lanes, 1)
 
   @property
   def boundary_occupancy(self) -> float:
-    """Mean share of the boundary's lanes that had work."""
+    """Mean fraction of the boundary's lanes in use."""
     return self.boundary_lanes / max(self.boundaries * self.boundary_lanes_each, 1)
 
   @property
   def mean_depth(self) -> float:
-    """Passes through the shared block per generated token (prompts are not counted)."""
+    """Passes through the shared block per generated token; prompts do not count."""
     return self.passes / max(self.tokens, 1)
 
   def summary(self) -> dict[str, float]:
-    """All of it as numbers for a table or JSON."""
+    """The metrics as plain numbers, for a table or JSON."""
     return {
       'tokens_per_second': self.tokens_per_second,
       'tokens': int(self.sampled),
@@ -87,14 +87,15 @@ class Statistics:
 
 
 class Scheduler:
-  """Answers requests with an engine; first come, first served."""
+  """Runs requests on an engine; first come, first served."""
 
   def __init__(self, engine: Engine, tokenizer: Tokenizer | None = None, ticks_per_call: int = 64):
-    """Begins with all slots free.
+    """Starts with all slots free.
 
     Args:
-      tokenizer: gives results their text; stop strings need it.
-      ticks_per_call: most ticks between two looks of the host: fewer show text earlier, more cost less.
+      engine: runs the requests.
+      tokenizer: decodes the text of results; required for stop strings.
+      ticks_per_call: maximum ticks per call of the engine. Fewer show text sooner; more reduce host overhead.
     """
     self.engine = engine
     batches = engine.batches
@@ -108,7 +109,11 @@ class Scheduler:
   # ---- requests ----
 
   def submit(self, request: Request) -> Result:
-    """Queues a request and returns its (growing) result. Raises RequestError if it cannot be answered."""
+    """Queues a request and returns its result, which grows during generation.
+
+    Raises:
+      RequestError: the request is invalid for this engine.
+    """
     self.engine.check(request)
     if request.stop_strings and self._tokenizer is None:
       raise RequestError('stop_strings need a tokenizer; without one use stop_tokens')
@@ -117,7 +122,7 @@ class Scheduler:
     return result
 
   def cancel(self, result: Result) -> None:
-    """Ends a request wherever it is; what it has so far stays in its result."""
+    """Cancels a queued or running request; its result keeps the tokens generated so far."""
     if result.finish:
       return
     if result in self._queue:
@@ -129,25 +134,25 @@ class Scheduler:
 
   @property
   def busy(self) -> bool:
-    """Whether anything is left to do."""
+    """Whether any request is queued or running."""
     return bool(self._queue or self._resident)
 
   def run(self, requests: Iterable[Request]) -> list[Result]:
-    """Answers to some requests, in their order, when all of them have ended."""
+    """Runs the requests to completion; returns their results in order."""
     results = [self.submit(request) for request in requests]
     while self.busy:
       self.step()
     return results
 
   def stream(self, request: Request) -> Iterator[Result]:
-    """The result of a request again and again while it grows."""
+    """Yields the result of a request repeatedly as it grows."""
     result = self.submit(request)
     while not result.finish:
       self.step()
       yield result
 
   def step(self) -> list[Result]:
-    """Admits what fits, runs some ticks and returns the results that have ended."""
+    """Admits queued requests, runs one engine call and returns the results that have finished."""
     begin = time.perf_counter()
     self._admit()
     ended = []
@@ -179,7 +184,7 @@ class Scheduler:
     self.statistics.prefill_seconds += time.perf_counter() - begin
 
   def _free_slots(self) -> list[int]:
-    """Slots without a request, first of those parts of the mesh that have most of them."""
+    """Free slots, starting with the parts of the mesh that have the most."""
     free, parts = collections.defaultdict(list), self.engine.part_of
     for slot in range(self.engine.slots):
       if slot not in self._resident:
@@ -196,7 +201,7 @@ class Scheduler:
     self._resident[slot] = result
 
   def _collect(self) -> list[Result]:
-    """Fetches new tokens and ends what has ended."""
+    """Fetches new tokens and returns the results that have finished."""
     state = self._state
     phase_N, known_N, tokens_NT, depths_NT = jax.device_get(
       (state.phase_N, state.known_N, state.tokens_NT, state.depths_NT)
@@ -223,7 +228,7 @@ class Scheduler:
     return ended
 
   def _update_text(self, result: Result) -> bool:
-    """Decodes the tokens; True if a stop string is among the text, which then ends before it."""
+    """Decodes the tokens; if the text contains a stop string, truncates it there and returns True."""
     text = self._tokenizer.decode(result.tokens)
     places = [text.find(stop) for stop in result.request.stop_strings]
     found = min((place for place in places if place >= 0), default=None)
@@ -254,7 +259,7 @@ class Scheduler:
 
 
 def _lanes(admitted: list[tuple[int, Result]], engine: Engine) -> Iterator[list[tuple[int, Result] | None]]:
-  """Prompts to be computed together, each with its slot, in lanes of the part of the mesh that has the slot."""
+  """Groups prompts into prefill batches; each prompt gets a lane in the part of the mesh that holds its slot."""
   each, waiting = engine.prefill_lanes // engine.parts, collections.defaultdict(list)
   for slot, result in admitted:
     waiting[engine.part_of(slot)].append((slot, result))

@@ -16,16 +16,16 @@ REPLACEMENT = '�'  # stands for bytes that do not make a character yet
 
 
 class Writer:
-  """Prints results as they grow; where there are no colours, depths stand in brackets behind the tokens."""
+  """Prints results as they grow. Without colours, the depth follows each token in brackets."""
 
   def __init__(self, console: Console, tokenizer: Tokenizer, steps: int, show_depth: bool):
-    """Nothing printed so far. `steps` is the largest depth."""
+    """Prints nothing yet. `steps` is the largest depth."""
     self._console, self._tokenizer = console, tokenizer
     self._steps, self._show_depth = steps, show_depth
     self._printed = 0  # characters, or with depths tokens
 
   def begin(self, result: Result, number: int | None) -> None:
-    """The prompt, with a title if there are several texts, and once the meaning of the colours."""
+    """Prints the prompt, preceded by the legend of colours (once) and a title if there are several samples."""
     if self._show_depth and not number:
       self._print(self._legend())
     if number is not None:
@@ -36,7 +36,7 @@ class Writer:
     self.update(result)
 
   def update(self, result: Result) -> None:
-    """What came since; the rest of a character, or what may become a stop string, is held back."""
+    """Prints the new text; holds back incomplete characters and what may become a stop string."""
     if self._show_depth:
       self._update_with_depths(result, len(result.depths))
       return
@@ -49,7 +49,7 @@ class Writer:
     self._printed = max(self._printed, len(text))
 
   def end(self, result: Result) -> None:
-    """The end of a text; the depth of its last token is not known, since nothing follows it."""
+    """Prints the rest of the text. The last token has no depth, as the model never processes it."""
     if self._show_depth:
       self._update_with_depths(result, len(result.request.prompt) + len(result.tokens))
     self._print(Text('\n'))
@@ -80,7 +80,7 @@ class Writer:
 
 
 def describe_statistics(statistics: Statistics, config: ModelConfig) -> str:
-  """One line on speed, depth and places."""
+  """One line with throughput, latency, slot occupancy and, for MoR, depth and overflow."""
   found = statistics.summary()
   parts = [
     f'{found["tokens"]} tokens in {found["seconds"]:.1f} s (compilation included): '

@@ -1,4 +1,4 @@
-"""A text continued, for whoever needs no more than that."""
+"""A convenience function that continues one text."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def complete(
   temperature: float,
   seed: int = 0,
 ) -> str:
-  """A continuation of `prompt`, at most `num_tokens` tokens, ended early by end of text.
+  """Returns a continuation of `prompt`: at most `num_tokens` tokens, fewer if the model ends the text.
 
   Raises:
     RequestError: the prompt has no tokens, or temperature is negative.

@@ -1,4 +1,4 @@
-"""Checkpoint folders of other libraries: config.json, weights and tokenizer, complete or not there."""
+"""Checkpoint folders of other libraries: config.json, weights and tokenizer, written completely or not at all."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from mor_jax.interop.weights import Weights
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-  """The config.json of a folder. Raises ConfigError if there is none, or it cannot be read."""
+  """Reads the config.json of a folder. Raises ConfigError if it is missing or unreadable."""
   try:
     return json.loads((folder / 'config.json').read_text())
   except (FileNotFoundError, NotADirectoryError):
@@ -25,10 +25,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 def write(
   folder: str | Path, table: Table, weights: Weights, config: dict[str, Any], tokenizer: Tokenizer | None
 ) -> None:
-  """Writes a folder, which gets its name last; nothing stays of one that could not be finished.
+  """Writes a folder. It is renamed when complete and deleted on failure.
 
   Raises:
-    ConfigError: the folder exists, or the weights turn out to be faulty while they are read.
+    ConfigError: the folder exists, or the weights are invalid.
   """
   with new_folder(Path(folder)) as partial:
     tensors.write_safetensors(partial, table, weights.shapes, weights.dtypes, weights.leaves())

@@ -1,4 +1,4 @@
-"""Pretrained models in a training: the one that it begins from, and the one that it learns from."""
+"""Pretrained models in a training run: the source of its initial weights, and its teacher."""
 
 import dataclasses
 from pathlib import Path
@@ -16,10 +16,10 @@ from mor_jax.training.distillation import Teacher
 
 
 def with_source(config: Config, init_from: str | None) -> Config:
-  """The config with what --init_from names as `init.source`, and with its tokenizer where it is to be used.
+  """Returns the config with --init_from as `init.source`, and with its tokenizer if `data.tokenizer=source`.
 
   Raises:
-    ConfigError: --init_from and init.source differ, or a setting refers to a source without either.
+    ConfigError: --init_from and init.source differ, or a setting needs a source and neither is set.
   """
   if init_from is not None:
     if config.init.source not in (None, init_from):
@@ -42,7 +42,7 @@ def with_source(config: Config, init_from: str | None) -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-  """A model on disk that a setting names, and its tokenizer."""
+  """A model on disk, named by a setting, and its tokenizer."""
 
   flag: str
   path: str
@@ -50,7 +50,7 @@ class Pretrained:
   tokenizer: Tokenizer
 
   def check_tokenizer(self, config: Config, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError unless token ids mean to the run what they mean to this model."""
+    """Raises ConfigError unless this model has the tokenizer of the run."""
     if tokenizer.digest != self.tokenizer.digest:
       raise ConfigError(
         f'data.tokenizer={config.data.tokenizer} is not the tokenizer of {self.flag}={self.path}, so that the same '
@@ -59,12 +59,12 @@ class Pretrained:
 
 
 def open_source(config: Config) -> Pretrained | None:
-  """The model to begin from. Raises ConfigError if it cannot be read."""
+  """The model for the initial weights. Raises ConfigError if it is unreadable."""
   return _open('init.source', config.init.source)
 
 
 def open_teacher(config: Config) -> Pretrained | None:
-  """The model to learn from. Raises ConfigError if it cannot be read."""
+  """The teacher model. Raises ConfigError if it is unreadable."""
   if not config.distill.weight:
     return None
   flag = 'distill.teacher' if config.distill.teacher else 'init.source'
@@ -76,12 +76,12 @@ def _open(flag: str, path: str | None) -> Pretrained | None:
 
 
 def shared_weights(config: Config, source: Pretrained) -> SharedWeights:
-  """The weights that a run begins with. Raises ConfigError if the source does not fit."""
+  """The initial weights of a run. Raises ConfigError if the source is incompatible."""
   return SharedWeights(config.model, source.weights, config.init.method, config.train.seed)
 
 
 def make_teacher(config: Config, opened: Pretrained | None) -> Teacher | None:
-  """The teacher without its parameters. Raises ConfigError if it does not fit."""
+  """The teacher without its parameters. Raises ConfigError if it is incompatible."""
   if opened is None:
     return None
   return distillation.make_teacher(config.distill, opened.weights.config, config.model)

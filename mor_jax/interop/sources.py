@@ -10,7 +10,7 @@ from mor_jax.runs import stored
 
 
 def is_run(path: Path) -> bool:
-  """Whether a folder is that of a run of this package."""
+  """Whether a folder is a run folder of this package."""
   return has_settings(path, 'model', 'train')
 
 
@@ -20,13 +20,13 @@ def has_settings(folder: Path, *keys: str) -> bool:
 
 
 def open_model(path: str | Path, flag: str) -> tuple[Weights, Tokenizer]:
-  """The weights, which are read leaf by leaf, and the tokenizer of a run folder or of a Llama folder.
+  """Opens a run folder or a Llama checkpoint. Returns its weights, which are read leaf by leaf, and its tokenizer.
 
   Args:
-    flag: named in errors.
+    flag: flag to name in errors.
 
   Raises:
-    ConfigError: it is neither, or cannot be read.
+    ConfigError: the folder is neither, or is unreadable.
   """
   path = Path(path)
   try:

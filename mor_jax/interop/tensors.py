@@ -1,6 +1,6 @@
-"""Files of named tensors, read and written one tensor at a time: safetensors, and PyTorch's where torch is there.
+"""Reads and writes files of named tensors, one tensor at a time: safetensors, and PyTorch if it is installed.
 
-A checkpoint is one file, or a folder with one or with several and an index.
+A checkpoint is a file, or a folder with one file or with several files and an index.
 """
 
 import json
@@ -27,11 +27,11 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class Tensors(Protocol):
-  """Named tensors that stay where they are until they are read.
+  """Named tensors that are loaded only when read.
 
   Attributes:
-    where: names the source in messages.
-    specs: shape and name of the dtype (as safetensors has it) of every tensor.
+    where: name of the source, for messages.
+    specs: shape and dtype name (as in safetensors) of every tensor.
   """
 
   where: str
@@ -42,7 +42,7 @@ class Tensors(Protocol):
 
 
 class Held:
-  """Tensors that are in memory already."""
+  """Tensors that are already in memory."""
 
   def __init__(self, tensors: Mapping[str, np.ndarray], where: str):
     self.where = where
@@ -57,10 +57,10 @@ class Held:
 
 
 def open_tensors(path: str | Path) -> Tensors:
-  """The tensors of a file, or of a folder.
+  """Opens the tensors of a file or a folder.
 
   Raises:
-    ConfigError: there are none; a file is missing, damaged or truncated; index and files disagree.
+    ConfigError: there are no tensors; a file is missing, damaged or truncated; or index and files disagree.
   """
   path = Path(path)
   if path.is_file():
@@ -98,7 +98,7 @@ def _open(files: list[Path], where: str) -> Tensors:
 
 
 class _SafetensorsFiles:
-  """Opens a file for every tensor anew, since pages read from a mapped file count as memory until it is closed."""
+  """Reopens the file for every tensor, because pages of a mapped file count as memory until it is closed."""
 
   def __init__(self, files: list[Path], where: str):
     self.where = where
@@ -120,7 +120,7 @@ class _SafetensorsFiles:
 
 
 def _open_torch(files: list[Path], where: str) -> Tensors:
-  """State dicts written by torch.save, alone or under one of the keys that trainers put them."""
+  """Opens state dicts written by torch.save, at the top level or under a key commonly used by trainers."""
   try:
     import torch
   except ImportError:
@@ -147,7 +147,7 @@ def _open_torch(files: list[Path], where: str) -> Tensors:
 
 
 class _TorchTensors:
-  """Tensors of mapped PyTorch files."""
+  """Tensors of memory-mapped PyTorch files."""
 
   def __init__(self, tensors: Mapping[str, Any], where: str):
     names = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16', 'float64': 'F64'}
@@ -178,16 +178,16 @@ def write_safetensors(
   leaves: Iterable[tuple[str, np.ndarray]],
   shard_bytes: int | None = None,
 ) -> None:
-  """Writes our leaves under the table's names, each leaf when it comes; several files get an index.
+  """Writes our leaves under the table's names, one at a time. Several files get an index.
 
-  The `safetensors` library writes a file from tensors that are all in memory; here the files' heads are
-  written first, and every tensor then goes to its place.
+  The `safetensors` library needs all tensors of a file in memory. This function writes the file headers
+  first, and then each tensor at its offset.
 
   Args:
-    folder: exists, and holds no weights.
-    shapes, dtypes: of our leaves, by path.
-    leaves: (path, array) in any order, all that the table names.
-    shard_bytes: size from which on a new file begins; default SHARD_BYTES.
+    folder: an existing folder without weights.
+    shapes, dtypes: shape and dtype of each leaf by path.
+    leaves: (path, array) of all leaves in the table, in any order.
+    shard_bytes: maximum size of a file; default SHARD_BYTES.
   """
   sizes = {
     name: int(np.prod(shapes[place.leaf] if place.index is None else shapes[place.leaf][1:]))
@@ -234,7 +234,7 @@ def _split(sizes: Mapping[str, int], most: int) -> list[list[str]]:
 def _write_head(
   path: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype, int]]
 ) -> dict[str, tuple[Path, int]]:
-  """Makes a file of its final size and returns where in it each tensor begins."""
+  """Creates a file of its final size and returns the offset of each tensor."""
   head: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
   end, begins = 0, {}
   for name, (shape, dtype, size) in tensors.items():

@@ -1,6 +1,6 @@
-"""Weights that are read leaf by leaf: from named tensors by a table, or from variables in memory.
+"""Weights that are read leaf by leaf: from named tensors with a table, or from variables in memory.
 
-Everything that is wrong with a file's names, shapes and dtypes is known, and said, before a tensor is read.
+All problems with names, shapes and dtypes of a file are reported before any tensor is read.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,9 +21,9 @@ class Weights(Protocol):
   """A model's variables, read leaf by leaf.
 
   Attributes:
-    config: of the model.
-    shapes: of all leaves, by path.
-    dtypes: as stored, by path.
+    config: settings of the model.
+    shapes: shape of each leaf by path.
+    dtypes: stored dtype of each leaf by path.
   """
 
   config: ModelConfig
@@ -38,7 +38,7 @@ class Weights(Protocol):
 
 
 class HeldWeights:
-  """Variables in memory, whatever device they are on."""
+  """Variables in memory, on any device."""
 
   def __init__(self, config: ModelConfig, variables: Mapping[str, Any]):
     self.config = config
@@ -58,13 +58,13 @@ class NamedWeights:
   """Weights in files of another library.
 
   Args:
-    config: of the model that the files should hold.
-    table: the names to expect.
+    config: settings of the expected model.
+    table: expected names.
     tensors: the files.
-    untied: what to do where copies of a shared layer differ: refuse, or average.
+    untied: what to do if copies of a shared layer differ: refuse or average.
 
   Raises:
-    ConfigError: tensors missing or without a place, of wrong shape, or not of floating point: all by name.
+    ConfigError: tensors are missing, unexpected, of wrong shape, or not floating point. Names all of them.
   """
 
   def __init__(self, config: ModelConfig, table: Table, tensors: Tensors, untied: str = 'refuse'):
@@ -107,7 +107,7 @@ class NamedWeights:
     """One leaf.
 
     Raises:
-      ConfigError: copies of a shared layer differ and are not to be averaged.
+      ConfigError: copies of a shared layer differ and untied is 'refuse'.
     """
     different: list[str] = []
     value = self._read(path, different)
@@ -119,7 +119,7 @@ class NamedWeights:
     """(path, leaf) of all, one at a time.
 
     Raises:
-      ConfigError: at the end, copies of shared layers that differ, all of them.
+      ConfigError: copies of shared layers differ. Raised at the end, and names all of them.
     """
     different: list[str] = []
     for path in self.shapes:
@@ -138,7 +138,7 @@ class NamedWeights:
     )
 
   def _read(self, path: str, different: list[str]) -> np.ndarray:
-    """One leaf, and in `different` the copies that differ."""
+    """Reads one leaf, and appends copies that differ to `different`."""
     stacked = (path, 0) in self._copies
     value = np.empty(self.shapes[path], self.dtypes[path]) if stacked else None
     for index in range(self.shapes[path][0]) if stacked else [None]:

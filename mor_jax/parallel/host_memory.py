@@ -1,8 +1,8 @@
-"""Memory that a CPU program gives back and asks for again at every step, kept instead.
+"""Keeps freed memory in the process on CPU, instead of returning it to the kernel after every step.
 
-XLA allocates the temporaries of a step when it begins and frees them when it ends. The C library returns
-blocks of that size to the kernel at once, and the kernel clears every page again on its next use: on two
-cores a quarter of the time of a small training step.
+XLA allocates the temporaries of a step at its start and frees them at its end. The C library returns blocks
+of that size to the kernel immediately, and the kernel zeroes every page again on its next use. On two cores
+this takes a quarter of the time of a small training step.
 """
 
 import ctypes
@@ -18,13 +18,13 @@ _ACCELERATORS = ('/dev/nvidia[0-9]*', '/dev/kfd', '/dev/accel*', '/dev/vfio/[0-9
 
 
 def keep_freed() -> bool:
-  """Lets this process keep the memory that it frees, where it computes on the CPU; before JAX has devices.
+  """Makes the allocator keep freed memory when JAX runs on the CPU. Call before JAX initialises its devices.
 
-  Nothing happens beside an accelerator, with another C library, or where the user tunes the allocator by MALLOC_*
-  or GLIBC_TUNABLES.
+  Does nothing if there is an accelerator, if the C library is not glibc, or if the user has tuned the
+  allocator through MALLOC_* or GLIBC_TUNABLES.
 
   Returns:
-    Whether the allocator was told so.
+    Whether the allocator accepted the settings.
   """
   tuned = any(name == 'GLIBC_TUNABLES' or name.startswith('MALLOC_') for name in os.environ)
   if tuned or platform.libc_ver()[0] != 'glibc' or not _on_cpu():

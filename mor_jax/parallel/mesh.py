@@ -1,8 +1,8 @@
-"""The device mesh and how batches are laid out on it; parameters are laid out by `rules.py`.
+"""The device mesh and the sharding of batches; `rules.py` shards the parameters.
 
-Axes: `replica` copies of the parameters, `fsdp` shards of them, `tensor` shards of single
-matrices. Rows of a batch are split over replica and fsdp; a row never leaves its device.
-Of each axis the part over slices (`dcn_*`) is the outer one.
+Axes: `replica` holds copies of the parameters, `fsdp` shards them, `tensor` shards single
+matrices. Batch rows are split over replica and fsdp; a row never leaves its device.
+The part of an axis that spans slices (`dcn_*`) is the outer one.
 """
 
 import collections
@@ -22,10 +22,13 @@ SPLIT_SIZES = {'tensor': ('num_heads', 'num_kv_heads', 'mlp_dim', 'vocab_size'),
 
 
 def make_mesh(parallel: ParallelConfig | None = None, devices: list[jax.Device] | None = None) -> Mesh:
-  """The mesh of all devices (of all processes), or those given; by default all are replicas.
+  """Returns the mesh of the given devices, by default all devices of all processes.
+
+  Args:
+    parallel: sizes of the axes; None: every device is a replica.
 
   Raises:
-    ConfigError: the sizes do not multiply to the number of devices or of slices.
+    ConfigError: the product of the sizes is not the number of devices or of slices.
   """
   parallel = parallel or ParallelConfig()
   devices = jax.devices() if devices is None else devices
@@ -44,7 +47,7 @@ def make_mesh(parallel: ParallelConfig | None = None, devices: list[jax.Device] 
 
 
 def _fill(sizes: dict[str, int], count: int, what: str) -> list[int]:
-  """The sizes with -1 replaced by what is left of `count`."""
+  """The sizes, with -1 replaced so that their product is `count`."""
   fixed = int(np.prod([size for size in sizes.values() if size != -1]))
   filled = [count // fixed if size == -1 else size for size in sizes.values()]
   if int(np.prod(filled)) != count:
@@ -59,27 +62,27 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows split over the devices: arrays (B, T)."""
+  """Splits rows over the devices: for arrays (B, T)."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def micro_batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows of every micro-batch split over the devices: arrays (micro-batches, B, T)."""
+  """Splits the rows of every micro-batch over the devices: for arrays (micro-batches, B, T)."""
   return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
 
 
 def row_shards(mesh: Mesh) -> int:
-  """Parts that the rows of a batch are split into."""
+  """Number of shards of a batch's rows."""
   return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
 def data_hosts(mesh: Mesh) -> tuple[int, int]:
-  """(index, number) of this process among those that read different rows of a batch.
+  """(index, count) of this process among the groups of processes that read different batch rows.
 
-  Processes that only hold other parts of the same matrices (tensor) read the same rows.
+  Processes that differ only in their tensor shards read the same rows.
 
   Raises:
-    ConfigError: some rows would be read by one process and in part by another.
+    ConfigError: the rows of two processes would overlap only in part.
   """
   slices = batch_sharding(mesh).devices_indices_map((row_shards(mesh),))
   rows_of = collections.defaultdict(set)
@@ -116,7 +119,7 @@ def check_batch(mesh: Mesh, train: TrainConfig) -> None:
 
 
 def check_model(mesh: Mesh, model: ModelConfig) -> None:
-  """Raises ConfigError unless everything that is split over devices divides evenly, and they have what it needs."""
+  """Raises ConfigError unless the model's sizes divide over the mesh and its devices support remat and attention."""
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     platform = axes.platform()
   if model.remat == 'offload' and platform == 'cpu':
@@ -131,7 +134,7 @@ def check_model(mesh: Mesh, model: ModelConfig) -> None:
 
 
 def check_split(mesh: Mesh, model: ModelConfig, over: tuple[str, ...]) -> None:
-  """Raises ConfigError unless the sizes that these mesh axes split divide evenly."""
+  """Raises ConfigError unless every size split over the mesh axes `over` divides evenly."""
   for axis in over:
     parts = mesh.shape[axis]
     for name in SPLIT_SIZES[axis]:
@@ -144,7 +147,7 @@ def check_split(mesh: Mesh, model: ModelConfig, over: tuple[str, ...]) -> None:
 
 
 def put(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-  """Moves this process's part of a batch to its devices, without waiting for the copy."""
+  """Copies this process's part of a batch to its devices asynchronously."""
   with jax.transfer_guard_host_to_device('allow'):  # with several processes it does not count as explicit
     return {
       name: jax.make_array_from_process_local_data(sharding, np.asarray(rows)) for name, rows in batch.items()

@@ -1,4 +1,4 @@
-"""One table: which mesh axes every logical axis (`model/axes.py`) is split over."""
+"""Sharding rules: the mesh axes over which each logical axis (`model/axes.py`) is split."""
 
 import functools
 import math
@@ -27,7 +27,7 @@ LARGEST_WHOLE_SHARE = 0.02
 
 
 def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-  """The function, traced under the rules for this mesh; to be given to jax.jit."""
+  """Wraps a function so that it is traced under the rules for this mesh; pass the result to jax.jit."""
   rules = _rules_of(mesh)
 
   @functools.wraps(function)
@@ -54,12 +54,12 @@ def shardings(mesh: Mesh, tree: Any, names: Mapping[str, axes.Names]) -> Any:
 
 
 def laid_out(mesh: Mesh, tree: Any, names: Mapping[str, axes.Names]) -> Any:
-  """Results of a traced function, made to lie where `shardings` says."""
+  """Constrains the results of a traced function to the layout of `shardings`."""
   return jax.lax.with_sharding_constraint(tree, shardings(mesh, tree, names))
 
 
 def _rules_of(mesh: Mesh) -> list[tuple[str, tuple[str, ...]]]:
-  """The table for the axes of the mesh that have more than one device."""
+  """RULES, restricted to the mesh axes with more than one device."""
   split = {name: tuple(axis for axis in over if mesh.shape[axis] > 1) for name, over in RULES.items()}
   return [(name, over) for name, over in split.items() if over]
 

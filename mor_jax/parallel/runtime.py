@@ -1,8 +1,8 @@
-"""Several processes as one training: who they are, how they find each other, and how they end together.
+"""Multi-process training: discovery, initialisation, collective helpers and shutdown.
 
-One process (the usual case on one machine) needs none of this. Several find each other through explicit
-flags, through SLURM, or through the metadata of a TPU pod. After `initialize` every process sees the
-devices of all; process 0 alone prints and writes.
+A single process, the usual case on one machine, needs none of this. Several processes find each other
+through explicit flags, SLURM or the metadata of a TPU pod. After `initialize` every process sees the devices
+of all processes. Only process 0 prints and writes.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ PATIENCE = 30  # seconds to find the other processes, and to notice that one has
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-  """Where this process stands among those of a training; None where the cluster knows it.
+  """The place of this process in a multi-process run; a field is None if the cluster provides it.
 
   Attributes:
     coordinator: `host:port` of process 0.
-    num_processes: how many there are.
-    process_id: which of them this is, from 0.
+    num_processes: number of processes.
+    process_id: index of this process, from 0.
   """
 
   coordinator: str | None = None
@@ -40,14 +40,15 @@ class Processes:
 def find(
   flags: Processes, cluster: bool | None, environment: Mapping[str, str] = os.environ
 ) -> Processes | None:
-  """How this process takes part in a training of several; None if it is alone.
+  """Returns the place of this process in a multi-process run; None if it is the only process.
 
   Args:
-    flags: what the command line says.
-    cluster: whether to ask the cluster (SLURM, TPU pod); None: if it shows several processes.
+    flags: the command-line flags.
+    cluster: whether to use cluster discovery (SLURM, TPU pod); None: if the environment names several processes.
+    environment: environment variables.
 
   Raises:
-    ConfigError: flags that do not belong together, or contradict themselves.
+    ConfigError: the flags are incomplete or contradictory.
   """
   given = {name: value for name, value in dataclasses.asdict(flags).items() if value is not None}
   if given:
@@ -81,11 +82,12 @@ def _check(flags: Processes) -> None:
 
 
 def initialize(processes: Processes | None) -> None:
-  """Connects this process with the others; to be called before anything else asks JAX for its devices.
+  """Connects this process to the others. Call it before anything else asks JAX for its devices.
 
   Raises:
-    RunError: the others cannot be reached within PATIENCE seconds; says what to check. Not a ConfigError,
-      since launchers do not repeat those: another process may have been ended while it started.
+    RunError: the others cannot be reached within PATIENCE seconds; says what to check. This is not a
+      ConfigError, because launchers do not retry those, and another process may merely have died during
+      start-up.
   """
   if processes is None:
     return
@@ -110,7 +112,7 @@ def initialize(processes: Processes | None) -> None:
 
 
 def _wait_for(coordinator: str) -> None:
-  """Returns when something listens at the address; JAX itself would end the process without a word to the user."""
+  """Waits until the coordinator accepts connections; JAX itself would end the process without a message."""
   host, _, port = coordinator.rpartition(':')
   begin, problem = time.monotonic(), 'no answer'
   while time.monotonic() - begin < PATIENCE:
@@ -127,32 +129,32 @@ def _wait_for(coordinator: str) -> None:
 
 
 def is_main() -> bool:
-  """Whether this is process 0, which prints and writes for all."""
+  """Whether this is process 0, the only one that prints and writes."""
   return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-  """Returns when all processes have got here."""
+  """Blocks until all processes have reached this point."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
 
 def anywhere(condition: bool) -> bool:
-  """Whether the condition holds on any process; all must ask."""
+  """Whether the condition holds on any process; every process must call it."""
   if jax.process_count() == 1:
     return condition
   return bool(np.any(multihost_utils.process_allgather(np.array(condition))))
 
 
 def on_host(tree: Any) -> Any:
-  """Arrays of all devices as NumPy arrays, whole on every process; all must ask."""
+  """Gathers sharded arrays as full NumPy arrays on every process; every process must call it."""
   if jax.process_count() == 1:
     return jax.device_get(tree)
   return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def leave(code: int) -> NoReturn:
-  """Ends a process of several that has failed: an ordinary exit would wait for the others, and they for it."""
+  """Ends a failed process of a multi-process run. An ordinary exit would deadlock with the other processes."""
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)

@@ -1,4 +1,4 @@
-"""The real train step, compiled for devices that need not be there, and what the program costs on each of them."""
+"""Compiles the real train step ahead of time, for devices that may be absent, and reports its cost per device."""
 
 import contextlib
 import dataclasses
@@ -34,23 +34,23 @@ _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A compiled train step; every figure is that of one device.
+  """A compiled train step; all figures are per device.
 
   Attributes:
-    config: what it was compiled from, a phase of the training where there are several.
+    config: the compiled config, the last phase if the training has several.
     mesh: the devices.
-    parameter_bytes: parameters that the device holds.
-    optimizer_bytes: optimiser state that it holds.
-    argument_bytes: all that lives from step to step: the two, counters and the batch.
-    temp_bytes: gradients, activations and other intermediate results, code included; None if it does not fit.
-    peak_bytes: the most that is in use at once.
-    memory: bytes that the device has; None: unknown.
-    flops: of the matrix products executed in a step, recomputation included.
-    traffic: bytes between memory and cores in a step; None as above.
-    collectives: what is exchanged in a step; None as above.
-    compile_seconds: of tracing, lowering and compiling.
-    compile_cpu_seconds: the same, summed over the processors that worked on it.
-    problem: what the compiler said if the program does not fit, else ''.
+    parameter_bytes: size of the parameters on the device.
+    optimizer_bytes: size of the optimiser state on the device.
+    argument_bytes: size of the step's arguments: parameters, optimiser state, counters and the batch.
+    temp_bytes: gradients, activations, other temporaries and code; None if the program does not fit.
+    peak_bytes: peak memory.
+    memory: memory capacity of the device in bytes; None if unknown.
+    flops: FLOPs of the matrix products executed in a step, recomputation included.
+    traffic: bytes moved between memory and cores in a step; None if the program does not fit.
+    collectives: the collectives of a step; None if the program does not fit.
+    compile_seconds: wall-clock time of tracing, lowering and compiling.
+    compile_cpu_seconds: the CPU time of the same, summed over all cores.
+    problem: the compiler's message if the program does not fit, else ''.
   """
 
   config: Config
@@ -70,27 +70,27 @@ class Program:
 
   @property
   def fits(self) -> bool:
-    """Whether the peak is within the memory, as far as that is known."""
+    """Whether the program compiled and its peak is within the memory, if that is known."""
     return not self.problem and (self.memory is None or self.peak_bytes <= self.memory)
 
   @property
   def rows(self) -> int:
-    """Rows of a micro-batch on a device that holds rows of its own."""
+    """Rows of a micro-batch in one shard."""
     return self.config.train.global_batch // self.config.train.accumulation // mesh_lib.row_shards(self.mesh)
 
   @property
   def tokens(self) -> float:
-    """Tokens of a step, by device."""
+    """Tokens per step and device."""
     return self.config.train.global_batch * self.config.data.seq_len / self.mesh.size
 
   @property
   def model_flops(self) -> float:
-    """FLOPs that the model asks for in a step: without what remat computes again."""
+    """Model FLOPs per step and device, without recomputation by remat."""
     return self.tokens * flops.train_flops_per_token(self.config.model, self.config.data.seq_len)
 
   @property
   def roofline(self) -> roofline.Roofline | None:
-    """The least time of a step; None for devices of unknown speed and programs that do not fit."""
+    """Lower bound on the time of a step; None for unknown devices and programs that do not fit."""
     chip = chips.of_kind(self.mesh.devices.flat[0].device_kind)
     if chip is None or self.problem:
       return None
@@ -101,11 +101,11 @@ class Program:
 def compile_step(config: Config, mesh: Mesh, teacher: Teacher | None = None, fast: bool = False) -> Program:
   """Compiles the train step of a config for a mesh.
 
-  Of a training in phases (`phases.plan`) this is the last, whose sizes the run has in the end.
+  If the training has several phases (`phases.plan`), compiles the last, which has the final sizes.
 
   Args:
-    fast: let the compiler optimise little, which takes it a third of the time or less; TPU programs then
-      come out with up to 15% more temporaries, and more traffic.
+    fast: reduce the compiler's optimisation effort. Compiling then takes at most a third of the time, but TPU
+      programs have up to 15% more temporaries, and more memory traffic.
   """
   config = phases.plan(config)[-1][1]
   model, optimizer = Transformer(config.model), make_optimizer(config.train, config.model.has_aux_router)
@@ -161,11 +161,11 @@ def compile_step(config: Config, mesh: Mesh, teacher: Teacher | None = None, fas
 
 
 def _compile(lowered: jax.stages.Lowered, mesh: Mesh) -> tuple[jax.stages.Compiled, str, int | None]:
-  """The executable, its HLO, and the bytes of main memory that its buffers are allotted, None if nobody tells.
+  """The executable, its HLO, and the bytes of main memory allocated to its buffers (None if not reported).
 
-  Executables for absent TPUs cannot always show their HLO, so it is dumped on the way. With it comes a report of
-  the allotted buffers: the figure by which the compiler decides whether a program fits. (The temporaries of
-  `memory_analysis` are up to 60% larger than that, for reasons that it does not give.)
+  Executables for absent TPUs cannot always return their HLO, so the compiler dumps it to a file. The dump also
+  reports the allocated buffers, the figure by which the compiler decides whether a program fits. (The
+  temporaries of `memory_analysis` are up to 60% larger, for undocumented reasons.)
   """
   if mesh.devices.flat[0].platform != 'tpu':
     compiled = lowered.compile()
@@ -179,7 +179,7 @@ def _compile(lowered: jax.stages.Lowered, mesh: Mesh) -> tuple[jax.stages.Compil
 
 
 def _needed(message: str, arguments: int) -> int:
-  """Bytes that a program which does not fit would need."""
+  """Bytes that a program would need, from the compiler's out-of-memory message."""
   used, temporaries = _USED.search(message), _TEMPORARIES.search(message)
   if temporaries:
     return arguments + int(float(temporaries[1]) * _UNITS[temporaries[2]])

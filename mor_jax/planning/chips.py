@@ -1,8 +1,8 @@
-"""What accelerators can do at most, by the names that topologies and devices go by.
+"""Peak figures of accelerators, by topology name and device kind.
 
-Sources: https://cloud.google.com/tpu/docs/v5e, /v5p, /v6e and /tpu7x, their tables of key specifications,
-read in November 2026; for GPUs (SXM) NVIDIA's data sheets, bfloat16 without sparsity. A chip of tpu7x is
-two devices to JAX, so its figures are halves of the chip's.
+Sources: the tables of key specifications at https://cloud.google.com/tpu/docs/v5e, /v5p, /v6e and /tpu7x,
+read in November 2026; for GPUs (SXM) NVIDIA's data sheets, bfloat16 without sparsity. JAX sees a tpu7x chip
+as two devices, so its figures are half of the chip's.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ class Chip:
   """Peak figures of one device.
 
   Attributes:
-    kind: how `jax.Device.device_kind` begins.
+    kind: prefix of `jax.Device.device_kind`.
     flops: bfloat16 FLOPs per second.
-    hbm: bytes of memory that a program may use, as the TPU compiler states it when one does not fit.
-    hbm_bandwidth: bytes per second between it and the cores.
-    interconnect: bytes per second that leave over all links to other chips of the slice (half of the
-      bidirectional figure that is published).
-    network: bytes per second that leave for other slices, the device's share of its host's network cards.
+    hbm: bytes of memory available to a program, as stated in the TPU compiler's out-of-memory message.
+    hbm_bandwidth: bytes per second between memory and cores.
+    interconnect: outgoing bytes per second over all links to other chips of the slice (half of the
+      published bidirectional figure).
+    network: outgoing bytes per second to other slices, the device's share of its host's network cards.
   """
 
   kind: str
@@ -45,6 +45,6 @@ GPUS = {
 
 
 def of_kind(device_kind: str) -> Chip | None:
-  """The chip of a device; None if nothing is known about it, as about a CPU."""
+  """The chip of a device kind; None if unknown, such as a CPU."""
   fitting = [chip for chip in (*TPUS.values(), *GPUS.values()) if device_kind.startswith(chip.kind)]
   return max(fitting, key=lambda chip: len(chip.kind), default=None)

@@ -1,4 +1,4 @@
-"""Communication of a compiled program, read from its HLO."""
+"""The collectives of a compiled program, read from its HLO."""
 
 import collections
 import dataclasses
@@ -22,7 +22,7 @@ class Collective:
     kind: one of KINDS.
     bytes: size of its result on each device.
     times: how often it runs.
-    groups: partitions (groups, members) that take part together; None: all of them, or pairs.
+    groups: partition indices (groups, members) that communicate; None: all partitions, or pairs.
   """
 
   kind: str
@@ -32,7 +32,7 @@ class Collective:
 
 
 def collectives(program: hlo.Program) -> list[Collective]:
-  """All collectives that one run of the program executes; of a conditional, those of all branches."""
+  """All collectives executed by one run of the program; a conditional contributes those of all branches."""
   found = []
   for _, instruction, times in program.executions(into_fusions=True):
     kind = instruction.opcode.removesuffix('-start')
@@ -42,10 +42,10 @@ def collectives(program: hlo.Program) -> list[Collective]:
 
 
 def collective_bytes(hlo_text: str) -> dict[str, int]:
-  """Bytes that one run of a program gets from collectives on each device, by kind.
+  """Bytes that each device receives from collectives in one run of a program, by kind.
 
-  Counted are the results of every collective, those in the bodies of loops times the loop's trip
-  count; a loop whose count the text does not tell counts once, and of a conditional all branches.
+  Counts the result of every collective, times the trip count of the loops around it. A loop of unknown
+  trip count counts once. A conditional counts all its branches.
 
   Args:
     hlo_text: the compiled (partitioned, optimised) program, `compiled.as_text()`.
@@ -54,7 +54,7 @@ def collective_bytes(hlo_text: str) -> dict[str, int]:
 
 
 def total_bytes(found: list[Collective]) -> dict[str, int]:
-  """Bytes of results by kind."""
+  """Bytes of the collectives' results, by kind."""
   totals = collections.Counter()
   for one in found:
     totals[one.kind] += one.times * one.bytes
@@ -62,7 +62,7 @@ def total_bytes(found: list[Collective]) -> dict[str, int]:
 
 
 def _result_bytes(instruction: hlo.Instruction) -> int:
-  """Bytes of the result; two kinds of asynchronous starts give their operand too, before the result."""
+  """Bytes of the result; two kinds of asynchronous start also return their operand, before the result."""
   sizes = [array.bytes for array in instruction.arrays]
   if instruction.opcode == 'collective-permute-start':
     return sizes[1]

@@ -1,6 +1,6 @@
-"""FLOPs that a traced program executes: matrix products, counted in its jaxpr.
+"""FLOPs executed by a traced program: the matrix products in its jaxpr.
 
-XLA's own count takes the body of a loop once, so it cannot serve programs that scan over layers.
+XLA's own cost analysis counts the body of a loop once, so it is wrong for programs that scan over layers.
 """
 
 import math
@@ -11,11 +11,11 @@ from jax.extend import core
 
 
 def executed_flops(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> float:
-  """FLOPs of all matrix products, on all devices together.
+  """FLOPs of all matrix products, summed over all devices.
 
-  Products count exactly (2mkn), bodies of scans by their length, of branches the costliest. A loop of
-  unknown length counts once. A kernel (`pallas_call`) counts what it declares, or, if it declares
-  nothing, its products at every point of its grid.
+  A product counts exactly (2mkn). The body of a scan counts once per iteration, a conditional counts its
+  most expensive branch, and a loop of unknown length counts once. A kernel (`pallas_call`) counts its
+  declared cost or, without one, its products at every point of its grid.
   """
   if isinstance(jaxpr, core.ClosedJaxpr):
     jaxpr = jaxpr.jaxpr
@@ -35,7 +35,7 @@ def _equation_flops(equation: core.JaxprEqn) -> float:
 
 
 def _repetitions(name: str, params: dict[str, Any]) -> int:
-  """How often the program in an equation's parameters runs."""
+  """How often the jaxpr in an equation's parameters runs."""
   if name == 'scan':
     return params['length']
   if name == 'shard_map':  # written for one device
@@ -49,7 +49,7 @@ def _repetitions(name: str, params: dict[str, Any]) -> int:
 
 
 def _product_flops(equation: core.JaxprEqn) -> float:
-  """Two for each multiplication and addition: output elements times the length of the contracted axes."""
+  """Two FLOPs per multiply-add: 2 * output elements * length of the contracted axes."""
   (contracted, _), _ = equation.params['dimension_numbers']
   left = equation.invars[0].aval.shape
   return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)

@@ -1,4 +1,4 @@
-"""Changes of a config that make its train step fit into the memory of a device, each tried by compiling it."""
+"""Finds changes to a config that make its train step fit into device memory, by compiling each candidate."""
 
 import dataclasses
 import math
@@ -27,9 +27,9 @@ class Attempt:
 
 
 def remedies(program: Program, compile_config: Compile) -> Iterator[Attempt]:
-  """Tries what helps a program that does not fit: fewer rows at once, stronger remat, more shards of the state.
+  """Tries to make a program fit: fewer rows per micro-batch, stronger remat, more shards of the state.
 
-  Of each it stops at the first that fits.
+  Yields every attempt. Each of the three remedies ends with its first attempt that fits.
   """
   for kind in (_fewer_rows, _stronger_remat, _more_shards):
     for section, setting, value in kind(program):
@@ -44,7 +44,7 @@ def remedies(program: Program, compile_config: Compile) -> Iterator[Attempt]:
 
 
 def _fewer_rows(program: Program) -> Iterator[tuple[str, str, int]]:
-  """More micro-batches: the first number that should do, by proportion, and one row at once."""
+  """More gradient accumulation: the most rows that should fit, by proportion, then a single row."""
   train, excess = program.config.train, program.peak_bytes - program.argument_bytes
   room = max(0.0, (program.memory or 0) - program.argument_bytes)
   fewer = [rows for rows in _row_counts(program) if rows < program.rows]
@@ -54,7 +54,7 @@ def _fewer_rows(program: Program) -> Iterator[tuple[str, str, int]]:
 
 
 def _row_counts(program: Program) -> list[int]:
-  """Rows that a device can have at once with this global batch, the most first."""
+  """Possible rows per device and micro-batch for this global batch, in descending order."""
   by_device = program.config.train.global_batch // mesh_lib.row_shards(program.mesh)
   return [rows for rows in range(by_device, 0, -1) if by_device % rows == 0]
 
@@ -65,7 +65,7 @@ def _stronger_remat(program: Program) -> Iterator[tuple[str, str, str]]:
 
 
 def _more_shards(program: Program) -> Iterator[tuple[str, str, int]]:
-  """More parts of the state: the first number that should do, and as many as there are devices for."""
+  """More fsdp shards: the smallest number that should fit, then the largest possible."""
   replicas, fsdp = program.mesh.shape['replica'], program.config.parallel.fsdp
   if fsdp == -1 or program.config.parallel.replica != -1:
     return
@@ -78,7 +78,7 @@ def _more_shards(program: Program) -> Iterator[tuple[str, str, int]]:
 
 
 def suggestions(program: Program, compile_config: Compile) -> Iterator[Attempt]:
-  """Tries to find, for every remat, the most rows at once that fit; yields all that it compiles."""
+  """Searches, for every remat setting, the most rows per micro-batch that fit; yields every attempt."""
   counts = _row_counts(program)
   for remat in REMATS:
     tried: dict[int, Program] = {}
@@ -96,7 +96,7 @@ def suggestions(program: Program, compile_config: Compile) -> Iterator[Attempt]:
 
 
 def _next_rows(counts: list[int], tried: dict[int, Program]) -> int:
-  """Rows to try next: the most that should fit, as a line through two peaks has it; a tried one ends the search."""
+  """Rows to try next: the most that should fit, extrapolating two peaks linearly. A tried value ends the search."""
   fitting = sorted(rows for rows, program in tried.items() if program.fits)
   failed = min((rows for rows, program in tried.items() if not program.fits), default=math.inf)
   if not fitting:
@@ -114,9 +114,9 @@ def _next_rows(counts: list[int], tried: dict[int, Program]) -> int:
 
 
 def best(attempts: list[Attempt]) -> Attempt | None:
-  """Of the attempts that fit, the one whose step can be fastest; None if none fits.
+  """The attempt that fits and has the fastest step by its roofline; None if none fits.
 
-  Between equals, the one that keeps the parts of a device least busy one after the other.
+  Ties go to the shortest step without overlap or, if the roofline is unknown, to the most rows.
   """
   fitting = [attempt for attempt in attempts if attempt.program.fits]
   return min(fitting, key=_seconds, default=None)

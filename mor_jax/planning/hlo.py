@@ -1,4 +1,4 @@
-"""HLO text of a compiled program: its instructions, and how often one run executes each."""
+"""Parses the HLO text of a compiled program and counts how often a run executes each instruction."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ _CALLERS = ('call', 'while', 'conditional', 'fusion', 'async-start')
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-  """One array of a shape: bytes without padding, and the memory it lies in (0: the device's main memory)."""
+  """One array of a shape: its bytes without padding, and its memory space (0: the device's main memory)."""
 
   bytes: int
   memory: int
@@ -40,7 +40,7 @@ class Instruction:
 
   @functools.cached_property
   def arrays(self) -> list[Array]:
-    """The array, or those of the tuple, that it makes."""
+    """The arrays of its result, several if that is a tuple."""
     return [
       Array(_array_bytes(dtype, dimensions), int(memory or 0))
       for dtype, dimensions, memory in _ARRAY.findall(self.shape)
@@ -48,7 +48,7 @@ class Instruction:
 
   @functools.cached_property
   def called(self) -> list[str]:
-    """Computations that it runs; those that reduce or compare single elements are left out."""
+    """Computations that it runs, except the scalar ones of reductions and sorts."""
     if self.opcode not in _CALLERS:
       return []
     branches = _BRANCHES.search(self.attributes)
@@ -60,16 +60,16 @@ Computation = dict[str, Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """All computations of a module by name, and which of them is the program."""
+  """All computations of a module by name, and the name of the entry computation."""
 
   computations: dict[str, Computation]
   entry: str
 
   def executions(self, into_fusions: bool = False) -> Iterator[tuple[Computation, Instruction, int]]:
-    """Every instruction with its computation and how often it runs; of a conditional, all branches count.
+    """Yields (computation, instruction, number of executions); all branches of a conditional count.
 
     Args:
-      into_fusions: also what is fused into single kernels.
+      into_fusions: also yield the instructions inside fusions.
     """
 
     def visit(name: str, times: int) -> Iterator[tuple[Computation, Instruction, int]]:
@@ -85,10 +85,10 @@ class Program:
     return visit(self.entry, 1)
 
   def _trip_count(self, computation: Computation, loop: Instruction) -> int:
-    """Iterations of a loop; 1 where the text does not tell.
+    """Number of iterations of a loop; 1 if it cannot be read from the text.
 
-    What the compiler does not annotate is read from the condition, `counter < constant`, for counters
-    that go up by one, as those of `lax.scan` do, from the constant that the loop starts with.
+    Without an annotation by the compiler it is derived from the condition `counter < constant` and the
+    constant at which the counter starts. This assumes a step of one, as in `lax.scan`.
     """
     known = _TRIP_COUNT.search(loop.attributes)
     if known:
@@ -116,7 +116,7 @@ class Program:
 
 
 def parse(text: str) -> Program:
-  """The program of HLO text, `compiled.as_text()` or a dumped `after_optimizations.txt`."""
+  """Parses HLO text: `compiled.as_text()` or a dumped `after_optimizations.txt`."""
   computations, entry, current = {}, '', None
   for line in text.splitlines():
     if line.endswith('{') and '->' in line:
@@ -146,7 +146,7 @@ def _instruction(name: str, text: str, is_root: bool) -> Instruction:
 
 
 def _balanced(text: str, start: int) -> int:
-  """The place behind the parenthesis that closes the one at `start`."""
+  """The index just after the parenthesis that closes the one at `start`."""
   depth = 0
   for place in range(start, len(text)):
     depth += {'(': 1, ')': -1}.get(text[place], 0)

@@ -1,6 +1,6 @@
-"""Memory of a train step, in closed form: an estimate to choose a batch by before anything is compiled.
+"""Closed-form estimate of a train step's memory, for choosing a batch size before compiling.
 
-The figure that counts is the compiled one, which a run prints when it starts.
+The compiled figure, which a run prints when it starts, is authoritative.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ from mor_jax.training.vocabulary_loss import ACCELERATOR_CHUNK
 
 @dataclasses.dataclass(frozen=True)
 class TrainMemory:
-  """Bytes on a device that holds a whole copy of the parameters.
+  """Bytes on a device that holds a full replica of the parameters.
 
   Attributes:
     state: parameters and the two moments of AdamW, float32; exact.
-    gradients: float32, twice where micro-batches are added up; exact.
-    activations: what the backward pass keeps and its largest intermediate results; an estimate.
+    gradients: float32, twice with gradient accumulation; exact.
+    activations: activations kept for the backward pass and the largest temporaries; an estimate.
   """
 
   state: int
@@ -33,13 +33,13 @@ class TrainMemory:
 
 
 def train_memory(config: Config, rows: int) -> TrainMemory:
-  """Memory of a step with `remat=full` and `rows` rows of each micro-batch on the device.
+  """Memory of a step with `remat=full` and `rows` rows per micro-batch on the device.
 
-  For accelerators, where attention holds no scores and logits exist for a chunk of tokens. Activations
-  are the input of every unrolled layer for the tokens that enter it, and whichever is larger of what
-  comes and goes: the logits of `train.loss_chunk` tokens with their gradient, in float32, or one layer's
-  intermediate results with theirs. Steps of 8 rows of the 360M models compiled for a TPU v5p took 2% to 3%
-  more in all (benchmarks/results/memory.md).
+  Applies to accelerators, where attention keeps no scores and logits exist for one chunk of tokens.
+  Activations are the input of every unrolled layer, for the tokens that enter it, plus the larger of two
+  temporaries: the float32 logits of `train.loss_chunk` tokens with their gradient, or the intermediate
+  results of one layer with their gradients. Steps of 8 rows of the 360M models, compiled for a TPU v5p,
+  took 2% to 3% more in total (benchmarks/results/memory.md).
   """
   model, seq_len = config.model, config.data.seq_len
   parameters = flops.count_parameters(model).total

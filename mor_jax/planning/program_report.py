@@ -1,4 +1,4 @@
-"""A compiled train step as a user reads it, and as JSON."""
+"""Reports on a compiled train step, as text and as JSON."""
 
 from mor_jax.config import Config
 from mor_jax.console import Row
@@ -8,7 +8,7 @@ from mor_jax.units import megabytes, quantity
 
 
 def describe(program: Program, asked: Config) -> list[Row]:
-  """Everything about a program, one device's share of it."""
+  """The rows of the report on a program; figures are per device unless stated otherwise."""
   config, devices = program.config, program.mesh.devices
   axes = ' '.join(f'{axis}={size}' for axis, size in program.mesh.shape.items())
   train = config.train
@@ -51,7 +51,7 @@ def describe(program: Program, asked: Config) -> list[Row]:
 
 
 def memory(program: Program) -> str:
-  """Peak and memory of a device, and whether the one is within the other."""
+  """The peak memory, the device's capacity, and whether the program fits."""
   if program.memory is None:
     return megabytes(program.peak_bytes)
   verdict = 'fits' if program.fits else 'DOES NOT FIT'
@@ -68,7 +68,7 @@ def _roofline(program: Program) -> str:
 
 
 def speed(program: Program) -> str:
-  """The most tokens per second and the most MFU; empty where the roofline is unknown."""
+  """Upper bounds on throughput and MFU; empty if the roofline is unknown."""
   if program.roofline is None:
     return ''
   figures = _figures(program)
@@ -85,7 +85,7 @@ def _figures(program: Program) -> dict[str, float]:
 
 
 def as_json(program: Program) -> dict:
-  """Figures of one device; null where they are unknown or the program does not fit."""
+  """Figures per device; null if unknown or if the program does not fit."""
   by_kind = None if program.collectives is None else collectives.total_bytes(program.collectives)
   figures = (
     _figures(program) if program.roofline else dict.fromkeys(('step_seconds', 'tokens_per_second', 'mfu'))

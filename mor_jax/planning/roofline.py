@@ -1,4 +1,4 @@
-"""How fast a program can be at best: its work against what the device can do at most."""
+"""Roofline model: a lower bound on a program's run time, from its work and the device's peak figures."""
 
 import dataclasses
 
@@ -10,13 +10,13 @@ from mor_jax.planning.collectives import Collective
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-  """Least seconds that each part of a device needs for one run of a program.
+  """Minimum seconds that each resource of a device needs for one run of a program.
 
   Attributes:
-    compute: matrix units.
+    compute: the matrix units.
     memory: main memory.
     interconnect: links within a slice.
-    network: between slices.
+    network: links between slices.
   """
 
   compute: float
@@ -26,12 +26,12 @@ class Roofline:
 
   @property
   def seconds(self) -> float:
-    """Of a run in which all parts work at the same time: the slowest part. No run is faster."""
+    """Seconds of a run with perfect overlap: those of the slowest resource. No run is faster."""
     return max(dataclasses.astuple(self))
 
   @property
   def bound(self) -> str:
-    """The slowest part."""
+    """Name of the slowest resource."""
     return max(dataclasses.asdict(self).items(), key=lambda part: part[1])[0]
 
   @property
@@ -46,10 +46,10 @@ def estimate(
   """The roofline of a program on one device.
 
   Args:
-    flops: executed by the device.
-    traffic: bytes between its memory and its cores.
-    collectives: of the program.
-    slice_of: the slice that each partition of the program lies in.
+    flops: FLOPs executed by the device.
+    traffic: bytes moved between its memory and its cores.
+    collectives: the collectives of the program.
+    slice_of: slice index of each partition of the program.
   """
   wire = np.zeros(2)
   for one in collectives:
@@ -60,10 +60,11 @@ def estimate(
 
 
 def _wire_bytes(one: Collective, slice_of: np.ndarray) -> tuple[float, float]:
-  """Bytes that a device sends within its slice and to other slices.
+  """Bytes that a device sends (within its slice, to other slices).
 
-  Rings: an all-gather passes on every part but its own, a reduce-scatter likewise, an all-reduce is
-  both. Over slices the parts are reduced within each slice first, and only a share of each crosses.
+  Assumes ring algorithms: an all-gather or a reduce-scatter sends every shard but one, and an all-reduce
+  is both in sequence. Across slices the shards are first reduced within each slice, so a device sends
+  only its share to other slices.
   """
   members = np.arange(len(slice_of)) if one.groups is None else one.groups[0]
   slices = len(np.unique(slice_of[members]))

@@ -1,4 +1,4 @@
-"""Devices that are not there: what the TPU compiler needs to compile for a pod on any machine."""
+"""Descriptions of absent devices, from which the TPU compiler can compile for a pod on any machine."""
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ _SINGLE_CHIP = {'chips_per_host_bounds': (1, 1, 1)}
 
 
 def prepare() -> None:
-  """Sets what must be set before JAX initialises: take no real accelerator, do not ask the cloud about one."""
+  """Call before JAX initialises: keeps it from using a real accelerator or querying cloud metadata."""
   jax.config.update('jax_platforms', 'cpu')
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
@@ -25,10 +25,10 @@ def prepare() -> None:
 
 
 def devices(name: str, slices: int = 1) -> list[jax.Device]:
-  """The devices of `slices` slices of a topology, such as `v5p:8x8x8`, or of `cpu:8`; `prepare` comes first.
+  """The devices of `slices` slices of a topology such as `v5p:8x8x8`, or of `cpu:8`. Call `prepare` first.
 
   Raises:
-    ConfigError: no such topology, or no TPU compiler.
+    ConfigError: the topology does not exist, or the TPU compiler is not installed.
   """
   if slices < 1:
     raise ConfigError(f'--slices={slices} is not allowed: must be >= 1')

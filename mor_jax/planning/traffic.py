@@ -1,4 +1,4 @@
-"""Bytes that a compiled program moves between memory and cores, read from its HLO."""
+"""Memory traffic of a compiled program, read from its HLO."""
 
 from mor_jax.planning import hlo
 
@@ -30,9 +30,9 @@ _BOOKKEEPING = ('AllocateBuffer', 'AssumeGatherIndicesInBound')
 def memory_traffic(program: hlo.Program) -> int:
   """Bytes read from and written to a device's main memory in one run of the program.
 
-  Every kernel reads its operands and writes its results once, as XLA's own cost model has it: of an
-  array that is only sliced, the slice is read, of one that is updated in place, the update written.
-  Arrays that the compiler keeps in on-chip memory are free, copies to and from there cost one side.
+  As in XLA's cost model, every kernel reads its operands and writes its results once. If an array is only
+  sliced, only the slice is read; if it is updated in place, only the update is written. Arrays in on-chip
+  memory are free, so a copy to or from it counts once.
   """
   return sum(
     times * _moved(program, computation, instruction)
@@ -70,7 +70,7 @@ def _fusion_reads(body: hlo.Computation, operands: list[hlo.Instruction]) -> int
 
 
 def _read_of(body: hlo.Computation, name: str) -> float:
-  """Bytes of a fusion's parameter that are used: all (infinite) unless it is only sliced or updated in place."""
+  """Bytes read of a fusion's parameter; infinite (all of it) unless it is only sliced or updated in place."""
   total = 0.0
   for user in body.values():
     if name not in user.operands:
@@ -101,5 +101,5 @@ def _fusion_writes(body: hlo.Computation, fusion: hlo.Instruction) -> int:
 
 
 def _size(instruction: hlo.Instruction, everywhere: bool = False) -> int:
-  """Bytes of the arrays that lie in main memory, or wherever they lie."""
+  """Bytes of the result's arrays in main memory, or in any memory if `everywhere`."""
   return sum(array.bytes for array in instruction.arrays if everywhere or array.memory == 0)

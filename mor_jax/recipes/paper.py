@@ -1,8 +1,8 @@
-"""What all training runs of the paper have in common (arXiv 2507.10524); configs/135m.py to 1p7b.py are its sizes.
+"""Settings shared by all training runs of the paper (arXiv 2507.10524); configs/135m.py to 1p7b.py add the sizes.
 
 Published: batch, optimiser, schedule, warm-up and router of the released 360M runs; shapes and depths
-(Tables 6 and 9); that documents of a row see one another. Learning rates are published for 360M
-alone, so the other sizes state their own. Rows at once and remat are ours: they change no result.
+(Tables 6 and 9); attention across the documents of a row. The learning rate is published for 360M only,
+so the other sizes set their own. Micro-batch size and remat are our choice; they do not change results.
 """
 
 from ml_collections import config_dict
@@ -16,15 +16,15 @@ WARMUP_FRACTION = 0.05
 
 
 def training_run(size: str, variant: str, num_layers: int, **shape: int) -> config_dict.ConfigDict:
-  """Settings of a run of 16.5e18 FLOPs, with three recursions.
+  """Settings of a run with a budget of 16.5e18 FLOPs and three recursions.
 
-  Depths are raised to what the recursions divide (`begin`), as the paper does.
+  As in the paper, the depth is rounded up until the recursions divide it (`begin`).
 
   Args:
     size: name of the config file, without `.py`.
     variant: one of VARIANTS.
     num_layers: depth of the vanilla model.
-    **shape: further settings of the model, such as d_model.
+    **shape: further model settings, such as d_model.
 
   Raises:
     ConfigError: unknown variant.
@@ -51,15 +51,16 @@ def training_run(size: str, variant: str, num_layers: int, **shape: int) -> conf
 
 
 def begin(name: str, variant: str, num_layers: int, **model) -> config_dict.ConfigDict:
-  """Defaults for a variant of a vanilla model of `num_layers`, whose recursions may be overridden.
+  """Default settings for a variant of a vanilla model with `num_layers` layers.
 
-  An override of `model.num_recursions` raises the depth to the next that the recursions divide, unless
-  `model.num_layers` is overridden too; it also renames the run.
+  The depth is rounded up so that the recursions divide the shared layers. Depth and run name follow an
+  override of `model.num_recursions`, unless `model.num_layers` or the name is overridden as well.
 
   Args:
-    name: of the config file, without `.py`.
+    name: name of the config file, without `.py`.
     variant: one of VARIANTS.
-    **model: settings of the model.
+    num_layers: depth of the vanilla model.
+    **model: model settings.
 
   Raises:
     ConfigError: unknown variant.

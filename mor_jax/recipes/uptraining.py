@@ -1,4 +1,4 @@
-"""What trainings that begin from a pretrained model have in common; configs/uptrain_*.py are its models (docs/uptraining.md)."""
+"""Settings shared by all uptraining runs (docs/uptraining.md); configs/uptrain_*.py add the pretrained models."""
 
 from ml_collections import config_dict
 
@@ -10,16 +10,18 @@ ROUTER_STD = 2e-3  # of fresh routers, which see a residual stream of large norm
 
 
 def uptraining_run(name: str, variant: str, num_layers: int, steps: int, **shape) -> config_dict.ConfigDict:
-  """Settings of a training of `steps` that begins from a vanilla model of `num_layers`, with two recursions.
+  """Settings of an uptraining run from a pretrained vanilla model, with two recursions.
 
-  Depths are raised to what the recursions divide (`paper.begin`).
-  A MoR model begins near the original: gates are the paper's residual form around 1, and capacities fall
-  from 1 within the first third.
+  The depth is rounded up until the recursions divide it (`paper.begin`). A MoR model starts close to the
+  pretrained one: the gates have the paper's residual form around 1, and the capacities fall from 1 over
+  the first third of the training.
 
   Args:
-    name: of the run and the config file, without `.py`.
+    name: name of the run and of the config file, without `.py`.
     variant: one of `paper.VARIANTS`.
-    **shape: further settings of the model, which must be the original's.
+    num_layers: depth of the pretrained model.
+    steps: length of the training.
+    **shape: further model settings; they must match the pretrained model.
 
   Raises:
     ConfigError: unknown variant.

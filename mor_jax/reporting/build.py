@@ -1,4 +1,4 @@
-"""Makes the page of some runs: reads them, asks their models about a text, and puts the sections together."""
+"""Builds the report page: reads the runs, measures depths on validation text, and assembles the sections."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,7 +44,7 @@ def write_page(paths: Sequence[str], output: Path, tokens: int, report: Callable
 
 
 def _measure(shown: list[runs.Run], tokens: int, report: Callable[[str], None]) -> list[depths.Measured]:
-  """Depths of the tokens in each run, or why there are none."""
+  """Depths of the tokens for each run, or why there are none."""
   routed = [run for run in shown if run.config.model.kind == 'mor']
   chosen = sorted(routed, key=_bits_per_byte)[:MOST_MEASURED] if len(routed) > MOST_MEASURED else routed
   measured, left_out = [], []

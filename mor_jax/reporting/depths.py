@@ -1,4 +1,4 @@
-"""Runs the models of a report over validation text, to show how deep its tokens went."""
+"""Runs the models of a report on validation text to measure the depths of its tokens."""
 
 import dataclasses
 import itertools
@@ -18,13 +18,13 @@ SHOWN_TOKENS = 700
 
 @dataclasses.dataclass(frozen=True)
 class Depths:
-  """What a model's routers did with some rows of its validation split, under threshold routing.
+  """Routing of some validation rows under threshold routing.
 
   Attributes:
-    step: of the checkpoint.
-    rows: the rows with depths and scores.
-    words: all their words.
-    shown: how many of the rows the page prints.
+    step: step of the checkpoint.
+    rows: rows with depths and scores.
+    words: all words of the rows.
+    shown: number of rows that the page prints.
   """
 
   step: int
@@ -38,7 +38,7 @@ Measured = tuple[Depths | None, str]
 
 
 def measure(run: Run, tokens: int) -> Measured:
-  """(depths of at least so many tokens, '') or (None, why there are none)."""
+  """Returns (depths of at least `tokens` tokens, '') or (None, the reason why there are none)."""
   if run.config.model.kind != 'mor':
     return None, f'{run.label} is a {run.config.model.kind} model: every token takes the same depth.'
   try:
@@ -56,5 +56,5 @@ def measure(run: Run, tokens: int) -> Measured:
 
 
 def mean_depth(found: Depths) -> float:
-  """Mean over all tokens that are not padding."""
+  """Mean depth over all tokens except padding."""
   return float(np.concatenate([row.depth_T[row.segments_T > 0] for row in found.rows]).mean())

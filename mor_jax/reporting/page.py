@@ -1,4 +1,4 @@
-"""The page: sections of HTML, with styles and plots inside, that a browser shows without any network."""
+"""HTML building blocks of the page. Styles and plots are inline, so it needs no network."""
 
 import html
 from collections.abc import Iterable, Sequence
@@ -58,7 +58,7 @@ def document(title: str, subtitle: str, sections: Iterable[str]) -> str:
 
 
 def section(title: str, lead: str, *parts: str) -> str:
-  """A titled part of the page; nothing at all when it has no parts."""
+  """A titled section of the page; '' if it has no parts."""
   if not any(parts):
     return ''
   lead = f'<p class="lead">{html.escape(lead)}</p>' if lead else ''
@@ -71,12 +71,12 @@ def heading(text: str) -> str:
 
 
 def paragraph(*sentences: str) -> str:
-  """Sentences, each on a line of its own."""
+  """A paragraph with each sentence on its own line."""
   return ''.join(f'<p class="lead">{html.escape(text)}</p>' for text in sentences if text)
 
 
 def notes(texts: Iterable[str]) -> str:
-  """Sentences that a reader must not miss."""
+  """Highlighted notes for the reader."""
   return ''.join(f'<p class="note">{html.escape(text)}</p>' for text in texts)
 
 
@@ -88,12 +88,12 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def columns(*parts: str) -> str:
-  """Parts side by side where there is room."""
+  """Parts side by side, if there is room."""
   return f'<div class="columns">{"".join(f"<div>{part}</div>" for part in parts)}</div>'
 
 
 def tabs(name: str, panels: dict[str, str]) -> str:
-  """Panels of which one is shown, chosen by its label; works without scripts."""
+  """Panels of which one is visible, selected by its label. Works without scripts."""
   if len(panels) < 2:
     return ''.join(panels.values())
   parts, rules = [], []
@@ -107,7 +107,7 @@ def tabs(name: str, panels: dict[str, str]) -> str:
 
 
 def coloured_text(tokenizer: Tokenizer, row: depth.RoutedRow) -> str:
-  """A row's text, every token in the colour of its depth, its scores shown on hover."""
+  """A row's text with every token coloured by depth; its scores appear on hover."""
   spans = []
   real_T = row.segments_T > 0
   scores_TR = row.scores_RT.T[real_T]
@@ -121,7 +121,7 @@ def coloured_text(tokenizer: Tokenizer, row: depth.RoutedRow) -> str:
 
 
 def depth_key(recursions: int) -> str:
-  """Which colour stands for which depth."""
+  """The colour key for depths."""
   spans = ''.join(
     f'<span class="d{taken}">{taken} recursion{"" if taken == 1 else "s"}</span>'
     for taken in range(recursions + 1)

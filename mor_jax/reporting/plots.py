@@ -1,4 +1,4 @@
-"""The plots of a report, each a matplotlib figure: curves over training, depths, words."""
+"""The plots of a report as matplotlib figures: training curves, depths and words."""
 
 import io
 import re
@@ -42,7 +42,7 @@ Get = Callable[[Run], Curve | None]
 
 
 def colour_of(index: int, count: int) -> Any:
-  """Colour of a run among `count` runs, the same in all plots of a page."""
+  """Colour of run `index` of `count`, the same in all plots of a page."""
   if count <= FEW:
     return COLOURS[index % len(COLOURS)]
   return plt.get_cmap('turbo')(0.03 + 0.94 * index / (count - 1))
@@ -51,7 +51,7 @@ def colour_of(index: int, count: int) -> Any:
 def curves(
   runs: list[Run], get: Get, axis: str, ylabel: str, smooth: bool = False, log: bool = False
 ) -> Figure | None:
-  """One line a run against one of AXES; None where no run has the metric. `smooth` adds a running mean."""
+  """One curve per run against one of AXES; None if no run has the metric. `smooth` adds a running mean."""
   drawn = [(index, run, curve) for index, run in enumerate(runs) if (curve := get(run)) is not None]
   drawn = [entry for entry in drawn if np.isfinite(entry[1].at(axis, entry[2].steps)).all()]
   if not drawn:
@@ -77,7 +77,7 @@ def curves(
 
 
 def stacked_depths(run: Run) -> Figure | None:
-  """Share of the tokens that took 0, 1, ... R recursions, over training; None without a router."""
+  """Share of tokens with 0, 1, ... R recursions over training; None without a router."""
   shares = []
   while (curve := run.curve(f'train/depth_share_{len(shares)}')) is not None:
     shares.append(curve)
@@ -103,7 +103,7 @@ def stacked_depths(run: Run) -> Figure | None:
 
 
 def depth_by_position(profiles: Sequence[tuple[Any, str, np.ndarray, np.ndarray]]) -> Figure:
-  """Mean depth along the row. Args: (colour, label, places (N,), depth (N,)) of each run."""
+  """Mean depth along the row. Args: (colour, label, positions (N,), depth (N,)) of each run."""
   with plt.rc_context(STYLE):
     figure, ax = plt.subplots(figsize=(9.2, 2.9))
     for colour, label, x, y in profiles:
@@ -114,7 +114,7 @@ def depth_by_position(profiles: Sequence[tuple[Any, str, np.ndarray, np.ndarray]
 
 
 def bars(groups: list[tuple[Any, str, list[tuple[str, float]]]], ylabel: str) -> Figure:
-  """Grouped bars. Args: (colour, label, [(name, value), ...]) of each run, names in one order."""
+  """Grouped bars. Args: (colour, label, [(name, value), ...]) of each run, with names in the same order."""
   names = list(dict.fromkeys(name for *_, pairs in groups for name, _ in pairs))
   with plt.rc_context(STYLE):
     figure, ax = plt.subplots(figsize=(9.2, 2.9))
@@ -133,7 +133,7 @@ def bars(groups: list[tuple[Any, str, list[tuple[str, float]]]], ylabel: str) ->
 
 
 def goodput(runs: list[tuple[str, dict[str, float]]]) -> Figure:
-  """Where wall time went. Args: (label, seconds by what they were spent on) of each run."""
+  """Wall time by kind of work. Args: (label, seconds by kind) of each run."""
   kinds = list(dict.fromkeys(kind for _, seconds in runs for kind in seconds))
   with plt.rc_context(STYLE):
     figure, ax = plt.subplots(figsize=(9.2, 1.1 + 0.32 * len(runs)))
@@ -153,7 +153,7 @@ def goodput(runs: list[tuple[str, dict[str, float]]]) -> Figure:
 
 
 def to_svg(figure: Figure, title: str) -> str:
-  """The figure as an <svg> element that scales with the page and is named for screen readers."""
+  """The figure as an <svg> element that scales with the page and has a name for screen readers."""
   buffer = io.StringIO()
   with plt.rc_context(STYLE):
     figure.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': None}, transparent=True)
@@ -186,7 +186,7 @@ def _finish(ax, xlabel: str, ylabel: str) -> None:
 
 
 def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """At most MAX_POINTS of the points, the last among them; each stands for the mean of its neighbours."""
+  """Reduces a curve to at most MAX_POINTS points, including the last. Each is the mean of its neighbours."""
   if len(x) <= MAX_POINTS:
     return x, y
   edges = np.linspace(0, len(x), MAX_POINTS + 1).astype(int)
@@ -194,7 +194,7 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-  """Exponential moving average over about a fiftieth of the curve, unbiased at its beginning."""
+  """Exponential moving average over about a fiftieth of the curve, with bias correction at the start."""
   decay = 1 - 1 / max(4.0, len(values) / 50)
   average, weight, result = 0.0, 0.0, np.empty(len(values))
   for index, value in enumerate(values):
@@ -204,7 +204,7 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def _focus(ax, values: list[np.ndarray]) -> None:
-  """Cuts off the steep beginning, which would flatten everything that is of interest."""
+  """Crops the steep start of the curves, which would flatten the rest."""
   low = min(value.min() for value in values)
   high = max(np.quantile(value[len(value) // 20 :], 0.995) for value in values)
   if high > low:

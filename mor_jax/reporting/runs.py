@@ -1,4 +1,4 @@
-"""A run as the report sees it: config, metrics as arrays over steps, result, and what was odd about its files."""
+"""The data of a run for the report: config, metrics as arrays over steps, result, and problems with its files."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ AXES = {
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-  """Values (N,) of a metric at steps (N,), ascending."""
+  """Values (N,) of a metric at ascending steps (N,)."""
 
   steps: np.ndarray
   values: np.ndarray
@@ -31,16 +31,16 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What the folder of a run holds.
+  """The contents of a run folder.
 
   Attributes:
-    label: name in plots and tables, unique among the runs of a report.
+    label: name in plots and tables, unique within a report.
     records: lines of metrics.jsonl.
-    summary: the result, None for a run that has not finished.
-    device_bytes: what the compiled train step took of a device; None where the backend does not tell.
-    evaluation: what `python -m mor_jax.evaluate` found, None if it has not run.
+    summary: the result; None for an unfinished run.
+    device_bytes: memory per device of the compiled train step; None if the backend does not report it.
+    evaluation: result of `python -m mor_jax.evaluate`; None if it has not run.
     data: counts of the dataset and digest of the tokenizer (data.json).
-    notes: what a reader should know about these files.
+    notes: remarks for the reader about these files.
   """
 
   label: str
@@ -54,7 +54,7 @@ class Run:
   notes: tuple[str, ...]
 
   def curve(self, name: str) -> Curve | None:
-    """A metric by its key in metrics.jsonl; None if no finite value of it was logged."""
+    """A metric by its key in metrics.jsonl; None if it has no finite value."""
     pairs = [(record['step'], record[name]) for record in self.records if name in record]
     pairs = [(step, value) for step, value in pairs if isinstance(value, (int, float)) and np.isfinite(value)]
     if not pairs:
@@ -63,7 +63,7 @@ class Run:
     return Curve(np.array(steps), np.array(values, np.float64))
 
   def at(self, axis: str, steps: np.ndarray) -> np.ndarray:
-    """Steps in the units of one of AXES; wall time is interpolated between the lines that state it."""
+    """Converts steps to the units of one of AXES. Wall time is interpolated between logged values."""
     if axis == 'steps':
       return steps
     if axis == 'seconds':
@@ -80,7 +80,7 @@ class Run:
     return tokens if axis == 'tokens' else tokens * flops.train_flops_per_token(self.config.model, length)
 
   def bits_per_byte(self, curve: Curve, split: str) -> Curve:
-    """A loss in nats per token as bits per byte of the split's text, which tokenizers share."""
+    """Converts a loss in nats per token to bits per byte of the split's text, independent of the tokenizer."""
     counts = self.data['splits'][split]
     if not counts['tokens']:  # read live: only the validation split was counted
       counts = self.data['splits']['validation']
@@ -99,7 +99,7 @@ def read(paths: list[str]) -> list[Run]:
 
 
 def check_writable(output: Path) -> None:
-  """Raises ConfigError unless a page can be written there; makes the folder it is to lie in."""
+  """Raises ConfigError unless the page can be written. Creates its parent folder."""
   try:
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open('a'):
@@ -137,7 +137,7 @@ def _read(path: str, label: str) -> Run:
 
 
 def _read_json(path: Path) -> Any:
-  """The content of a file that the page can do without; None where it is missing or damaged."""
+  """The content of an optional file; None if it is missing or damaged."""
   try:
     return json.loads(path.read_text())
   except (OSError, ValueError):
@@ -145,7 +145,7 @@ def _read_json(path: Path) -> Any:
 
 
 def differing_settings(runs: list[Run]) -> list[tuple[str, list[str]]]:
-  """(name, value in each run) of every setting that is not the same in all runs."""
+  """(name, value in each run) of every setting that differs between the runs."""
   flat = [dict(_flatten(run.config.to_dict())) for run in runs]
   names = dict.fromkeys(name for settings in flat for name in settings if name != 'name')
   rows = [(name, [json.dumps(settings.get(name)) for settings in flat]) for name in names]
@@ -153,7 +153,7 @@ def differing_settings(runs: list[Run]) -> list[tuple[str, list[str]]]:
 
 
 def same_tokenizer(runs: list[Run]) -> bool:
-  """Whether losses in nats per token can be compared."""
+  """Whether the runs have the same tokenizer, so that losses in nats per token are comparable."""
   return len({run.data['tokenizer_digest'] for run in runs}) == 1
 
 

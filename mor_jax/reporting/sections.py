@@ -1,4 +1,4 @@
-"""What a report says: each function makes one section of the page and hands its plots to `Plots`."""
+"""The sections of a report. Each function returns one section and passes its plots to `Plots`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +29,7 @@ TRAINING_METRICS = {
 
 
 class Plots:
-  """Turns figures into the page's SVG, and keeps a PNG of each in a folder."""
+  """Converts figures to SVG for the page and saves a PNG of each in a folder."""
 
   def __init__(self, folder: Path):
     self._folder = folder
@@ -44,7 +44,7 @@ class Plots:
 
 
 def overview(runs: list[Run]) -> str:
-  """One line a run: size, costs and the result."""
+  """One row per run: size, cost and result."""
   shared = same_tokenizer(runs)
   columns = ['run', 'kind', 'parameters', 'outside embedding', 'FLOPs/token', 'tokens', 'training FLOPs']
   columns += ['KV bytes/token', *(['validation nats'] if shared else []), 'bits/byte', 'hours']
@@ -106,12 +106,12 @@ def losses(runs: list[Run], figures: Plots) -> str:
 
 
 def training(runs: list[Run], figures: Plots) -> str:
-  """Learning rate, gradient norm and speed over the steps."""
+  """Learning rate, gradient norm and throughput over the steps."""
   return page.section('Training', '', _metric_tabs('training', runs, figures, TRAINING_METRICS))
 
 
 def routers(runs: list[Run], figures: Plots) -> str:
-  """What the routers did over training."""
+  """Router metrics over training."""
   parts = [_metric_tabs('router', runs, figures, ROUTER_METRICS)]
   shares = {
     run.label: figures.add(f'depths_{number}_{_slug(run.label)}', plots.stacked_depths(run))
@@ -125,7 +125,7 @@ def routers(runs: list[Run], figures: Plots) -> str:
 
 
 def evaluations(runs: list[Run]) -> str:
-  """Losses under top-k and threshold routing, of runs that `python -m mor_jax.evaluate` was given."""
+  """Losses under top-k and threshold routing, for runs with results of `python -m mor_jax.evaluate`."""
   unit, scale = ('nll', 'nats per token') if same_tokenizer(runs) else ('bits_per_byte', 'bits per byte')
   rows = []
   for run in runs:
@@ -144,7 +144,7 @@ def evaluations(runs: list[Run]) -> str:
 
 
 def tokens(runs: list[Run], measured: list[tuple[Depths | None, str]], figures: Plots) -> str:
-  """A text coloured by depth, depth by place, and which words go deep."""
+  """A text coloured by depth, depth by position, and the words with the largest depth."""
   found = [(index, run, depths) for index, (run, (depths, _)) in enumerate(zip(runs, measured, strict=True))]
   found = [
     (plots.colour_of(index, len(runs)), run, depths) for index, run, depths in found if depths is not None
@@ -173,7 +173,7 @@ def tokens(runs: list[Run], measured: list[tuple[Depths | None, str]], figures: 
 
 
 def costs(runs: list[Run], figures: Plots) -> str:
-  """Memory, speed and where the wall time went."""
+  """Memory, throughput and wall time by kind of work."""
   rows = []
   for run in runs:
     stepping, last = _ledger(run).get('steps'), np.array([run.records[-1]['step']])
@@ -230,7 +230,7 @@ def _text(run: Run, depths: Depths) -> str:
 
 
 def _extremes(depths: Depths, shown: int = 15) -> str:
-  """The words of the least and the greatest mean depth."""
+  """The words with the smallest and the largest mean depth."""
   means = list(depth.mean_by_word(depths.words).items())
   kinds = {word.text: word.kind for word in depths.words}
 
@@ -246,7 +246,7 @@ def _extremes(depths: Depths, shown: int = 15) -> str:
 
 
 def _content_against_function(run: Run, depths: Depths) -> str:
-  """A sentence on what the paper claims: that words of content go deeper than those of grammar."""
+  """A sentence on the paper's claim that content words take more recursions than function words."""
   means = depth.mean_by_kind(depths.words)
   if not {'content word', 'function word'} <= means.keys():
     return ''
@@ -259,7 +259,7 @@ def _content_against_function(run: Run, depths: Depths) -> str:
 
 
 def _ledger(run: Run) -> dict[str, float]:
-  """Seconds by what they were spent on; {} for a run that has not said."""
+  """Seconds by kind of work; {} if unknown."""
   spent = (run.summary or {}).get('goodput')
   if spent is None:  # not finished: what the last line that knows says
     prefix = 'goodput/'

@@ -1,4 +1,4 @@
-"""The metrics of a run on disk: JSON lines and TensorBoard events."""
+"""Stores the metrics of a run as JSON lines and TensorBoard events."""
 
 import json
 import sys
@@ -11,13 +11,13 @@ Record = dict[str, float]
 
 
 class MetricsLog:
-  """metrics.jsonl and tensorboard/ of a run folder; every step occurs on one line. Use as a context.
+  """metrics.jsonl and tensorboard/ of a run folder, with one line per step. Use as a context manager.
 
   Args:
     folder: the run folder.
-    last_step: step that the run continues from; whatever an earlier process wrote about
-      later steps is dropped, and so is a line that it did not finish.
-    writes: whether this process is the one that writes; the others only remember.
+    last_step: step that the run resumes from. Records of later steps and an incomplete last
+      line are dropped.
+    writes: whether this process writes files; the others only keep records in memory.
   """
 
   def __init__(self, folder: Path, last_step: int, writes: bool = True):
@@ -38,7 +38,7 @@ class MetricsLog:
       self._board.close()
 
   def write(self, step: int, record: Record) -> None:
-    """Writes all that is known about a step."""
+    """Writes the record of a step."""
     record = {'step': step, **record}
     self.records.append(record)
     if not self._writes:
@@ -51,9 +51,10 @@ class MetricsLog:
 
 
 def _summary_writer() -> type:
-  """tensorboardX's writer, imported where it is needed, and without PyTorch.
+  """tensorboardX's writer, imported lazily and without PyTorch.
 
-  It imports PyTorch where there is one, for tensors that nobody gives it here: three seconds, and 200 MB.
+  tensorboardX imports PyTorch if it is installed, which takes three seconds and 200 MB. It needs it
+  for PyTorch tensors only, and there are none here.
   """
   hides = 'torch' not in sys.modules
   if hides:
@@ -67,7 +68,7 @@ def _summary_writer() -> type:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-  """The records of a metrics.jsonl, in order; an unfinished last line is left out, a missing file is empty."""
+  """The records of a metrics.jsonl, in order. Skips an incomplete last line; [] if the file is missing."""
   if not path.exists():
     return []
   records = []

@@ -1,4 +1,4 @@
-"""How a running training shows itself: a bar on a terminal, one line per interval elsewhere."""
+"""Progress of a training run: a bar on a terminal, otherwise one line per interval."""
 
 import datetime
 
@@ -10,12 +10,12 @@ from mor_jax.runs.metrics import Record
 
 
 class Progress:
-  """Steps done, loss, tokens per second and the time left. Use as a context.
+  """Shows completed steps, loss, tokens per second and remaining time. Use as a context manager.
 
   Args:
-    console: where to print; decides by itself whether it is a terminal.
+    console: where to print; knows whether it is a terminal.
     total: steps of the whole run.
-    done: steps that earlier processes did.
+    done: steps completed by earlier processes.
   """
 
   def __init__(self, console: Console, total: int, done: int):
@@ -42,11 +42,11 @@ class Progress:
     self._bar.__exit__()
 
   def advance(self, step: int) -> None:
-    """A step was dispatched."""
+    """Notes that a step was dispatched."""
     self._bar.update(completed=step)
 
   def show(self, step: int, record: Record) -> None:
-    """The metrics of a step are known."""
+    """Shows the metrics of a step."""
     if 'train/loss' in record:
       loss, speed = record['train/loss'], record['train/tokens_per_second']
       self._bar.update(metrics=f'loss {loss:.3f}  {speed:,.0f} tokens/s')
@@ -56,7 +56,7 @@ class Progress:
       print_line(self._console, self._validation_line(step, record))
 
   def report(self, text: str) -> None:
-    """A line of its own, whatever shows the progress."""
+    """Prints a separate line, with or without a bar."""
     print_line(self._console, text)
 
   def _line(self, step: int, record: Record) -> str:

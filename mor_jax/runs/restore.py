@@ -1,4 +1,4 @@
-"""Opens a run for use: its config, model and newest variables."""
+"""Loads a run: its config, model and latest variables."""
 
 import dataclasses
 import os
@@ -18,7 +18,7 @@ from mor_jax.runs.run_folder import RunFolder
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
-  """A run's folder, config and model, and the variables of a checkpoint, made at `step`."""
+  """A run's folder, config and model, and the variables of its checkpoint at `step`."""
 
   folder: RunFolder
   config: Config

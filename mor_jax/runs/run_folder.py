@@ -62,7 +62,7 @@ MAY_CHANGE = (
 
 
 class RunFolder:
-  """Paths of a run, its config and its result. Nothing is made before `create`."""
+  """Paths, config and result of a run. `create` makes the folder."""
 
   def __init__(self, path: Path):
     self.path = path
@@ -78,13 +78,15 @@ class RunFolder:
     self.calibrations = path / 'calibrations.json'
 
   def check(self, config: Config, allowed: Sequence[str] = (), writes: bool = True) -> None:
-    """Raises ConfigError unless the folder can be written and holds nothing or this very run.
-
-    Raises RunError where a remote folder for checkpoints does not answer.
+    """Checks that the folder is writable and is either empty or belongs to this run.
 
     Args:
-      allowed: settings that may differ from the run's, beside MAY_CHANGE.
-      writes: whether this process is the one of several that writes.
+      allowed: settings that may differ from the run's, in addition to MAY_CHANGE.
+      writes: whether this process writes files.
+
+    Raises:
+      ConfigError: the folder is not writable, or holds another run.
+      RunError: a remote checkpoint folder does not respond.
     """
     if writes:
       _check_writable(self.path)
@@ -112,7 +114,7 @@ class RunFolder:
       )
 
   def with_vocabulary(self, config: Config) -> Config:
-    """The config with the size of the vocabulary that the run has had, where it names none."""
+    """The config with the stored run's vocabulary size, if it does not specify one."""
     if config.model.vocab_size is not None or not self._config.exists():
       return config
     return with_changes(config, model={'vocab_size': self.read_config().model.vocab_size})
@@ -155,12 +157,12 @@ class RunFolder:
     return ConfigError(f'{self._config} cannot be read ({reason}); choose another workdir or remove it')
 
   def checkpoint_folder(self, config: Config) -> epath.Path:
-    """Where Orbax writes the checkpoints of this run."""
+    """The folder to which Orbax writes the checkpoints of this run."""
     folder = config.checkpoint.folder
     return epath.Path(self._checkpoints if self.mirror(config) else folder or self._checkpoints)
 
   def mirror(self, config: Config) -> Mirror | None:
-    """Where finished checkpoints are copied, if `checkpoint.folder` is nothing that Orbax can write to."""
+    """The mirror of finished checkpoints, if Orbax cannot write to `checkpoint.folder` directly."""
     folder = config.checkpoint.folder
     if scheme(folder) in (None, DIRECT):
       return None
@@ -187,18 +189,18 @@ class RunFolder:
     return Checkpoints(where, config.checkpoint, read_only=True, mirror=mirror)
 
   def read_data(self) -> dict[str, Any]:
-    """Counts, tokenizer and source of the data that the run trains on, as its dataset's manifest has them."""
+    """Counts, tokenizer and source of the training data, as in the dataset's manifest."""
     return json.loads(self._data.read_text())
 
   def create(self, config: Config, dataset: Dataset) -> None:
-    """Writes tokenizer, description of the data and config, unless this run has written them before.
+    """Writes the tokenizer, the data description and the config, unless they exist already.
 
     Args:
-      config: resolved, with the vocabulary's size.
-      dataset: what the run trains on.
+      config: resolved, with the vocabulary size set.
+      dataset: the training data.
 
     Raises:
-      ConfigError: the run that the folder holds was on other data.
+      ConfigError: the run in the folder used other data.
     """
     manifest = dataclasses.replace(dataset.manifest, files={})  # sizes of files may differ for equal rows
     data = _to_json(dataclasses.asdict(manifest))
@@ -226,7 +228,7 @@ class RunFolder:
     write_atomically(self._config, _to_json({'format': FORMAT, **config.to_dict()}))
 
   def read_summary(self) -> dict[str, Any] | None:
-    """The result of the run, if it has finished."""
+    """The result of the run, or None if it has not finished."""
     return json.loads(self._summary.read_text()) if self._summary.exists() else None
 
   def write_summary(self, summary: dict[str, Any]) -> None:
@@ -241,7 +243,7 @@ def describe_checkpoints(config: Config, tokenizer_digest: str) -> dict[str, Any
 
 
 def code_version() -> str:
-  """The git commit of the code, with '+' if files were changed; without git the installed version."""
+  """The git commit of the code, with '+' if files have changed; without git, the installed version."""
   here = Path(__file__).parent
   git = ['git', '-C', str(here), 'describe', '--always', '--abbrev=40', '--dirty=+', '--exclude=*']
   try:
@@ -269,7 +271,7 @@ def _differences(
 
 
 def _check_writable(folder: Path) -> None:
-  """Tries it out, and removes what it made: permissions alone do not tell (root, read-only disks)."""
+  """Creates a file and deletes it again. Permissions alone are not reliable (root, read-only disks)."""
   missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
   try:
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
-"""Models on disk, leaf by leaf: the newest checkpoint of a run, and run folders that hold a converted model.
+"""Reads and writes models on disk leaf by leaf: checkpoints of runs, and run folders of converted models.
 
-A converted model is a run folder with config.json, tokenizer.json and a checkpoint of step 0 that has
-variables alone: it can be evaluated, generate text and be trained from (`--init_from`), but not resumed.
+A converted model is a run folder with config.json, tokenizer.json and a checkpoint of step 0 with
+variables only. It can be evaluated, generate text and initialise training (`--init_from`), but it
+cannot be resumed.
 """
 
 import dataclasses
@@ -56,7 +57,7 @@ class StoredWeights:
     return np.asarray(traverse_util.flatten_dict(loaded)[keys])
 
   def leaves(self) -> Iterator[tuple[str, np.ndarray]]:
-    """(path, leaf) of all, one at a time."""
+    """Yields (path, leaf) for every leaf, one at a time."""
     for path in self.shapes:
       yield path, self.leaf(path)
 

@@ -1,4 +1,4 @@
-"""What a user reads before and after a training."""
+"""The tables that a user sees before and after training."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from mor_jax.units import megabytes, quantity
 
 
 def describe_run(config: Config, mesh: Mesh, dataset: Dataset, workdir: Path) -> list[Row]:
-  """What runs where: devices, model, costs, data, folder. Needs the vocabulary's size in the config."""
+  """Describes a run: devices, model, cost, data and folder. The config must contain the vocabulary size."""
   devices = list(mesh.devices.flat)
   axes = ' '.join(f'{axis}={size}' for axis, size in mesh.shape.items())
   rows = [
@@ -99,7 +99,7 @@ def _training(config: Config) -> str:
 
 
 def describe_program(config: Config, first: int, compiled: Any, seconds: float, is_only: bool) -> list[Row]:
-  """The program of one phase of the training: how it compiled and, if there are several, its sizes."""
+  """Describes the compiled program of one phase, and the phase's batch and capacities if there are several."""
   rows = [describe_compiled(compiled, seconds)]
   if not is_only:
     micro = f' in {config.train.accumulation} micro-batches' if config.train.accumulation > 1 else ''
@@ -121,7 +121,7 @@ def describe_compiled(compiled: Any, seconds: float) -> Row:
 
 
 def device_bytes(compiled: Any) -> int:
-  """Memory per device that a compiled step takes; 0 where the backend does not tell."""
+  """Memory per device of a compiled step in bytes; 0 if the backend does not report it."""
   memory = compiled.memory_analysis()
   if memory is None:
     return 0
@@ -131,7 +131,7 @@ def device_bytes(compiled: Any) -> int:
 
 
 def describe_result(summary: dict[str, Any], run_path: Path) -> list[Row]:
-  """Final loss, depths and places of a finished run."""
+  """Describes a finished run: final loss, depths and output files."""
   rows = [
     (
       'validation',
@@ -168,7 +168,7 @@ def describe_result(summary: dict[str, Any], run_path: Path) -> list[Row]:
 
 
 def describe_time(seconds: dict[str, float], restarts: int) -> Row:
-  """Where the time of a run went, over all its processes (`goodput.Ledger`)."""
+  """Time spent by kind of work, over all processes of the run (`goodput.Ledger`)."""
   total = sum(seconds.values())
   shares = ', '.join(f'{kind.replace("_", " ")} {value / total:.1%}' for kind, value in seconds.items())
   times = f' in {restarts + 1} processes' if restarts else ''

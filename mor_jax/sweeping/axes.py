@@ -1,7 +1,7 @@
-"""What sweep files are written with: lists of overrides, and the depths that recursions divide.
+"""Functions for sweep files: lists of overrides, and depths that the recursions divide.
 
-Overrides are dicts of settings by their dotted names, such as `{'train.seed': 1}`; a sweep is a list of
-them. Lists are joined with `+`.
+Overrides are dicts of settings by dotted name, such as `{'train.seed': 1}`. A sweep is a list of them, and
+lists are joined with `+`.
 """
 
 import itertools
@@ -17,16 +17,16 @@ def grid(axes: Mapping[str, Iterable[Any]]) -> list[Overrides]:
 
 
 def product(*sweeps: Iterable[Overrides]) -> list[Overrides]:
-  """Every combination of one entry of each sweep; where two set the same setting, the later one wins."""
+  """Every combination of one entry from each sweep. If two set the same setting, the later one wins."""
   return [
     {name: value for part in parts for name, value in part.items()} for parts in itertools.product(*sweeps)
   ]
 
 
 def depth(num_layers: int, recursions: int, sharing: str) -> int:
-  """The least depth, from `num_layers` on, that the recursions of a sharing scheme divide.
+  """The smallest depth >= `num_layers` that the recursions of a sharing scheme divide.
 
-  Depths are raised rather than cut, as in the paper's main experiments (Appendix D).
+  Depths are rounded up, not down, as in the paper's main experiments (Appendix D).
   """
   ends = 2 if sharing.startswith('middle') else 0
   return ends + max(1, -(-(num_layers - ends) // recursions)) * recursions

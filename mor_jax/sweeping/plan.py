@@ -1,4 +1,4 @@
-"""The runs of a sweep: names, settings and commands, all checked before the first of them starts."""
+"""The runs of a sweep: names, settings and commands, all checked before the first run starts."""
 
 import collections
 import dataclasses
@@ -22,14 +22,14 @@ SEEDS = ('train.seed', 'data.seed')
 
 @dataclasses.dataclass(frozen=True)
 class PlannedRun:
-  """One training of a sweep.
+  """One training run of a sweep.
 
   Attributes:
-    name: of the run, its folder and its log.
-    group: the name without its seeds: runs that are samples of the same experiment share it.
-    overrides: what the sweep sets, by dotted name.
-    config: the settings that result.
-    folder: of the run.
+    name: name of the run, its folder and its log.
+    group: name without seeds, shared by repetitions of the same experiment.
+    overrides: settings from the sweep, by dotted name.
+    config: the resulting settings.
+    folder: folder of the run.
     words: flags for `python -m mor_jax.train`.
   """
 
@@ -47,19 +47,19 @@ class PlannedRun:
 
   @property
   def work(self) -> float:
-    """Forward FLOPs of the whole training, as the paper counts: how long it takes, compared with others."""
+    """Forward FLOPs of the whole run, counted as in the paper; a relative measure of its duration."""
     return self.tokens * flops.paper_flops_per_token(self.config.model, self.config.data.seq_len)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A sweep whose settings are all valid.
+  """A sweep with valid settings.
 
   Attributes:
     sweep: the value of --sweep.
     config: the value of --config.
-    folder: everything of the sweep lies in it: runs/NAME, logs/NAME.log, results.
-    runs: in the order of the sweep file.
+    folder: folder of the sweep, with runs/NAME, logs/NAME.log and the results.
+    runs: the runs, in the order of the sweep file.
   """
 
   sweep: str
@@ -68,12 +68,12 @@ class Plan:
   runs: tuple[PlannedRun, ...]
 
   def log(self, run: PlannedRun) -> Path:
-    """Where the output of a run goes."""
+    """Path of the log of a run."""
     return self.folder / 'logs' / f'{run.name}.log'
 
   @property
   def axes(self) -> list[str]:
-    """Settings that the sweep sets and that are not the same in all runs."""
+    """Settings of the sweep that differ between runs."""
     names = dict.fromkeys(name for run in self.runs for name in run.overrides if name != 'name')
     return [name for name in names if len({repr(value_of(run.config, name)) for run in self.runs}) > 1]
 
@@ -86,16 +86,16 @@ def value_of(config: Config, name: str) -> Any:
 
 
 def read(config_spec: str, flags: dict[str, Any], sweep_spec: str, workdir: str | None) -> Plan:
-  """The plan of a sweep file: its function `get_sweep(base)`, where base is the Config of --config.
+  """Reads the plan from a sweep file with a function `get_sweep(base)`, where base is the Config of --config.
 
   Args:
     config_spec: PATH or PATH:VARIANT of --config.
-    flags: settings given on the command line, which hold for all runs.
+    flags: settings from the command line, which apply to all runs.
     sweep_spec: PATH or PATH:VARIANT of --sweep. The file is run as trusted code.
     workdir: folder of the sweep; None: runs/sweep-NAME.
 
   Raises:
-    ConfigError: the sweep cannot work; names the run.
+    ConfigError: the sweep is invalid. The message names the run.
   """
   base = _base(config_spec, flags)
   folder = Path(workdir or f'runs/sweep-{Path(sweep_spec.partition(":")[0]).stem}')
@@ -112,12 +112,12 @@ def _base(config_spec: str, flags: dict[str, Any]) -> Config:
 
 
 def make(config_spec: str, flags: dict[str, Any], listed: list[Any], sweep_spec: str, folder: Path) -> Plan:
-  """The plan of listed overrides, as `read` has it.
+  """Makes the plan for a list of overrides (see `read`).
 
   Args:
     listed: overrides of each run.
-    sweep_spec: what the sweep is called, in messages.
-    folder: of the sweep.
+    sweep_spec: name of the sweep in messages.
+    folder: folder of the sweep.
   """
   entries = [_overrides(entry, sweep_spec) for entry in listed]
   for entry in entries:
@@ -156,7 +156,7 @@ def _entries(spec: str, base: Config) -> list[Any]:
 
 
 def _overrides(entry: Any, spec: str) -> dict[str, Any]:
-  """An entry of a sweep as plain values by dotted names; ConfigDicts and dicts within dicts are flattened."""
+  """An entry of a sweep as plain values by dotted name. Nested dicts and ConfigDicts are flattened."""
   if isinstance(entry, config_dict.ConfigDict):
     entry = entry.to_dict()
   if not isinstance(entry, Mapping):
@@ -173,7 +173,7 @@ def _overrides(entry: Any, spec: str) -> dict[str, Any]:
 
 
 def _names(entries: list[dict[str, Any]], without: tuple[str, ...] = ()) -> list[str]:
-  """The `name` of each entry, and after it the settings in which entries of the same name differ."""
+  """The `name` of each entry, followed by the settings that differ between entries of the same name."""
   alike = collections.defaultdict(list)
   for entry in entries:
     alike[entry.get('name', '')].append(entry)
@@ -231,7 +231,7 @@ def _flag(change: tuple[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-  """A value as the flags of settings read it."""
+  """A value in the syntax of command-line flags."""
   if value is None:
     return 'none'
   if isinstance(value, bool):

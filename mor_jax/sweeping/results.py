@@ -1,4 +1,4 @@
-"""The outcome of a sweep as tables: one line a run, and means and deviations over seeds; CSV and Markdown."""
+"""Results of a sweep as CSV and Markdown tables: one row per run, and means and deviations over seeds."""
 
 import csv
 import dataclasses
@@ -41,20 +41,20 @@ FORMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """Rows of values by column. `axes` are the columns of settings among them."""
+  """Rows of values by column. `axes` are the columns with settings."""
 
   columns: tuple[str, ...]
   rows: list[dict[str, Any]]
 
   def to_csv(self, path) -> None:
-    """Writes all digits."""
+    """Writes a CSV file with full precision."""
     with path.open('w', newline='') as file:
       writer = csv.DictWriter(file, self.columns)
       writer.writeheader()
       writer.writerows(self.rows)
 
   def to_markdown(self) -> str:
-    """As people read it."""
+    """The table in Markdown, with rounded numbers."""
     lines = [f'| {" | ".join(TITLES.get(column, column) for column in self.columns)} |']
     lines += ['|' + '---|' * len(self.columns)]
     for row in self.rows:
@@ -77,9 +77,9 @@ def of_runs(plan: Plan, status: Mapping[str, Status]) -> Table:
 
 
 def over_seeds(plan: Plan) -> Table | None:
-  """One row for runs that differ in their seeds alone; None if no seed is among the axes.
+  """One row per group of runs that differ in seeds only; None if the axes include no seed.
 
-  Deviations are those of a sample (n - 1); there is none of a single run.
+  Deviations are sample standard deviations (n - 1); a single run has none.
   """
   if not set(plan.axes) & set(SEEDS):
     return None
@@ -123,7 +123,7 @@ def write(plan: Plan, status: Mapping[str, Status]) -> str:
 
 
 def _result(run: PlannedRun) -> dict[str, Any]:
-  """What came out of a run; {} if it has not finished."""
+  """The results of a run; {} if it has not finished."""
   summary = run.folder.read_summary()
   if summary is None:
     return {}
@@ -149,7 +149,7 @@ def _notes(plan: Plan) -> list[str]:
 
 
 def _with_deviations(table: Table) -> Table:
-  """Mean and deviation of a measure in one cell."""
+  """Puts the mean and the deviation of a measure into one cell."""
   measured = [column.removesuffix('_mean') for column in table.columns if column.endswith('_mean')]
   others = [column for column in table.columns if not column.endswith(('_mean', '_std'))]
   rows = []

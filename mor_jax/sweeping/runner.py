@@ -1,8 +1,8 @@
-"""Trains the runs of a sweep in processes of their own, some at a time, and survives whatever becomes of them.
+"""Trains the runs of a sweep in separate processes, several at a time. A failed run does not stop the sweep.
 
-A finished run is known by its own folder (summary.json); what is unfinished is started again and resumes by
-itself. Each process holds a lock on its log as long as it lives, so that a sweep that was killed and started
-again waits for trainings that outlived it, and never has two of them in one folder.
+A run with a summary.json in its folder is finished. Unfinished runs are started again and resume by
+themselves. Each process holds a lock on its log during its lifetime. A restarted sweep therefore waits for
+training processes that outlived the previous one, and never runs two in the same folder.
 """
 
 import collections
@@ -32,7 +32,7 @@ TOLD_TO_STOP = (-signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGINT)
 
 @dataclasses.dataclass
 class Job:
-  """A training that runs, on one of the places for `parallel` of them."""
+  """A running training process, in one of `parallel` places."""
 
   run: PlannedRun
   place: int
@@ -43,14 +43,14 @@ class Job:
 
 
 class Runner:
-  """Trains the runs of a plan that have not finished.
+  """Trains the unfinished runs of a plan.
 
   Args:
-    plan: what to train.
-    display: shows what happens.
-    parallel: trainings at a time; each gets its share of the cores.
-    gpus: devices to share among them (CUDA_VISIBLE_DEVICES), a multiple of `parallel`; (): as it is.
-    train: command of the training, without its flags.
+    plan: the runs to train.
+    display: shows the progress.
+    parallel: number of concurrent runs; each gets an equal share of the cores.
+    gpus: devices to divide among them (CUDA_VISIBLE_DEVICES), a multiple of `parallel`; (): unchanged.
+    train: the training command, without flags.
   """
 
   def __init__(
@@ -68,10 +68,10 @@ class Runner:
     self._jobs: list[Job] = []
 
   def run(self) -> int | None:
-    """Trains; returns the signal that ended it, or None when no run is left to train.
+    """Trains all runs. Returns the signal that ended the sweep, or None if no run is left.
 
     Raises:
-      RunError: another sweep works in this folder.
+      RunError: another sweep is running in this folder.
     """
     (self._plan.folder / 'logs').mkdir(parents=True, exist_ok=True)
     with _lock(self._plan), _Handlers(self._signals), self._display:
@@ -91,7 +91,7 @@ class Runner:
     return self._signals[0] if self._signals else None
 
   def _start(self, run: PlannedRun) -> bool:
-    """Starts a training; False while another process still has its folder. Nothing to do if it has finished."""
+    """Starts a run, unless it has finished. Returns False while another process still uses its folder."""
     log = self._plan.log(run).open('ab')
     try:
       fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -145,7 +145,7 @@ class Runner:
     return environment
 
   def _pin(self, pid: int, place: int) -> None:
-    """Gives a process its share of the cores: threads of several trainings on all of them are slower."""
+    """Pins a process to its share of the cores. Sharing all cores between runs would be slower."""
     if not hasattr(os, 'sched_setaffinity'):
       return
     cores = sorted(os.sched_getaffinity(0))
@@ -154,7 +154,7 @@ class Runner:
       os.sched_setaffinity(pid, cores[place * share : (place + 1) * share])
 
   def _pass_on_signals(self) -> None:
-    """Tells every training as often as this process was told: once to save and end, twice to end at once."""
+    """Forwards signals to every run as often as received: the first saves and ends, the second ends at once."""
     for job in self._jobs:
       while job.told < len(self._signals):
         job.process.send_signal(signal.SIGTERM)
@@ -162,7 +162,7 @@ class Runner:
 
 
 class _Handlers:
-  """Within, signals are noted in a list; those that were ignored stay so (`nohup`)."""
+  """Context manager that collects signals in a list. Ignored signals remain ignored (`nohup`)."""
 
   def __init__(self, noted: list[int]):
     self._noted, self._previous = noted, {}
@@ -229,7 +229,7 @@ def _lock(plan: Plan) -> IO[str]:
 
 
 def _tail(path: Path, start: int) -> str:
-  """The last lines of a log, of what was written from `start` on."""
+  """The last lines of a log, ignoring everything before offset `start`."""
   with path.open('rb') as file:
     file.seek(max(start, path.stat().st_size - TAIL_BYTES))
     lines = file.read().decode(errors='replace').splitlines()

@@ -1,4 +1,4 @@
-"""A sweep as a list of commands for a shell, or as an array of SLURM jobs."""
+"""Writes a sweep as a shell script with one command per run, or as a SLURM job array."""
 
 import shlex
 from pathlib import Path
@@ -46,7 +46,7 @@ SHELL = """#!/usr/bin/env bash
 
 
 def write_shell(plan: Plan, runs: list[PlannedRun], collect: str) -> Path:
-  """Writes sweep.sh, a command a line."""
+  """Writes sweep.sh, with one command per line."""
   path = plan.folder / 'sweep.sh'
   head = SHELL.format(sweep=plan.sweep, config=plan.config, path=path, collect=collect)
   lines = [shlex.join(['python', '-m', 'mor_jax.train', *run.words]) for run in runs]
@@ -54,10 +54,10 @@ def write_shell(plan: Plan, runs: list[PlannedRun], collect: str) -> Path:
 
 
 def write_slurm(plan: Plan, runs: list[PlannedRun], parallel: int, collect: str) -> Path:
-  """Writes sweep.sbatch, an array with a job a run, of which at most `parallel` run at a time (1: no limit).
+  """Writes sweep.sbatch, an array with one job per run, of which at most `parallel` run at a time (1: no limit).
 
   Raises:
-    ConfigError: the folder's name has characters that #SBATCH lines cannot have.
+    ConfigError: the folder's name has characters that are not allowed in #SBATCH lines.
   """
   if any(letter.isspace() or letter in '"\'%' for letter in str(plan.folder)):
     raise ConfigError(

@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs: a bar on a terminal, lines elsewhere, and how long it will take."""
+"""Progress of a sweep: a bar on a terminal, otherwise lines, and the remaining time."""
 
 import contextlib
 import dataclasses
@@ -36,7 +36,7 @@ class Status:
 
 
 class Display:
-  """Shows runs that begin and end, and how much of the sweep's work is done. Use as a context."""
+  """Shows the start and end of runs and the progress of the sweep. Use as a context manager."""
 
   def __init__(self, console: Console, plan: Plan):
     self._console, self._plan = console, plan
@@ -69,19 +69,19 @@ class Display:
     self._bar.__exit__()
 
   def started(self, run: PlannedRun) -> None:
-    """A training began, or resumed."""
+    """Notes that a run started or resumed."""
     place = next(index for index, other in enumerate(self._plan.runs, 1) if other is run)
     verb = 'resuming' if work_done(run) else 'training'
     self._print(f'[{place}/{len(self._plan.runs)}] {verb} {run.name}')
 
   def waits_for(self, run: PlannedRun) -> None:
-    """A process that an earlier sweep started still trains it."""
+    """Notes that a process of an earlier sweep is still training the run."""
     if run.name not in self._waited_for:
       self._waited_for.add(run.name)
       self._print(f'{run.name} is still being trained by a process of an earlier sweep; waiting for it')
 
   def ended(self, run: PlannedRun, status: Mapping[str, Status]) -> None:
-    """A training ended, one way or another."""
+    """Notes that a run ended, successfully or not."""
     mine = status[run.name]
     ended = sum(one.state in ('finished', 'failed') for one in status.values())
     text = f'{run.name} {mine.state}'
@@ -95,7 +95,7 @@ class Display:
     self._print(f'{text}; {ended} of {len(self._plan.runs)} runs done, ETA {self._left(status)}')
 
   def update(self, running: Sequence[PlannedRun], status: Mapping[str, Status]) -> None:
-    """Called all the time while trainings run."""
+    """Called regularly while runs are active."""
     now = time.monotonic()
     if now < self._updated + UPDATE_SECONDS:
       return
@@ -108,7 +108,7 @@ class Display:
       self._print(f'running: {shares}; ETA {self._left(status)}')
 
   def _left(self, status: Mapping[str, Status]) -> str:
-    """Time until the last run ends, at the pace so far; failed runs are not waited for."""
+    """Estimated time until the last run ends, without failed runs."""
     left = sum(
       run.work - work_done(run)
       for run in self._plan.runs
@@ -127,14 +127,14 @@ class Display:
 
 
 def work_done(run: PlannedRun) -> float:
-  """The part of `run.work` that its folder has metrics of."""
+  """The part of `run.work` that is complete according to the metrics in its folder."""
   if run.folder.read_summary() is not None:
     return run.work
   return run.work * min(1.0, _last_step(run.folder.metrics) / run.config.train.steps)
 
 
 def _last_step(path: Path) -> int:
-  """Of the last whole line of a metrics.jsonl; 0 if there is none."""
+  """The step in the last complete line of a metrics.jsonl; 0 if there is none."""
   with contextlib.suppress(OSError), path.open('rb') as file:
     file.seek(0, os.SEEK_END)
     file.seek(max(0, file.tell() - 16_384))

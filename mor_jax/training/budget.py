@@ -1,4 +1,4 @@
-"""Training for a given amount of compute: the steps that `train.flops_budget` pays for."""
+"""Training for a given amount of compute: converts `train.flops_budget` into a number of steps."""
 
 from mor_jax.config import Config, ConfigError, with_changes
 from mor_jax.data import schedule
@@ -6,14 +6,14 @@ from mor_jax.model import flops
 
 
 def with_budgeted_steps(config: Config) -> Config:
-  """The config with `train.steps` as `train.flops_budget` sets them; the same config if there is no budget.
+  """Returns the config with `train.steps` set from `train.flops_budget`, or unchanged if there is no budget.
 
-  The budget counts as the paper does when it compares models at equal FLOPs: forward only
-  (`flops.paper_flops_per_token`). The steps are the nearest number to what it pays for, at
-  least 1, whatever `train.steps` was before.
+  FLOPs are counted as in the paper's comparison at equal FLOPs: the forward pass only
+  (`flops.paper_flops_per_token`). The number of steps is the budget rounded to the nearest
+  step, at least 1; it replaces any `train.steps`.
 
   Raises:
-    ConfigError: the warm-up is longer than that.
+    ConfigError: the warm-up or the batch ramp is longer than the training.
   """
   train = config.train
   if train.flops_budget is None:

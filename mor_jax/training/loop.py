@@ -1,4 +1,4 @@
-"""The training loop: dispatch steps, and between them log, validate, save, and stop when asked to."""
+"""The training loop: dispatches steps and, between them, logs, validates, saves, and stops on request."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ from mor_jax.training.watch.watchdog import Watchdog
 
 @dataclasses.dataclass
 class Guards:
-  """What watches over a training: when to stop, whether it hangs, where the time goes."""
+  """Monitors of a training run: stop requests, hangs, time spent by kind of work, and profiling."""
 
   stop: Stop
   watchdog: Watchdog
@@ -47,7 +47,7 @@ class Guards:
     return stopped
 
   def over(self, batches: Iterable[Any]) -> Iterator[Any]:
-    """Batches of a validation: it may be interrupted between two, and each is a sign of life."""
+    """Yields validation batches: allows an interruption between them and resets the watchdog at each."""
     return self.watchdog.over(self.stop.between(batches), 'a batch of the validation')
 
 
@@ -63,19 +63,20 @@ def train(
   progress: Progress,
   guards: Guards,
 ) -> TrainState:
-  """Trains from the state's step to `train.steps`, or until `guards.stop` says so, and returns the last state, saved.
+  """Trains from the state's step to `train.steps`, or until `guards.stop` requests a stop.
 
-  The order within a step keeps a killed run consistent: everything known about a step is in
-  metrics.jsonl before the step's checkpoint begins, so a resumed run repeats no line and misses none.
+  Returns the final state, which has been saved. The order within a step keeps a killed run
+  consistent: all metrics of a step are in metrics.jsonl before its checkpoint begins, so a
+  resumed run neither repeats nor misses a line.
 
   Args:
-    train_step: made for `mesh`; donates the state.
-    batches: global batches, beginning with that of the state's step.
-    validate: variables of the model -> metrics of the validation split.
+    train_step: compiled for `mesh`; donates the state.
+    batches: global batches, starting with the batch of the state's step.
+    validate: maps the model's variables to the metrics of the validation split.
 
   Raises:
     NonFiniteError: the loss or gradient is not finite; names the step and the last checkpoint. The
-      state on the device is that before the step, and stays it.
+      state on the device remains the one before that step.
   """
   steps, done = config.train.steps, int(state.step)
   stop, watchdog, ledger = guards.stop, guards.watchdog, guards.ledger
@@ -115,7 +116,7 @@ def train(
       checkpoints.await_finished(done + 1 - max_unsaved)
 
   def validation() -> Record:
-    """Nothing if it is time to stop: what is trained is saved first."""
+    """Metrics of the validation split; empty if interrupted, so that saving comes first."""
     try:
       with meter.paused(), ledger.measure(goodput.VALIDATION), stop.interruptible():
         return validate(state.variables)
@@ -165,12 +166,12 @@ def train(
 
 
 def _is_due(step: int, every: int, steps: int) -> bool:
-  """Every so many steps (0: never) and at the last."""
+  """Whether `step` is the last or a multiple of `every` (0: only the last)."""
   return step == steps or (every > 0 and step % every == 0)
 
 
 def _extended(records: list[tuple[int, Record]], step: int, more: Record) -> list[tuple[int, Record]]:
-  """The records with `more` added to the step's own, which is the last one or missing."""
+  """The records with `more` merged into the step's record, which is the last one or does not exist yet."""
   if not more:
     return records
   if records and records[-1][0] == step:

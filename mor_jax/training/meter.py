@@ -1,4 +1,4 @@
-"""Measures a running training: metrics fetched late, router metrics, tokens per second, waiting for data."""
+"""Measures a training run: fetches metrics asynchronously, computes router metrics, throughput and data wait."""
 
 import collections
 import contextlib
@@ -19,20 +19,20 @@ from mor_jax.training.watch.alarm import SpikeAlarm
 class Meter:
   """Turns the device metrics of each step into records, fetching them a few steps late.
 
-  Fetching waits for the step that made the metrics. Since it happens `run_ahead` steps
-  later, the device always has the next step queued when it finishes one.
+  Fetching blocks until the step has finished. Because it happens `run_ahead` steps later,
+  the device always has the next step queued when it finishes one.
 
-  A record has the loss, gradient norm and learning rate of its own step; router metrics,
-  which say little about a few rows, are of all steps since the record before, and so are
-  `loss_zscore` (the largest) and `loss_spikes` (how many).
+  A record holds the loss, gradient norm and learning rate of its own step. Router metrics
+  are noisy over a few rows, so they cover all steps since the previous record, as do
+  `loss_zscore` (the maximum) and `loss_spikes` (the count).
 
   Args:
-    tokens: step -> tokens of all steps up to it.
+    tokens: step -> number of tokens in all steps up to and including it.
     is_logged: whether a step gets a record.
     seconds_before: seconds of training that earlier processes spent on this run.
-    alarm: judges every loss.
+    alarm: scores every loss.
     report: shows a line to the user.
-    run_ahead: steps that may be queued on the device.
+    run_ahead: maximum number of steps queued on the device.
   """
 
   def __init__(
@@ -54,21 +54,21 @@ class Meter:
     self._spikes, self._largest_zscore = 0, -math.inf
 
   def push(self, step: int, metrics: dict[str, Any], data_wait: float) -> list[tuple[int, Record]]:
-    """Takes the metrics of a dispatched step; returns (step, record) of logged steps that have ended.
+    """Adds the metrics of a dispatched step; returns (step, record) of every logged step fetched.
 
     Raises:
-      NonFiniteError: one of them halted the state.
+      NonFiniteError: a fetched step halted the state.
     """
     self._pending.append((step, metrics, data_wait))
     return self._fetch(keep=self._run_ahead)
 
   def drain(self) -> list[tuple[int, Record]]:
-    """Waits for all dispatched steps; otherwise as `push`."""
+    """Waits for all dispatched steps; returns and raises as `push` does."""
     return self._fetch(keep=0)
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """Keeps the time of validation and checkpoints out of tokens per second."""
+    """Excludes the time within, such as validation or a checkpoint, from tokens per second."""
     begin = time.perf_counter()
     yield
     self._since += time.perf_counter() - begin
@@ -120,7 +120,7 @@ class Meter:
 
 
 def add_up(totals: Any, sums: Any) -> Any:
-  """Fetches the sums of a batch and adds them to the totals, in float64; either may be None for nothing."""
+  """Fetches the sums of a batch and adds them to the totals in float64; None counts as zero."""
   if sums is None:
     return totals
   sums = jax.tree.map(lambda value: np.asarray(value, np.float64), jax.device_get(sums))
@@ -128,5 +128,5 @@ def add_up(totals: Any, sums: Any) -> Any:
 
 
 def router_metrics(counts: dict[str, np.ndarray]) -> Record:
-  """`router.summarize` of counts that were added up on the host."""
+  """`router.summarize` applied to counts accumulated on the host."""
   return {name: float(value) for name, value in router.summarize(counts).items()}

@@ -13,11 +13,11 @@ AUX_ROUTER_RATE = 10.0  # as the authors
 
 
 def learning_rate_schedule(train: TrainConfig) -> optax.Schedule:
-  """Learning rate of an update, given the number of updates done before it.
+  """Maps the number of completed updates to the learning rate of the next update.
 
-  Warm-up is linear and reaches the peak at update `warmup_steps`. 'wsd' then stays there and
-  falls linearly over the last `decay_fraction` of the steps; where that would begin within
-  the warm-up, it begins after it. 'cosine' falls from the end of the warm-up. Both reach
+  The warm-up is linear and reaches the peak at update `warmup_steps`. 'wsd' then holds the
+  peak and decays linearly over the last `decay_fraction` of the steps, but never starts the
+  decay before the end of the warm-up. 'cosine' decays from the end of the warm-up. Both reach
   `final_learning_rate` at the last update.
   """
   peak, final, warmup = train.learning_rate, train.final_learning_rate, train.warmup_steps
@@ -38,7 +38,7 @@ def learning_rate_schedule(train: TrainConfig) -> optax.Schedule:
 
 
 def decayed(params: Any) -> Any:
-  """True for every matrix; norm scales and biases are not decayed, whatever axes they are stacked on."""
+  """Weight-decay mask: True for matrices, False for norm scales and biases, stacked or not."""
   return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
 
 
@@ -46,8 +46,8 @@ def make_optimizer(train: TrainConfig, aux_router: bool = False) -> optax.Gradie
   """Clips the gradient by its global norm, then takes an AdamW step.
 
   Args:
-    aux_router: the model has auxiliary routers (top-level parameter 'aux_router'). They are a
-      group of their own: clipped by themselves, at AUX_ROUTER_RATE times the learning rate.
+    aux_router: the model has auxiliary routers (top-level parameter 'aux_router'). They form a
+      separate group with its own clipping and AUX_ROUTER_RATE times the learning rate.
   """
   if not aux_router:
     return _adamw(train, rate=1.0)

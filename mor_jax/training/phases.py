@@ -1,9 +1,8 @@
-"""Phases: stretches of a training whose compiled programs differ in static sizes.
+"""Phases: consecutive parts of a training run, each with its own compiled program.
 
-A capacity is the static size of a recursion step, and the number of micro-batches that of the
-batch, so neither can change smoothly without compiling anew at every step. In a warm-up of the
-capacities or a ramp of the batch they change in a few stairs instead, each compiled before the
-training begins.
+Capacities and the number of micro-batches are static sizes: changing one recompiles the step.
+A capacity warm-up or a batch ramp therefore moves in a few stairs, and the program of each
+stair is compiled before training begins.
 """
 
 import math
@@ -27,11 +26,11 @@ MAX_SIZES = 8  # programs of a training
 
 
 def plan(config: Config) -> list[tuple[int, Config]]:
-  """(updates done before, config) of every phase; a single one without warm-up and ramp.
+  """Returns (updates completed at its start, config) of every phase; one phase without warm-up and ramp.
 
-  Stair by stair the capacities follow c + (1 - c) * (1 + cos(pi * t / T)) / 2 at the stair's
-  middle, T being `model.capacity_warmup_steps` (the authors' formula; their t counts micro-batches).
-  The config of a phase has the batch of its steps, and no ramp.
+  The capacities of a stair are c + (1 - c) * (1 + cos(pi * t / T)) / 2 with t at the middle of
+  the stair and T = `model.capacity_warmup_steps` (the authors' formula; their t counts
+  micro-batches). The config of a phase has a fixed batch size and no ramp.
   """
   batches = schedule.of(config.train)
   stairs = _capacity_stairs(config, MAX_SIZES - len(batches.stages))
@@ -50,13 +49,13 @@ def plan(config: Config) -> list[tuple[int, Config]]:
 
 
 def remaining(phases: list[tuple[int, Config]], done: int) -> list[tuple[int, Config]]:
-  """The phases that a training needs after `done` updates."""
+  """The phases that are still needed after `done` updates."""
   ends = [first for first, _ in phases[1:]] + [math.inf]
   return [phase for phase, end in zip(phases, ends, strict=True) if end > done]
 
 
 def _capacity_stairs(config: Config, most: int) -> list[tuple[int, tuple[float, ...] | None]]:
-  """(updates done before, capacities) of the warm-up's stairs, at most so many, then None: the config's own."""
+  """(updates completed at its start, capacities) of at most `most` stairs, then None: the config's capacities."""
   warmup = config.model.capacity_warmup_steps if config.model.kind == 'mor' else 0
   count = min(most, warmup)
   stairs = []
@@ -120,7 +119,7 @@ class PhasedStep:
     self._programs, self._done, self._theirs = programs, done, theirs
 
   def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-    """One optimiser step, see `make_train_step`."""
+    """Takes one optimiser step; see `make_train_step`."""
     program = next(program for program in reversed(self._programs) if program.first <= self._done)
     self._done += 1
     return program.step(state, batch, *self._theirs)

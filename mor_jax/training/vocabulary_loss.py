@@ -1,9 +1,9 @@
-"""A loss over the vocabulary that never holds the logits of all tokens.
+"""A loss over the vocabulary that never materialises the logits of all tokens.
 
-The head and the loss are applied to a chunk of tokens at a time. When the loss is
-differentiated, the gradients of a chunk are computed along with its loss, while its logits
-exist: three matrix products as without chunks, nothing is recomputed, and what is kept is
-as large as the hidden states and the head, whatever the number of tokens times V is.
+The head and the loss are applied to one chunk of tokens at a time. Under differentiation the
+gradients of a chunk are computed together with its loss, while its logits are in memory. This
+takes the same three matrix products as an unchunked loss, without recomputation. The memory kept
+is that of the hidden states and the head; it does not grow with tokens times V.
 """
 
 from collections.abc import Callable
@@ -38,22 +38,22 @@ def sum_over_tokens(
   mesh: Mesh | None = None,
   shared: Any = None,
 ) -> Any:
-  """Sum of `token_loss` over all tokens, for hidden states and the kernel of the output head.
+  """Sums `token_loss` over all tokens, given the hidden states and the kernel of the output head.
 
   Args:
-    token_loss: hashable; adds up over tokens.
-    x_BTD: normed final states, in the dtype of matrix products.
+    token_loss: hashable; additive over tokens.
+    x_BTD: final hidden states after the norm, in the dtype of matrix products.
     kernel_DV: output head, float32.
-    per_token: arrays (B, T, ...) that the loss of a token depends on; no gradient flows to them. A
-      token for which they are all 0 (False) must cost nothing: chunks are filled up with such.
-    chunk: tokens of a device whose logits exist at once; 0: all; None: what suits the platform.
-    mesh: over whose replica and fsdp axes rows are split; every device then works through its
-      own rows, and the gradient of the head is added up once.
-    shared: arrays that the loss of every token depends on, its last argument unless None; no gradient flows
-      to them.
+    per_token: arrays (B, T, ...) with the inputs of each token's loss; no gradient flows to them. A
+      token whose entries are all 0 (False) must have loss 0, because chunks are padded with such tokens.
+    chunk: tokens per chunk and device; 0: all tokens; None: the platform's default.
+    mesh: rows are split over its replica and fsdp axes. Each device then processes its own rows,
+      and the gradient of the head is reduced once.
+    shared: arrays used by the loss of every token, passed to `token_loss` last unless None; no gradient
+      flows to them.
 
   Returns:
-    What `token_loss` returns, added up.
+    The result of `token_loss`, summed over all tokens.
   """
   if chunk is None:
     platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
@@ -78,13 +78,13 @@ def sum_over_tokens(
 
 
 def next_token_nll(logits_NV: jax.Array, targets_and_mask_N: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Negative log-likelihood in nats, summed over the tokens of the mask: a `TokenLoss`."""
+  """A `TokenLoss`: negative log-likelihood in nats, summed over the tokens in the mask."""
   targets_N, mask_N = targets_and_mask_N
   return jnp.where(mask_N, token_nll(logits_NV, targets_N), 0).sum()
 
 
 def token_nll(logits_NV: jax.Array, targets_N: jax.Array) -> jax.Array:
-  """Negative log-likelihood of every target, in nats."""
+  """Negative log-likelihood (N,) of each target, in nats."""
   largest_N1 = jax.lax.stop_gradient(logits_NV.max(axis=-1, keepdims=True))
   normalizer_N = jnp.log(jnp.exp(logits_NV - largest_N1).sum(axis=-1)) + largest_N1[:, 0]
   # Compared, not gathered: a vocabulary that is split over devices then needs no logits of other devices.
@@ -118,7 +118,7 @@ def _with_sums(token_loss, logits_NV, per_token_N, shared):
 
 
 def _zero_sums(token_loss, axes, cast_kernel_DV, x_CND, per_token_CN, shared):
-  """Where adding up begins."""
+  """Zeros in the structure of `_with_sums`: the initial totals."""
   first = jax.tree.map(lambda a_CN: a_CN[0], (x_CND, per_token_CN))
   shapes = jax.eval_shape(
     lambda x_ND, per_token_N: _with_sums(token_loss, _head(x_ND, cast_kernel_DV), per_token_N, shared), *first
@@ -132,7 +132,7 @@ def _head(x_ND, kernel_DV):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked(token_loss, axes, kernel_DV, x_CND, per_token_CN, shared):
-  """(sum of the loss, other sums or None) over C chunks of N tokens, one after the other."""
+  """(sum of the loss, other sums or None) over C chunks of N tokens, processed sequentially."""
   cast_kernel_DV = kernel_DV.astype(x_CND.dtype)
 
   def add(totals, chunk):
@@ -171,5 +171,5 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def _varying(arrays, axes):
-  """The same values, allowed to differ over the mesh axes from here on, as the carry of a loop must be."""
+  """Marks the arrays as varying over the mesh axes, as JAX requires of a loop carry."""
   return jax.lax.pcast(arrays, axes, to='varying') if axes else arrays

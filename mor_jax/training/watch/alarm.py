@@ -1,4 +1,4 @@
-"""Notices losses far above those of the steps before."""
+"""Detects loss spikes: losses far above those of recent steps."""
 
 import collections
 
@@ -6,15 +6,15 @@ import numpy as np
 
 
 class SpikeAlarm:
-  """Compares each loss with mean and standard deviation of the losses before it.
+  """Compares each loss with the mean and standard deviation of the losses before it.
 
-  A spike is remembered as a loss just at the limit, so that it does not hide those behind it, while a
-  loss that stays high becomes normal.
+  A spike enters the window clipped to the limit, so it does not mask later spikes, yet a loss that
+  stays high becomes the new normal.
 
   Args:
-    limit: z-score that is a spike; 0: no alarm.
-    window: losses to compare with.
-    quiet: losses to see first, before anything is a spike.
+    limit: a loss with a z-score above this is a spike; 0: no alarm.
+    window: number of previous losses to compare with.
+    quiet: number of losses to collect before the first spike can be reported.
   """
 
   def __init__(self, limit: float, window: int = 100, quiet: int = 50):
@@ -22,7 +22,7 @@ class SpikeAlarm:
     self._losses = collections.deque(maxlen=window)
 
   def z_score(self, loss: float) -> float:
-    """Standard deviations of `loss` above the mean before it, 0 while there is too little to compare with."""
+    """Standard deviations of `loss` above the mean of the window; 0 until `quiet` losses are collected."""
     score, remembered = 0.0, loss
     if len(self._losses) >= self._quiet:
       mean = float(np.mean(self._losses))
@@ -34,5 +34,5 @@ class SpikeAlarm:
     return score
 
   def is_spike(self, score: float) -> bool:
-    """Whether a z-score is beyond the limit."""
+    """Whether a z-score exceeds the limit."""
     return 0 < self._limit < score

@@ -1,4 +1,4 @@
-"""Where the time of a run goes, over all the processes that worked on it."""
+"""Goodput: the wall-clock time of a run by kind of work, summed over all its processes."""
 
 import contextlib
 import json
@@ -18,13 +18,15 @@ MARKS = 50  # newest saves of a process whose times are kept
 
 
 class Ledger:
-  """Seconds by kind of work. Each moment of a process counts for one kind, the innermost `measure`, so they add up.
+  """Seconds by kind of work.
 
-  Every process keeps a note in the run folder: its seconds, and those it had when it saved. Once another
-  process goes on from an older step, the seconds behind that step become `lost`: their work is done again.
+  Every moment counts for exactly one kind, that of the innermost `measure`, so the kinds add up to the
+  total. Each process keeps a note in the run folder with its seconds now and at each save. When another
+  process resumes from an earlier step, the seconds spent after that step become `lost`, because the work
+  is repeated.
 
   Args:
-    path: file of the notes; None: keep none.
+    path: file of the notes; None: no file.
   """
 
   def __init__(self, path: Path | None = None):
@@ -35,7 +37,7 @@ class Ledger:
 
   @contextlib.contextmanager
   def measure(self, kind: str) -> Iterator[None]:
-    """The time within counts for `kind`."""
+    """Counts the time within as `kind`."""
     outer = self._switch(kind)
     try:
       yield
@@ -43,52 +45,52 @@ class Ledger:
       self._switch(outer)
 
   def resume(self, step: int) -> None:
-    """This process goes on from `step` (0: from the beginning); what was done after it is lost."""
+    """Records that this process resumes from `step` (0: a fresh start); time spent after that step is lost."""
     for note in self._earlier:
       _lose_after(note, step)
     self.saved(step)
 
   def saved(self, step: int) -> None:
-    """The state of `step` is about to be saved: the work until now is lost only if that fails."""
+    """Records that the state of `step` is about to be saved: earlier work is lost only if the save fails."""
     self._switch(self._kind)
     self._own['saved'] = [*self._own['saved'][-MARKS:], [step, dict(self._own['seconds'])]]
     self.write()
 
   def seconds(self) -> dict[str, float]:
-    """Seconds by kind, of all processes until now."""
+    """Seconds by kind, summed over all processes until now."""
     self._switch(self._kind)
     notes = [*self._earlier, self._own]
     return {kind: sum(note['seconds'][kind] for note in notes) for kind in KINDS}
 
   def note_memory(self, device_bytes: int) -> None:
-    """Keeps what a compiled step takes of a device, the most of all programs, for the report."""
+    """Records the device memory of a compiled step in bytes; the report shows the maximum over all programs."""
     self._own['device_bytes'] = max(device_bytes, self._own.get('device_bytes', 0))
 
   def record(self) -> dict[str, float]:
-    """`goodput/KIND`: seconds, and `goodput/share`: that of the steps in all of them."""
+    """`goodput/KIND` in seconds, and `goodput/share`: the share of the training steps in the total."""
     seconds = self.seconds()
     share = seconds[STEPS] / max(sum(seconds.values()), 1e-9)
     return {f'goodput/{kind}': value for kind, value in seconds.items()} | {'goodput/share': share}
 
   def restarts(self) -> int:
-    """Processes that worked on the run before this one."""
+    """Number of processes that worked on the run before this one."""
     return len(self._earlier)
 
   def tick(self) -> None:
-    """Writes the note if the last one is a few seconds old."""
+    """Writes the notes if the last write is more than WRITE_EVERY seconds ago."""
     if time.perf_counter() - self._written > WRITE_EVERY:
       self._switch(self._kind)
       self.write()
 
   def write(self) -> None:
-    """Writes the notes; a full disk costs the note, not the training."""
+    """Writes the notes; ignores file errors, so that a full disk does not end the training."""
     self._written = time.perf_counter()
     if self._path is not None:
       with contextlib.suppress(OSError):
         write_atomically(self._path, json.dumps([*self._earlier, self._own]) + '\n')
 
   def _switch(self, kind: str) -> str:
-    """Ends the current kind of work and begins another; returns the former."""
+    """Switches to another kind of work; returns the previous one."""
     now = time.perf_counter()
     self._own['seconds'][self._kind] += now - self._since
     outer, self._kind, self._since = self._kind, kind, now
@@ -103,7 +105,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _lose_after(note: dict[str, Any], step: int) -> None:
-  """Moves the seconds that an earlier process spent after `step` to `lost`: those of work that is done again."""
+  """Moves the seconds that an earlier process spent after `step` to `lost`, because that work is repeated."""
   seconds, kept = note['seconds'], [entry for entry in note['saved'] if entry[0] <= step]
   before = kept[-1][1] if kept else dict.fromkeys(KINDS, 0.0)
   for kind in (DATA_WAIT, STEPS, VALIDATION):

@@ -15,11 +15,11 @@ _MODULE = 'grad_norm/'
 
 
 class NonFiniteError(RunError):
-  """The loss or the gradient of a step is NaN or infinite. Its update and those after it were not applied.
+  """The loss or gradient of a step is NaN or infinite. Neither its update nor any later one was applied.
 
   Attributes:
-    step: the step that halted the training; the state is that of the step before.
-    records: (step, record) of logged steps before it that nobody has seen yet.
+    step: the step that halted the training; the state is the one before it.
+    records: (step, record) of earlier logged steps that have not been written yet.
   """
 
   def __init__(self, step: int, values: Record, records: list[tuple[int, Record]]):
@@ -53,12 +53,12 @@ def _remedy(train: TrainConfig) -> str:
 
 
 def is_finite(values: Record) -> bool:
-  """Whether a step with these metrics changed the parameters."""
+  """Whether loss and gradient norm are finite, so that the update was applied."""
   return math.isfinite(values['loss']) and math.isfinite(values['grad_norm'])
 
 
 def describe(step: int, values: Record) -> str:
-  """Which number is not finite at a step, and the gradient norm of every module."""
+  """Names the non-finite metric of a step and lists the gradient norm of every module."""
   names = [name for name in ('loss', 'grad_norm') if not math.isfinite(values[name])]
   found = ' and '.join(f'{name} is {values[name]}' for name in names)
   norms = [

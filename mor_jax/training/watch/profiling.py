@@ -1,4 +1,4 @@
-"""A trace of some steps of a training: what devices and host did, for XProf or Perfetto (docs/performance.md)."""
+"""Profiles selected training steps on devices and host, for XProf or Perfetto (docs/performance.md)."""
 
 import re
 from collections.abc import Callable
@@ -60,7 +60,7 @@ class Profiler:
     self._stop()
 
   def before(self, step: int, drain: Callable[[], None]) -> None:
-    """To be called before a step is dispatched; `drain` waits for those before it, so that a trace has whole steps."""
+    """Call before dispatching a step. `drain` waits for the earlier steps, so that a trace holds whole steps."""
     if self._traces and step >= self._span.stop:
       drain()
       self._stop()
@@ -71,7 +71,7 @@ class Profiler:
       self._traces = True
 
   def step(self, number: int) -> jax.profiler.StepTraceAnnotation:
-    """Context that names a step in the trace."""
+    """Context manager that names a step in the trace."""
     self._last = number
     return jax.profiler.StepTraceAnnotation('train', step_num=number)
 

@@ -1,13 +1,14 @@
-"""SIGTERM and Ctrl-C: the training is saved first, then the process ends with the code of the signal.
+"""Handles SIGTERM and Ctrl-C: saves the training, then ends the process with the signal's exit code.
 
-Three situations:
-  * Outside of the training loop there is nothing to save: the first signal ends the process, and where the
-    main thread is deep in a compiler or an exception gets lost in a callback, a thread ends it a little later.
-  * In the loop the first signal is only noted. The loop asks `Stop.poll` after every step; all processes of a
-    run get the same answer at the same step, so they save together.
-  * A second signal ends the process at once, whatever the main thread does.
+There are three cases:
+  * Outside the training loop there is nothing to save, so the first signal ends the process. If the main
+    thread is blocked in the compiler, or the exception is lost in a callback, a thread ends the process
+    GRACE_SECONDS later.
+  * In the loop the first signal is only recorded. The loop calls `Stop.poll` after every step. All processes
+    of a run get the same answer at the same step, so they save together.
+  * A second signal ends the process at once, whatever the main thread is doing.
 
-Install after `jax.distributed.initialize`, which puts a handler of its own on SIGTERM: it would win otherwise.
+Install after `jax.distributed.initialize`, which would otherwise replace the SIGTERM handler with its own.
 """
 
 import collections
@@ -33,17 +34,17 @@ GRACE_SECONDS = 5.0
 
 
 class Interrupted(BaseException):
-  """Ends a wait within the training loop; what was done before it can be saved."""
+  """Interrupts a wait in the training loop; the steps completed before it can still be saved."""
 
 
 class Signals:
-  """The signals this process got. Use as a context, in the main thread (elsewhere it handles nothing).
+  """The signals received by this process. Use as a context manager in the main thread; elsewhere it does nothing.
 
-  Ctrl-C stays ignored where whoever started the process wanted so (`nohup`, jobs in the background).
+  A signal that the process inherited as ignored stays ignored (`nohup`, background jobs).
 
   Attributes:
     received: number of the first signal, or None.
-    is_training: whether the loop runs, which saves before the process ends.
+    is_training: whether the training loop is running, which saves before the process ends.
   """
 
   def __init__(self):
@@ -80,7 +81,7 @@ class Signals:
 
   @contextlib.contextmanager
   def training(self) -> Iterator[None]:
-    """Within, a signal is noted for the loop to save; it ends nothing by itself."""
+    """Within this context a signal is only recorded; the loop saves and stops."""
     self.is_training = True
     try:
       yield
@@ -89,7 +90,7 @@ class Signals:
 
   @contextlib.contextmanager
   def interruptible(self) -> Iterator[None]:
-    """Within, a signal raises Interrupted, and so does one that came before."""
+    """Within this context a signal raises Interrupted, as does one received earlier."""
     self._raises = True
     try:
       if self.received is not None:
@@ -99,13 +100,13 @@ class Signals:
       self._raises = False
 
   def exit_code(self, number: int) -> int:
-    """The code to end with after saving. A process without others ends right here."""
+    """Returns the exit code to use after saving. A run with a single process ends in this call."""
     if not jax.distributed.is_initialized():  # else all processes must end together
       _leave(number)
     return 128 + number
 
   def _handle(self, number: int, _) -> None:
-    """Python calls it in the main thread, as soon as that runs Python."""
+    """Signal handler; Python calls it once the main thread runs Python code again."""
     first, self.received = self.received is None, self.received or number
     if not self.is_training:
       raise SystemExit(128 + number)
@@ -113,7 +114,7 @@ class Signals:
       raise Interrupted
 
   def _watch(self) -> None:
-    """Sees signals at once, even while the main thread is in compiled code."""
+    """Sees signals immediately, even while the main thread is in compiled code."""
     count = 0
     while True:
       # A process that has nothing to save must be gone soon.
@@ -162,12 +163,12 @@ class Stop:
 
   @property
   def signal(self) -> int | None:
-    """The signal that all processes agreed to stop for; None while there is none."""
+    """The signal for which all processes have agreed to stop, or None."""
     return self._agreed
 
   @property
   def save_wanted(self) -> bool:
-    """Whether all processes agreed that one of them wishes a checkpoint. True once: then it is made."""
+    """Whether a process has requested a checkpoint and all know of it. True once per request."""
     if self._is_alone:
       return self._wants_save()
     wanted, self._save_agreed = self._save_agreed, False
@@ -176,7 +177,7 @@ class Stop:
     return wanted
 
   def poll(self, step: int | None = None) -> int | None:
-    """`signal`, after another vote. Every process must call it equally often, with the same steps."""
+    """Votes, then returns `signal`. All processes must make the same calls with the same steps."""
     if self._is_alone:
       self._agreed = self._signals.received
     elif self._agreed is None:
@@ -190,7 +191,7 @@ class Stop:
     return self._agreed
 
   def settle(self) -> int | None:
-    """`signal`, after waiting for the votes of all processes as of now."""
+    """Returns `signal` after a blocking vote of all processes."""
     if self._is_alone:
       return self.poll()
     if self._agreed is None:
@@ -200,7 +201,7 @@ class Stop:
 
   @contextlib.contextmanager
   def interruptible(self) -> Iterator[None]:
-    """For waits in the loop: Interrupted ends them where a process may decide alone; `signal` is set then."""
+    """For waits in the loop: with a single process a signal raises Interrupted and sets `signal`."""
     if not self._is_alone:
       yield
       return
@@ -212,10 +213,10 @@ class Stop:
       raise
 
   def between(self, items: Iterable[Any]) -> Iterator[Any]:
-    """The items of a long piece of work that all processes do together; in the training loop polls before each.
+    """Yields the items of long work that all processes share; during training it polls before each item.
 
     Raises:
-      Interrupted: it is time to stop.
+      Interrupted: all processes have agreed to stop.
     """
     for item in items:
       if self._signals.is_training and self.poll() is not None:
@@ -228,13 +229,13 @@ class Stop:
 
 
 def _read(vote: jax.Array) -> tuple[int | None, bool]:
-  """(signal, wish) of a vote."""
+  """(signal or None, whether a save is requested) of a vote."""
   number, wish = jax.device_get(vote).tolist()
   return number or None, bool(wish)
 
 
 def _is_preempted(step: int) -> bool:
-  """Whether the cluster announced the end of a machine through JAX's own service, and this is the step to save."""
+  """Whether JAX's preemption service has announced a preemption and chosen this step to save at."""
   try:
     return multihost_utils.reached_preemption_sync_point(step)
   except RuntimeError:  # the service is switched off
@@ -242,11 +243,11 @@ def _is_preempted(step: int) -> bool:
 
 
 def _leave(number: int, flush: bool = True) -> NoReturn:
-  """Ends the process without the usual end of the interpreter, which waits for a thread that compiles and crashes.
+  """Ends the process without the interpreter's shutdown, which waits for a compiling thread and then crashes.
 
   Args:
-    number: of the signal.
-    flush: write what is printed; for the main thread, since another one might wait for its locks.
+    number: signal number; the exit code is 128 + number.
+    flush: flush stdout and stderr first. Only for the main thread: another thread could block on their locks.
   """
   if flush:
     sys.stdout.flush()
@@ -257,5 +258,5 @@ def _leave(number: int, flush: bool = True) -> NoReturn:
 
 
 def _say(text: str) -> None:
-  """To stderr without its lock, which the main thread may hold."""
+  """Writes to stderr without taking its lock, which the main thread may hold."""
   os.write(_STDERR, f'\n{text}\n'.encode())

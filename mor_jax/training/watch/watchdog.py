@@ -1,4 +1,4 @@
-"""Notices a training that hangs: shows where every thread is, and can end the process."""
+"""Detects a hung training run: dumps the stack of every thread and can end the process."""
 
 import contextlib
 import faulthandler
@@ -13,14 +13,15 @@ _STDERR = 2
 
 
 class Watchdog:
-  """Writes the Python stacks of all threads to stderr when `beat` is not called for `limit` seconds. A context.
+  """Dumps the Python stacks of all threads to stderr if `beat` is not called for `limit` seconds.
 
-  Works while the main thread waits in compiled code, for a device, another process or a disk.
+  Use as a context manager. It also works while the main thread is blocked in compiled code or waits for
+  a device, another process or a disk.
 
   Args:
-    limit: seconds; 0: never.
-    exits: end the process with EXIT_CODE then, at once and without cleaning up: what hangs would hang that too.
-      Otherwise it tells again after twice, three times the limit.
+    limit: seconds; 0: disabled.
+    exits: then end the process with EXIT_CODE, without cleaning up, since a clean-up could hang as well.
+      Otherwise report again after every further `limit` seconds.
   """
 
   def __init__(self, limit: float, exits: bool = False):
@@ -38,12 +39,12 @@ class Watchdog:
     self._ended.set()
 
   def beat(self, what: str) -> None:
-    """There was progress; `what` comes next."""
+    """Reports progress; `what` names the work that comes next."""
     self._last, self._told, self._what = time.monotonic(), 0, what
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """For work whose length nobody knows, such as compiling."""
+    """Suspends the limit during work of unknown length, such as compiling."""
     self._paused += 1
     try:
       yield
@@ -52,7 +53,7 @@ class Watchdog:
       self._last = time.monotonic()
 
   def over(self, items: Iterable[Any], what: str) -> Iterator[Any]:
-    """The items; each handled is progress, and the first, which may compile a program, is not limited."""
+    """Yields the items and counts each as progress. The first has no limit, as it may compile a program."""
     iterator = iter(items)
     with self.paused():
       yield from _first(iterator)
@@ -74,7 +75,7 @@ class Watchdog:
 
 
 def _first(iterator: Iterator[Any]) -> Iterator[Any]:
-  """The next item, if there is one."""
+  """Yields the next item, if there is one."""
   for item in iterator:
     yield item
     return
