@@ -18,7 +18,7 @@ def default() -> config_dict.ConfigDict:
 
 
 def resolve(settings: config_dict.ConfigDict | dict[str, Any]) -> Config:
-  """Returns the validated `Config` for a ConfigDict, or for the dict in a run's config.json.
+  """Returns the validated `Config` for a ConfigDict, or for the dict of `Config.to_dict`.
 
   Raises:
     ConfigError: unknown setting, wrong type, or a value that cannot work.

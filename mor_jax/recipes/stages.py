@@ -117,8 +117,9 @@ class Training:
       for program in phases.compile_remaining(
         run.config, self._optimizer, self._mesh, self._shapes, self._given.teacher, self.done
       ):
-        print_rows(run.console, summary.describe_program(*program))
-        run.ledger.note_memory(summary.device_bytes(program.step))
+        first, config, step, seconds, is_only = program
+        print_rows(run.console, summary.describe_program(config, first, step, seconds, is_only))
+        run.ledger.note_memory(summary.device_bytes(step))
         programs.append(program)
       theirs = pretrained.load_teacher(self._given.teacher, self._given.teacher_source, self._mesh)
     return phases.PhasedStep(programs, self.done, theirs)
