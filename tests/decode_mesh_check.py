@@ -90,7 +90,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     for name, place in PROGRAMS.items():
       stack.enter_context(mock.patch.object(*place, recorders[name]))
     results = scheduler.run(requests)
-  keys = scheduler._state.cache.last.keys
+  cache = scheduler._state.cache
+  keys = (cache.last if made.config.unique_ends else cache.block).keys
   return {
     'left': recorders['insert'].left_to_compiler() if mesh else [],
     'tokens': [result.tokens for result in results],
