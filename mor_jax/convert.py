@@ -82,9 +82,8 @@ def export(source: Path, output: Path, dtype: str | None = None) -> str:
 def renew(source: Path, output: Path) -> str:
   """A run of the former format as a run folder of today's; returns what it wrote."""
   run = stored.open_run(source, OLD_FORMAT)
-  stored.write_model(
-    output, run.run_config, _cast(OldWeights(run), FLAGS.dtype), run.tokenizer(), str(source)
-  )
+  weights, extras = _cast(OldWeights(run), FLAGS.dtype), (run.folder.calibrations,)
+  stored.write_model(output, run.run_config, weights, run.tokenizer(), str(source), run.step, extras)
   return (
     f'the model of step {run.step}, as a run folder of format {FORMAT} (without the state of the optimiser),'
   )

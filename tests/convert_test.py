@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import chex
 import entry_points
@@ -17,6 +18,7 @@ from mor_jax.config import Config, ConfigError, DataConfig, with_changes
 from mor_jax.data import tokenizer as tokenizer_lib
 from mor_jax.interop import huggingface, official, tensors
 from mor_jax.interop.weights import HeldWeights
+from mor_jax.reporting import runs
 from mor_jax.runs import stored
 from mor_jax.runs.restore import load_run
 from mor_jax.runs.run_folder import RunFolder
@@ -156,6 +158,8 @@ def test_a_converted_model_is_no_training_to_resume(tokenizer, tmp_path):
   stored.write_model(tmp_path / 'run', config, HeldWeights(model.config, variables), tokenizer, 'memory')
   with pytest.raises(ConfigError, match=r'holds a converted model, not a training; .*--init_from='):
     RunFolder(tmp_path / 'run').check(config)
+  with pytest.raises(ConfigError, match='holds a converted model, not a training: there are no curves'):
+    runs.read([str(tmp_path / 'run')])
 
 
 def as_format_1(folder: pathlib.Path, model, variables, tokenizer) -> None:
@@ -168,10 +172,12 @@ def as_format_1(folder: pathlib.Path, model, variables, tokenizer) -> None:
     )
   held = HeldWeights(model.config, {**variables, 'params': {**params, 'layers': block}})
   config = with_changes(Config(name='old', model=model.config), data={'tokenizer': 'bytes'})
-  stored.write_model(folder, config, held, tokenizer, 'a test')
+  stored.write_model(folder, config, held, tokenizer, 'a test', step=7)
+  (folder / 'calibrations.json').write_text('[]')
   path = folder / 'config.json'
   settings = json.loads(path.read_text())
   assert settings.pop('format') == 2
+  settings['checkpoint']['folder'] = str(folder / 'checkpoints')
   path.write_text(json.dumps(settings))
 
 
@@ -196,8 +202,10 @@ def test_a_run_of_the_former_format_is_refused_and_converted(
       use(old)
   run_convert(checkpoint=old, output=new)
   assert 'as a run folder of format 2 (without the state of the optimiser)' in capsys.readouterr().out
+  shutil.rmtree(old)
   run = load_run(new)
-  assert run.config.model == model.config
+  assert (run.config.model, run.step) == (model.config, 7)
+  assert run.folder.calibrations.exists()
   chex.assert_trees_all_equal(run.variables, variables)
 
 

@@ -113,6 +113,8 @@ def check_writable(output: Path) -> None:
 def _read(path: str, label: str) -> Run:
   folder = RunFolder(Path(path))
   config = folder.read_config()
+  if folder.is_converted:
+    raise ConfigError(f'{path} holds a converted model, not a training: there are no curves to show')
   records = metrics.read(folder.metrics)
   if not records:
     raise ConfigError(f'the run {path} has no metrics yet: {folder.metrics} is missing or empty')

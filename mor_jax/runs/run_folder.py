@@ -100,7 +100,7 @@ class RunFolder:
     unknown = [name for name in allowed if name not in settings()]
     if unknown:
       raise ConfigError(f'--allow_change={unknown[0]} is not a setting; write it as in --config.SECTION.NAME')
-    if not self._data.exists():
+    if self.is_converted:
       raise ConfigError(
         f'workdir={self.path} holds a converted model, not a training; choose another workdir, and train from the '
         f'model with --init_from={self.path}'
@@ -112,6 +112,11 @@ class RunFolder:
         f'workdir={self.path} holds a run with other settings: {"; ".join(changed.values())}; restore them to '
         f'resume it, choose another workdir, or go on with the new ones: --allow_change={",".join(changed)}'
       )
+
+  @property
+  def is_converted(self) -> bool:
+    """Whether it holds a converted model, so that nothing was trained here."""
+    return self._config.exists() and not self._data.exists()
 
   def with_vocabulary(self, config: Config) -> Config:
     """The config with the stored run's vocabulary size, if it does not specify one."""

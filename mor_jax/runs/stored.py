@@ -1,13 +1,13 @@
 """Reads and writes models on disk leaf by leaf: checkpoints of runs, and run folders of converted models.
 
-A converted model is a run folder with config.json, tokenizer.json and a checkpoint of step 0 with
-variables only. It can be evaluated, generate text and initialise training (`--init_from`), but it
-cannot be resumed.
+A converted model is a run folder with config.json, tokenizer.json and one checkpoint with variables only.
+It can be evaluated, generate text and initialise training (`--init_from`), but it cannot be resumed.
 """
 
 import dataclasses
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
 from mor_jax.checkpoints import integrity
-from mor_jax.config import Config, ConfigError, ModelConfig
+from mor_jax.config import Config, ConfigError, ModelConfig, with_changes
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.files import new_folder
 from mor_jax.runs.run_folder import FORMAT, RunFolder, describe_checkpoints
@@ -91,21 +91,30 @@ def open_run(path: str | os.PathLike, of_format: int = FORMAT) -> StoredWeights:
 
 
 def write_model(
-  path: str | os.PathLike, config: Config, weights: Any, tokenizer: Tokenizer, origin: str
+  path: str | os.PathLike,
+  config: Config,
+  weights: Any,
+  tokenizer: Tokenizer,
+  origin: str,
+  step: int = 0,
+  extras: Sequence[Path] = (),
 ) -> None:
   """Makes a run folder of a converted model, which gets its name last; nothing stays of an unfinished one.
 
   Args:
-    config: the run's settings, for config.json.
+    config: the run's settings, for config.json; its checkpoint lies in the folder, wherever they lay before.
     weights: `interop.weights.Weights`: its leaves are read and written one at a time, in their dtype.
     origin: what was converted, for the checkpoint's manifest.
+    step: after which the weights were stored.
+    extras: more files to copy into the folder; those that do not exist are left out.
 
   Raises:
     ConfigError: the folder exists, or the weights turn out to be faulty.
   """
   with new_folder(Path(path)) as partial:
     folder = RunFolder(partial)
-    checkpoint = epath.Path(folder.checkpoint_folder(Config())).absolute() / '0'
+    config = with_changes(config, checkpoint={'folder': None})
+    checkpoint = epath.Path(folder.checkpoint_folder(config)).absolute() / str(step)
     for name, leaf in weights.leaves():
       ocp.partial.save(checkpoint, traverse_util.unflatten_dict({tuple(name.split('/')): leaf}))
     ocp.partial.finalize(checkpoint)
@@ -113,7 +122,12 @@ def write_model(
     tokenizer.save(checkpoint / folder.tokenizer.name)
     integrity.write_share(checkpoint, 0, {'position': None})
     about = describe_checkpoints(config, tokenizer.digest)
-    integrity.publish(checkpoint, 1, {'step': 0, 'validation_loss': None, 'converted_from': origin, **about})
+    integrity.publish(
+      checkpoint, 1, {'step': step, 'validation_loss': None, 'converted_from': origin, **about}
+    )
+    for extra in extras:
+      if extra.exists():
+        shutil.copyfile(extra, partial / extra.name)
     folder.write_config(config)
 
 
