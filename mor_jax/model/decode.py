@@ -13,7 +13,7 @@ import numpy as np
 from flax import struct
 
 from mor_jax.config import ModelConfig
-from mor_jax.model import cached_attention, sharing
+from mor_jax.model import cached_attention, relaxation, sharing
 from mor_jax.model.cache import Layout, Pool, num_steps
 from mor_jax.model.cached_attention import View
 from mor_jax.model.layers import DecoderLayer, PerLayer, RMSNorm
@@ -178,7 +178,8 @@ def apply_block(
   """
   config, own = cached.config, dict(params.own)
   if 'encoding' in own:
-    x_BCD += own.pop('encoding')['embedding'][lanes.steps_B][:, None].astype(x_BCD.dtype)
+    encoding_BCD = own.pop('encoding')['embedding'][lanes.steps_B][:, None]
+    x_BCD = relaxation.encode(x_BCD, {'encoding': {'embedding': encoding_BCD}})
   turns = rotation(config, lanes.positions_BC)
   memory = SlotCache(
     lanes.view, lanes.entries_BC, cached_attention.largest_region(cached.layout), cached.read

@@ -124,10 +124,10 @@ def relax(config: ModelConfig, block: dict, step: dict) -> dict:
 
 
 def encode(x: jax.Array, step: dict) -> jax.Array:
-  """The block's input: the residual stream plus the step's encoding."""
+  """The block's input: the residual stream plus the step's encoding, added (and its gradient summed) in float32."""
   if 'encoding' not in step:
     return x
-  return x + step['encoding']['embedding'].astype(x.dtype)
+  return (x.astype(jnp.float32) + step['encoding']['embedding']).astype(x.dtype)
 
 
 def low_rank(residual_IO: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:

@@ -33,7 +33,9 @@ class RouterHead(nn.Module):
 
   def _dense(self, name: str, features: int, names: tuple[str, str]) -> nn.Dense:
     init = nn.with_logical_partitioning(nn.initializers.normal(self.config.init_std), names)
-    return nn.Dense(features, use_bias=False, kernel_init=init, name=name)
+    # By default, TPUs and some GPUs round float32 operands of a product.
+    highest = jax.lax.Precision.HIGHEST
+    return nn.Dense(features, use_bias=False, kernel_init=init, precision=highest, name=name)
 
 
 def stacked_heads(config: ModelConfig) -> nn.Module:

@@ -118,12 +118,16 @@ class Transformer(nn.Module):
     return output.hidden, self.head_kernel(), output.routing
 
   def embedded(self, tokens_BT: jax.Array) -> jax.Array:
-    """The residual stream (B, T, D) at its beginning."""
-    embedding_VD = self.embed.embedding.astype(jnp.dtype(self.config.dtype))
-    embedding_VD = axes.gather_parameter(embedding_VD, ('vocab', 'embed'))
+    """The residual stream (B, T, D) at its beginning.
+
+    Rounded to the model's dtype after the lookup: the gradient of a frequent token has thousands of terms, which
+    would stop counting if they were added up in bfloat16.
+    """
+    dtype = jnp.dtype(self.config.dtype)
+    embedding_VD = axes.gather_parameter(self.embed.embedding, ('vocab', 'embed'), dtype)
 
     def look_up(embedding_VD, tokens_BT):
-      return jnp.take(embedding_VD, tokens_BT, axis=0)
+      return jnp.take(embedding_VD, tokens_BT, axis=0).astype(dtype)
 
     x_BTD = axes.per_shard(look_up, [(), ('batch',)], ('batch',))(embedding_VD, tokens_BT)
     return axes.constrain(x_BTD, 'batch', 'length', 'width')
