@@ -230,7 +230,10 @@ def test_another_model_is_refused(config, finished):
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'model': {'vocab_size': 100}}, 'model.vocab_size=100 is smaller than the 257 entries'),
+    (
+      {'model': {'vocab_size': 100}},
+      'model.vocab_size=100 is too small for the tokenizer, whose largest id is 256',
+    ),
     ({'data': {'seq_len': 10**8}}, 'data.seq_len=100000000'),
   ],
 )

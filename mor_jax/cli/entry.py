@@ -114,10 +114,10 @@ def use_compilation_cache(config: Config) -> None:
   """Compiled programs are kept in the cache folder of the datasets, so that a restart begins at once."""
   import jax  # not needed by those who only read flags
 
-  from mor_jax.data import dataset
+  from mor_jax.data import cache
 
   if jax.config.jax_compilation_cache_dir is None:
-    jax.config.update('jax_compilation_cache_dir', str(dataset.cache_dir(config.data) / 'xla'))
+    jax.config.update('jax_compilation_cache_dir', str(cache.cache_dir(config.data) / 'xla'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)  # small programs add up
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from mor_jax.config import ConfigError, DataConfig
+from mor_jax.data.cache import cache_dir
 from mor_jax.data.document import Document, Source, Unreadable, uniform_hash
 from mor_jax.data.embedded import EmbeddedCorpus
 from mor_jax.data.files import Files
@@ -52,7 +53,7 @@ def _open_single(spec: str, data: DataConfig) -> Source:
   if kind == 'tfds' and rest:
     return TfdsSource(rest)
   if kind == 'hf' and rest:
-    return HuggingFaceSource(rest, data.text_key)
+    return HuggingFaceSource(rest, data.text_key, cache_dir(data) / 'revisions')
   raise ConfigError(
     f'data.source={spec!r} is not one of embedded, files:PATTERN, tfds:NAME/SPLIT/KEY, '
     f'hf:DATASET:CONFIG, or several as 0.7*SOURCE;0.3*SOURCE'

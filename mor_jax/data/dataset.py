@@ -17,13 +17,15 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from mor_jax.config import ConfigError, DataConfig
 from mor_jax.data import corpus, pipeline, shards
 from mor_jax.data import tokenizer as tokenizers
+from mor_jax.data.cache import cache_dir
 from mor_jax.files import write_atomically
 
-FORMAT_VERSION = 2  # raise it when the same settings would give another folder content
+FORMAT_VERSION = 3  # raise it when the same settings would give another folder content
 PREPARED = 'prepared:'  # data.source=prepared:FOLDER
 
 _MANIFEST, _TOKENIZER = 'manifest.json', 'tokenizer.json'
@@ -100,7 +102,7 @@ def dataset_folder(data: DataConfig) -> pathlib.Path:
     'max_documents': data.max_documents,
     'drop_duplicates': data.drop_duplicates,
     'validation_fraction': data.validation_fraction,
-    'tokenizer': tokenizer,
+    'tokenizer': tokenizers.content_of(tokenizer),
     'separator': data.separator,
     'packing': data.packing,
     'seq_len': data.seq_len,
@@ -108,13 +110,6 @@ def dataset_folder(data: DataConfig) -> pathlib.Path:
   digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:10]
   words = [re.sub(r'[^A-Za-z0-9]+', '_', word).strip('_')[:40] for word in (data.source, tokenizer)]
   return cache_dir(data) / 'datasets' / f'{"-".join(words)}-seq{data.seq_len}-{digest}'
-
-
-def cache_dir(data: DataConfig) -> pathlib.Path:
-  """The folder for files that can be rebuilt."""
-  if data.cache_dir:
-    return pathlib.Path(data.cache_dir).expanduser()
-  return pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'mor_jax'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,11 +164,16 @@ def prepare(
 
 def _check_settings(manifest: Manifest, data: DataConfig) -> None:
   """Raises ConfigError unless the dataset matches these settings."""
-  wanted = {'seq_len': data.seq_len, 'tokenizer': tokenizers.fingerprint(data), 'separator': data.separator}
+  wanted: dict[str, Any] = {
+    'seq_len': data.seq_len,
+    'tokenizer': tokenizers.fingerprint(data),
+    'separator': data.separator,
+  }
   for name, value in wanted.items():
-    if getattr(manifest, name) != value:
+    found = getattr(manifest, name)
+    if found != value and not (name == 'tokenizer' and tokenizers.same_content(found, value)):
       raise ConfigError(
-        f'data.source={data.source} was prepared with {name}={getattr(manifest, name)}, and data.{name} asks '
+        f'data.source={data.source} was prepared with {name}={found}, and data.{name} asks '
         f'for {value}; change data.{name}, or prepare the documents again'
       )
 
@@ -197,6 +197,8 @@ def open_dataset(folder: str | os.PathLike) -> PreparedDataset:
     tokenizer = tokenizers.Tokenizer.load(folder / _TOKENIZER, manifest.separator)
     if tokenizer.digest != manifest.tokenizer_digest:
       raise ValueError(f'{_TOKENIZER} is not the one that the rows were made with')
+    if tokenizer.vocab_size != manifest.vocab_size:
+      raise ValueError('its vocabulary has holes, and rows of an earlier version lack ids above its size')
   except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
     raise ConfigError(
       f'the prepared dataset {folder} is damaged or of another version ({error}); '
@@ -249,7 +251,7 @@ def _write_dataset(
 ) -> None:
   start = time.perf_counter()
   tokenizer = _tokenizer(data, folder / _TOKENIZER)
-  report(f'tokenizer: {data.tokenizer}, {tokenizer.vocab_size} entries ({time.perf_counter() - start:.1f} s)')
+  report(f'tokenizer: {data.tokenizer}, {tokenizer.entries} entries ({time.perf_counter() - start:.1f} s)')
 
   start = time.perf_counter()
   reading = corpus.Reading(data)

@@ -6,7 +6,6 @@ line, .parquet one per row. All but .parquet may be compressed as .gz or .zst.
 
 import glob
 import gzip
-import hashlib
 import io
 import json
 import os
@@ -18,6 +17,7 @@ from typing import BinaryIO
 from etils import epath
 
 from mor_jax.config import ConfigError
+from mor_jax.data import identity
 from mor_jax.data.document import Document, Unreadable
 
 LONGEST_DOCUMENT = 2**24  # bytes; a longer text file is cut into documents at line ends
@@ -46,9 +46,8 @@ class Files:
     self.total_bytes, self.bytes_read = sum(self._sizes), 0
 
   def fingerprint(self) -> str:
-    """A digest of the names, sizes and modification times."""
-    stats = [(path.name, stat.length, int(stat.mtime)) for path in self._paths if (stat := path.stat())]
-    return f'files-{hashlib.sha256(repr((stats, self._text_key)).encode()).hexdigest()[:16]}'
+    """A digest of the files (`identity.digest_of`) and the key."""
+    return f'files-{identity.digest_of(self._paths, self._text_key)}'
 
   def records(self) -> Iterator[Document | Unreadable]:
     """Yields the documents of all files.

@@ -1,8 +1,9 @@
 """Documents from dataset libraries: TFDS (without TensorFlow) and streamed Hugging Face `datasets`."""
 
-import hashlib
+import functools
 import importlib.util
 import os
+import pathlib
 import threading
 import time
 import urllib.error
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mor_jax.config import ConfigError
-from mor_jax.data import foreign
+from mor_jax.data import foreign, identity, revisions
 from mor_jax.data.document import Document, Unreadable
 
 PATIENCE = 15  # seconds after which the network counts as missing
@@ -47,10 +48,11 @@ class TfdsSource:
       )
 
   def fingerprint(self) -> str:
-    """The spec and, for a folder, when it was prepared."""
-    info = os.path.join(os.path.expanduser(self._name), 'dataset_info.json')
-    written = int(os.stat(info).st_mtime) if os.path.exists(info) else 0
-    return f'tfds-{hashlib.sha256(f"{self._spec}:{written}".encode()).hexdigest()[:16]}'
+    """The spec and, for a folder, its files."""
+    folder = os.path.expanduser(self._name)
+    if os.path.isdir(folder):
+      return f'tfds-{identity.digest_of_folder(folder, self._split, self._key)}'
+    return f'tfds-{identity.digest_of((), self._spec)}'
 
   def records(self) -> Iterator[Document | Unreadable]:
     """Yields the documents of the split. Prepares the dataset first if that needs no TensorFlow."""
@@ -127,22 +129,32 @@ def _registered_builder(name: str) -> Any:
 
 
 class HuggingFaceSource:
-  """A streamed dataset of the Hugging Face Hub or of a local folder: `DATASET[:CONFIG[:SPLIT]]`."""
+  """A streamed dataset of the Hugging Face Hub or of a local folder: `DATASET[@REVISION][:CONFIG[:SPLIT]]`."""
 
   total_bytes: int | None = None
   bytes_read = 0
 
-  def __init__(self, spec: str, text_key: str):
-    """Raises ConfigError if `spec` isn't of that form."""
-    self._spec, self._text_key = spec, text_key
+  def __init__(self, spec: str, text_key: str, notes: pathlib.Path):
+    """Raises ConfigError if `spec` isn't of that form; see `revisions.current` for `notes`."""
+    self._spec, self._text_key, self._notes = spec, text_key, notes
     name, config, split, *more = [*spec.split(':'), '', ''][: max(3, spec.count(':') + 1)]
     if not name or more:
-      raise ConfigError(f'data.source=hf:{spec} must have the form hf:DATASET[:CONFIG[:SPLIT]]')
+      raise ConfigError(f'data.source=hf:{spec} must have the form hf:DATASET[@REVISION][:CONFIG[:SPLIT]]')
     self._name, self._config, self._split = os.path.expanduser(name), config or None, split or 'train'
+    self._pinned = None
+    if not os.path.isdir(self._name):
+      self._name, _, self._pinned = self._name.partition('@')
+
+  @functools.cached_property
+  def _revision(self) -> str | None:
+    """The commit that is read: the one that the spec names, or today's newest."""
+    return self._pinned or revisions.current(self._name, self._notes)
 
   def fingerprint(self) -> str:
-    """The spec and the key."""
-    return f'hf-{hashlib.sha256(f"{self._spec}:{self._text_key}".encode()).hexdigest()[:16]}'
+    """The spec and the key; of a local folder its files, of a dataset of the Hub its revision."""
+    if os.path.isdir(self._name):
+      return f'hf-{identity.digest_of_folder(self._name, self._config, self._split, self._text_key)}'
+    return f'hf-{identity.digest_of((), self._spec, self._text_key, self._revision)}'
 
   def records(self) -> Iterator[Document | Unreadable]:
     """Yields the documents of the stream."""
@@ -181,7 +193,9 @@ class HuggingFaceSource:
         raise ConfigError(f'{flag} needs the network, and HF_HUB_OFFLINE is set; {OFFLINE_REMEDY}')
       require_network(huggingface_hub.constants.ENDPOINT, flag)
     try:
-      return datasets.load_dataset(self._name, self._config, split=self._split, streaming=True)
+      revision = None if os.path.isdir(self._name) else self._revision
+      settings = {'split': self._split, 'streaming': True, 'revision': revision}
+      return datasets.load_dataset(self._name, self._config, **settings)
     except Exception as error:  # not found, gated, wrong config or split: the library's text says which
       raise ConfigError(f'{flag} cannot be opened ({type(error).__name__}: {error})') from error
 

@@ -27,7 +27,7 @@ def show(console: Console, dataset: PreparedDataset, split: str, num_rows: int) 
   table = Table(show_header=False, box=None)
   for name, value in {
     'source': manifest.source,
-    'tokenizer': f'{manifest.tokenizer}, {manifest.vocab_size:,} entries',
+    'tokenizer': f'{manifest.tokenizer}, {dataset.tokenizer.entries:,} entries',
     'rows': f'{counts.rows:,} of {manifest.seq_len} tokens, packing {manifest.packing}, {padding:.2%} padding',
     'documents': f'{counts.documents:,}, {counts.cut:,} longer than a row',
     'text': f'{counts.bytes / 1e6:,.1f} MB, {counts.tokens:,} tokens, {1 / counts.bytes_per_token:.3f} tokens per byte',

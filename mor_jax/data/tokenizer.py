@@ -31,7 +31,13 @@ class Tokenizer:
   """A vocabulary with a token that separates documents, called end of text regardless of its name."""
 
   def __init__(self, backend: tokenizers.Tokenizer, separator: str = END_OF_TEXT):
-    """Wraps `backend`, whose vocabulary must have the token `separator`."""
+    """Wraps `backend`, whose vocabulary must have the token `separator` and which must not draw its tokens."""
+    dropout = getattr(backend.model, 'dropout', None)
+    if dropout:
+      raise ValueError(
+        f'the tokenizer has dropout {dropout:g}, so that a text would have other tokens each time it is read; '
+        f'set "dropout" to null in its tokenizer.json'
+      )
     end_of_text = backend.token_to_id(separator)
     if end_of_text is None:
       raise ValueError(f'the tokenizer has no token {separator}, which separates documents (data.separator)')
@@ -45,13 +51,13 @@ class Tokenizer:
 
   @property
   def vocab_size(self) -> int:
-    """Vocabulary size, including end of text."""
-    return self._backend.get_vocab_size()
+    """Largest token id + 1: the embeddings that a model needs, more than there are entries if ids have gaps."""
+    return max(self._backend.get_vocab().values()) + 1
 
   @property
-  def largest_id(self) -> int:
-    """The largest token id; above `vocab_size - 1` if the vocabulary has gaps."""
-    return max(self._backend.get_vocab().values())
+  def entries(self) -> int:
+    """Number of tokens, including end of text."""
+    return self._backend.get_vocab_size()
 
   @property
   def digest(self) -> str:
@@ -121,6 +127,16 @@ def fingerprint(data: DataConfig) -> str:
     return f'bpe{data.vocab_size}'
   content = existing_file(data).read_bytes()
   return f'{_name(data.tokenizer)}-{hashlib.sha256(content).hexdigest()[:16]}'
+
+
+def content_of(fingerprint: str) -> str:
+  """The part of a fingerprint that its tokenizer's content decides; the rest is the name of its folder."""
+  return fingerprint.rpartition('-')[2]
+
+
+def same_content(fingerprint: str, other: str) -> bool:
+  """Whether two fingerprints are of equal tokenizers, wherever they lie."""
+  return content_of(fingerprint) == content_of(other)
 
 
 def existing_file(data: DataConfig) -> pathlib.Path:

@@ -193,8 +193,8 @@ def read_tokenizer(settings: ModelConfig, folder: Path, config: Mapping[str, Any
 
 def check_vocabulary(tokenizer: Tokenizer, settings: ModelConfig, path: Path) -> None:
   """Raises ConfigError if the tokenizer has ids that the model has no embedding for."""
-  if tokenizer.largest_id >= settings.vocab_size:
+  if tokenizer.vocab_size > settings.vocab_size:
     raise ConfigError(
-      f'{path} has {tokenizer.vocab_size} entries with ids up to {tokenizer.largest_id}, the model only '
+      f'{path} has {tokenizer.entries} entries with ids up to {tokenizer.vocab_size - 1}, the model only '
       f'{settings.vocab_size} embeddings: they do not belong together'
     )

@@ -58,7 +58,7 @@ def _with_vocabulary(config: Config, tokenizer_size: int) -> Config:
   size = config.model.vocab_size or tokenizer_size
   if size < tokenizer_size:
     raise ConfigError(
-      f'model.vocab_size={size} is smaller than the {tokenizer_size} entries of the tokenizer; '
+      f'model.vocab_size={size} is too small for the tokenizer, whose largest id is {tokenizer_size - 1}; '
       f'leave it unset or set it to at least {tokenizer_size}'
     )
   return with_changes(config, model={'vocab_size': size})

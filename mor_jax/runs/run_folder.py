@@ -16,6 +16,7 @@ from etils import epath
 from mor_jax.checkpoints.checkpoint import Checkpoints, ever_finished
 from mor_jax.checkpoints.mirror import DIRECT, Mirror, check_folder, scheme
 from mor_jax.config import Config, ConfigError, resolve, settings, with_changes
+from mor_jax.data import tokenizer as tokenizers
 from mor_jax.data.loader import Dataset
 from mor_jax.files import write_atomically
 
@@ -105,13 +106,24 @@ class RunFolder:
         f'workdir={self.path} holds a converted model, not a training; choose another workdir, and train from the '
         f'model with --init_from={self.path}'
       )
-    differences = _differences(self.read_config().to_dict(), config.to_dict())
+    differences = _differences(self.read_config().to_dict(), self._with_its_tokenizer(config).to_dict())
     changed = {name: text for name, text in differences if name not in allowed}
     if changed:
       raise ConfigError(
         f'workdir={self.path} holds a run with other settings: {"; ".join(changed.values())}; restore them to '
         f'resume it, choose another workdir, or go on with the new ones: --allow_change={",".join(changed)}'
       )
+
+  def _with_its_tokenizer(self, config: Config) -> Config:
+    """The config with the run's own name for the tokenizer, if both names are of equal ones."""
+    theirs = self.read_config().data.tokenizer
+    if config.data.tokenizer == theirs or config.data.tokenizer in (*tokenizers.MADE_HERE, 'source'):
+      return config
+    try:
+      same = tokenizers.build(config.data).digest == self.read_data()['tokenizer_digest']
+    except ConfigError:
+      return config
+    return with_changes(config, data={'tokenizer': theirs}) if same else config
 
   @property
   def is_converted(self) -> bool:
@@ -217,7 +229,7 @@ class RunFolder:
           f'entries, that of data.tokenizer={manifest.tokenizer} has {manifest.vocab_size} and differs; '
           f'restore data.tokenizer ({self.tokenizer} is the one it had), or choose another workdir'
         )
-      if self._data.read_text() != data:
+      if _content(stored) != _content(json.loads(data)):
         raise ConfigError(
           f'workdir={self.path} holds a run on other data ({self._data.name} differs: the corpus has changed; '
           f"the embedded one is the running Python's); choose another workdir"
@@ -257,6 +269,13 @@ def code_version() -> str:
     with contextlib.suppress(metadata.PackageNotFoundError):
       return metadata.version('mor_jax')
   return 'unknown'
+
+
+def _content(data: dict[str, Any]) -> dict[str, Any]:
+  """Of a description of data what says which rows they are; the rest says what files are called."""
+  return {
+    name: value for name, value in data.items() if name not in ('format_version', 'source', 'tokenizer')
+  }
 
 
 def _to_json(value: Any) -> str:
