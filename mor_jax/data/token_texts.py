@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.data.tokenizer import REPLACEMENT, Tokenizer
 
 
 def token_texts(tokenizer: Tokenizer, tokens_T: np.ndarray) -> list[str]:
@@ -10,16 +10,13 @@ def token_texts(tokenizer: Tokenizer, tokens_T: np.ndarray) -> list[str]:
 
   A character spread over several tokens goes to the last of them, the others have ''.
   """
-  texts, pending = [], []
-  for token in tokens_T.tolist():
-    pending.append(token)
-    text = tokenizer.decode(pending)
+  tokens, texts, told = tokens_T.tolist(), [], 0
+  for end in range(1, len(tokens) + 1):
+    text = tokenizer.continuation(tokens[told:end], before=tokens[:told])
     # U+FFFD may be the beginning of a character: at most 4 bytes, hence 4 tokens, long.
-    if text.endswith('�') and len(pending) < 4:
+    if text.endswith(REPLACEMENT) and end - told < 4 and end < len(tokens):
       texts.append('')
       continue
     texts.append(text)
-    pending = []
-  if pending:
-    texts[-1] = tokenizer.decode(pending)
+    told = end
   return texts

@@ -4,6 +4,7 @@ The two kinds built here are byte-level: they encode every text, and decoding re
 """
 
 import hashlib
+import itertools
 import os
 import pathlib
 import re
@@ -23,6 +24,9 @@ TRAINING_BYTES_PER_ENTRY = (
 )
 
 MADE_HERE = ('bpe', 'bytes')
+
+CONTEXT = 8  # tokens before a text that may change how it is written: its first space, a character begun
+REPLACEMENT = '\ufffd'  # stands for bytes that do not make a character
 
 _HUB_NAME = re.compile(r'[\w.-]+/[\w.-]+')
 
@@ -79,6 +83,19 @@ class Tokenizer:
   def decode(self, ids: Sequence[int]) -> str:
     """The text of token ids. Special tokens are left out; bytes that are not UTF-8 become U+FFFD."""
     return self._backend.decode(list(ids))
+
+  def continuation(self, ids: Sequence[int], before: Sequence[int]) -> str:
+    """The text that token ids add to that of the ids before them.
+
+    Not the text of `ids` alone: SentencePiece drops the space before the first word of what it decodes, and a
+    character that `before` began may end here.
+    """
+    start = max(len(before) - CONTEXT, 0)
+    while start and self.decode(before[start:]).startswith(REPLACEMENT):
+      start -= 1  # within a character, which would spoil those after it
+    told, whole = self.decode(before[start:]), self.decode([*before[start:], *ids])
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(told, whole, strict=False))
+    return whole[sum(1 for _ in shared) :]
 
   def save(self, path: str | os.PathLike) -> None:
     """Writes a tokenizer.json, which the `tokenizers` and `transformers` libraries can also read."""

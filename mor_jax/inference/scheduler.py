@@ -229,15 +229,16 @@ class Scheduler:
 
   def _update_text(self, result: Result) -> bool:
     """Decodes the tokens; if the text contains a stop string, truncates it there and returns True."""
-    text = self._tokenizer.decode(result.tokens)
+    prompt = result.request.prompt
+    text = self._tokenizer.continuation(result.tokens, before=prompt)
     places = [text.find(stop) for stop in result.request.stop_strings]
     found = min((place for place in places if place >= 0), default=None)
     result.text = text if found is None else text[:found]
     if found is None:
       return False
-    while result.tokens and len(self._tokenizer.decode(result.tokens[:-1])) >= found:
+    while result.tokens and len(self._tokenizer.continuation(result.tokens[:-1], before=prompt)) >= found:
       result.tokens.pop()  # tokens after those that the text needs
-    del result.depths[len(result.request.prompt) + len(result.tokens) :]
+    del result.depths[len(prompt) + len(result.tokens) :]
     return True
 
   def _free(self, slot: int) -> None:

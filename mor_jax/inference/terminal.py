@@ -6,13 +6,12 @@ from rich.text import Text
 
 from mor_jax.config import ModelConfig
 from mor_jax.data.token_texts import token_texts
-from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.data.tokenizer import REPLACEMENT, Tokenizer
 from mor_jax.inference.requests import Result
 from mor_jax.inference.scheduler import Statistics
 
 # From few recursions to many; tokens that took none come first.
 COLOURS = ('bright_black', 'cyan', 'green', 'yellow', 'red', 'magenta', 'bright_blue', 'white')
-REPLACEMENT = '�'  # stands for bytes that do not make a character yet
 
 
 class Writer:
