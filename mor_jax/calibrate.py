@@ -41,7 +41,7 @@ def main() -> None:
   mesh = mesh_lib.make_mesh()
 
   rows_at_once = 8 * len(jax.devices())
-  first = schedule.of(run.config.train).rows_before(run.step) // rows_at_once  # rows not trained on yet
+  first = run.rows_read // rows_at_once  # rows not trained on yet
   batches = loader.train_batches(dataset, run.config.data, schedule.constant(rows_at_once), start_step=first)
   batches = calibration_lib.take(batches, FLAGS.rows)
   thresholds, rows = calibration_lib.calibrate(wanted, run.variables, batches, mesh)

@@ -32,10 +32,9 @@ from mor_jax.interop import folders, huggingface, official, sources
 from mor_jax.interop.old_format import OldWeights
 from mor_jax.interop.weights import Weights
 from mor_jax.runs import stored
-from mor_jax.runs.run_folder import FORMAT, RunFolder
+from mor_jax.runs.run_folder import FORMAT, OLDEST_FORMAT, RunFolder
 
 FLAGS = flags.FLAGS
-OLD_FORMAT = 1
 
 
 def define_flags() -> None:
@@ -61,7 +60,7 @@ def main() -> None:
   if not source.exists():
     raise ConfigError(f'--checkpoint={source} does not exist')
   if sources.is_run(source):
-    is_old = RunFolder(source).read_format() == OLD_FORMAT
+    is_old = RunFolder(source).read_format() == OLDEST_FORMAT
     what = renew(source, output) if is_old else export(source, output, FLAGS.dtype)
   else:
     what = bring_in(source, output)
@@ -81,7 +80,7 @@ def export(source: Path, output: Path, dtype: str | None = None) -> str:
 
 def renew(source: Path, output: Path) -> str:
   """A run of the former format as a run folder of today's; returns what it wrote."""
-  run = stored.open_run(source, OLD_FORMAT)
+  run = stored.open_run(source, OLDEST_FORMAT)
   weights, extras = _cast(OldWeights(run), FLAGS.dtype), (run.folder.calibrations,)
   stored.write_model(output, run.run_config, weights, run.tokenizer(), str(source), run.step, extras)
   return (

@@ -15,6 +15,19 @@ def write_atomically(path: Path, text: str) -> None:
   partial.replace(path)
 
 
+@contextlib.contextmanager
+def made_for_now(folder: Path) -> Iterator[None]:
+  """The folder exists inside; afterwards it and the parents made for it are gone again if nothing is in them."""
+  missing = [path for path in (folder, *folder.parents) if not path.exists()]
+  folder.mkdir(parents=True, exist_ok=True)
+  try:
+    yield
+  finally:
+    for path in missing:
+      with contextlib.suppress(OSError):
+        path.rmdir()
+
+
 def require_new(folder: Path) -> None:
   """Raises ConfigError if there is something at the path of a folder to be written."""
   if folder.exists():

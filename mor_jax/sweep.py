@@ -44,6 +44,12 @@ def define_flags() -> None:
     ['shell', 'slurm', 'results'],
     'do not train, but write: shell, sweep.sh; slurm, sweep.sbatch; results, table and report',
   )
+  flags.DEFINE_list(
+    'allow_change',
+    [],
+    'settings in which runs may go on differently although they decide what is trained; train.steps lets '
+    'finished runs train on',
+  )
   flags.DEFINE_integer('report_tokens', 4096, 'validation tokens whose depths the report looks at; 0: none')
 
 
@@ -53,7 +59,7 @@ def main(_: Config, workdir: str | None) -> int:
   Returns the exit code: 0, or 1 if a run failed, or 128 and the number of the signal that ended it.
   """
   _check_flags()
-  plan = plan_lib.read(FLAGS.config, cli.overrides(), FLAGS.sweep, workdir)
+  plan = plan_lib.read(FLAGS.config, cli.overrides(), FLAGS.sweep, workdir, FLAGS.allow_change)
   console = Console()
   status = runner.read_status(plan)
   _describe(console, plan, status)

@@ -55,27 +55,27 @@ def main(
     RunError: the training cannot go on.
   """
   with Signals() as signals:
-    # ---- settings, folder, data ----
+    # ---- settings, folder ----
     run = stages.open_run(config, workdir, allow_change, profile)
     if stages.show_earlier_result(run):
       return 0
-    run, inputs = stages.open_inputs(run)
+    with stages.alone(run):
+      # ---- data, model and step, state, loop ----
+      run, inputs = stages.open_inputs(run)
+      watchdog = Watchdog(config.train.hang_seconds, config.train.exit_on_hang)
+      cli.use_compilation_cache(run.config)
+      with run.folder.checkpoints(run.config, inputs.dataset, run.report) as checkpoints:
+        training = stages.Training(run, inputs, checkpoints)
+        train_step = training.compile_step()
+        state = training.first_state()
+        state, last, stopped = training.train(train_step, state, signals, watchdog)
 
-    # ---- model and step, state, loop ----
-    watchdog = Watchdog(config.train.hang_seconds, config.train.exit_on_hang)
-    cli.use_compilation_cache(run.config)
-    with run.folder.checkpoints(run.config, inputs.dataset, run.report) as checkpoints:
-      training = stages.Training(run, inputs, checkpoints)
-      train_step = training.compile_step()
-      state = training.first_state()
-      state, last, stopped = training.train(train_step, state, signals, watchdog)
-
-    # ---- result ----
-    if stopped:
-      stages.say_stopped(run, checkpoints, stopped)
-      return signals.exit_code(stopped)
-    stages.write_result(run, inputs, state, last)
-    return 0
+      # ---- result ----
+      if stopped:
+        stages.say_stopped(run, checkpoints, stopped)
+        return signals.exit_code(stopped)
+      stages.write_result(run, inputs, state, last, training.order)
+      return 0
 
 
 if __name__ == '__main__':

@@ -64,6 +64,8 @@ def test_the_same_run_may_go_on(folder):
   )
   folder.check(changed)
   folder.create(changed, _dataset(folder.path))
+  assert json.loads((folder.path / 'config.json').read_text())['train']['log_every'] == 10
+  folder.go_on(changed)
   assert json.loads((folder.path / 'config.json').read_text())['train']['log_every'] == 3
 
 

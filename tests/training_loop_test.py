@@ -15,6 +15,7 @@ import tiny_run
 from rich.console import Console
 
 from mor_jax.config import Config, ConfigError, with_changes
+from mor_jax.data import schedule
 from mor_jax.runs.metrics import MetricsLog, read
 from mor_jax.runs.progress import Progress
 from mor_jax.training import loop
@@ -39,7 +40,7 @@ class Checkpoints:
   def __init__(self, metrics):
     self.saved, self._metrics = {}, metrics
 
-  def save(self, step, state, validation_loss=None, position=None):
+  def save(self, step, state, validation_loss=None, position=None, rows_read=None):
     assert int(jax.device_get(state.step)) == step
     self.saved[step] = read(self._metrics)
 
@@ -75,7 +76,19 @@ def _train(folder, step=_step, config=CONFIG, first=0, console=None, **parts):
   profiler = parts.get('profiler', Profiler())
   guards = loop.Guards(stop, Watchdog(0), parts.get('ledger', Ledger()), profiler)
   with MetricsLog(folder, first) as log, Progress(console, config.train.steps, first) as progress:
-    loop.train(config, tiny_run.MESH, state, step, batches, validate, checkpoints, log, progress, guards)
+    loop.train(
+      config,
+      tiny_run.MESH,
+      state,
+      step,
+      schedule.of(config.train),
+      batches,
+      validate,
+      checkpoints,
+      log,
+      progress,
+      guards,
+    )
   return checkpoints, read(folder / 'metrics.jsonl'), console.file.getvalue()
 
 

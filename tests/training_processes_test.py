@@ -17,6 +17,7 @@ import jax, jax.numpy as jnp, numpy as np
 from pathlib import Path
 from rich.console import Console
 from mor_jax.config import Config, with_changes
+from mor_jax.data import schedule
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.training import loop
 from mor_jax.training.watch.goodput import Ledger
@@ -44,7 +45,7 @@ def step(state, batch):
 class Checkpoints:
   latest_step = None
 
-  def save(self, step, state, nll, position):
+  def save(self, step, state, nll, position, rows_read):
     print('saved', step, int(jax.device_get(state.step)), flush=True)
 
 def batches():
@@ -68,7 +69,8 @@ with (
   Watchdog(float(sys.argv[5]), exits=True) as watchdog,
 ):
   guards = loop.Guards(Stop(signals, mesh), watchdog, Ledger())
-  loop.train(config, mesh, state, step, batches(), validate, Checkpoints(), log, progress, guards)
+  order = schedule.of(config.train)
+  loop.train(config, mesh, state, step, order, batches(), validate, Checkpoints(), log, progress, guards)
   stopped = guards.stop.settle()
 sys.exit(128 + stopped if stopped else 0)
 """

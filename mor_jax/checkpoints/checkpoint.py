@@ -41,6 +41,16 @@ def ever_finished(folder: epath.Path, mirror: Mirror | None = None) -> bool:
   return (folder / _FINISHED).exists() or any((path / integrity.MANIFEST).exists() for path in checkpoints)
 
 
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  """Shape of every leaf by its path, 'opt_state/1/0/mu/embed/embedding', whatever the containers are."""
+
+  def name(entry: Any) -> str:
+    return str(next(getattr(entry, kind) for kind in ('key', 'name', 'idx') if hasattr(entry, kind)))
+
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {'/'.join(map(name, path)): tuple(leaf.shape) for path, leaf in leaves}
+
+
 class Checkpoints:
   """The checkpoints under one folder. Use as a context, which waits for a save that is still running.
 
@@ -202,6 +212,7 @@ class Checkpoints:
     state: Any,
     validation_loss: float | None = None,
     position: dict[str, Any] | None = None,
+    rows_read: int | None = None,
   ) -> None:
     """Begins to save; returns once the state is copied, so that it may be donated.
 
@@ -211,6 +222,7 @@ class Checkpoints:
     Args:
       validation_loss: of this state, to keep the best.
       position: JSON: this process's position in its stream of data, if it reads one.
+      rows_read: rows of training data that the state has seen.
     """
     self._join()
     self._saved_at = time.monotonic()
@@ -221,7 +233,7 @@ class Checkpoints:
     except Exception as error:  # the file system, Orbax, TensorStore: each has its own
       self._note_failure(step, error)
       return
-    about = {'step': step, 'validation_loss': validation_loss, **self._about}
+    about = {'step': step, 'validation_loss': validation_loss, 'rows_read': rows_read, **self._about}
     self._finishing = threading.Thread(
       target=self._finish, args=(step, response, about, position), name=f'checkpoint {step}'
     )
@@ -330,6 +342,18 @@ class Checkpoints:
     """What of the training is safe, for a user."""
     step = self.latest_step
     return f'saved after step {step} in {self.path(step)}' if step else 'nothing was trained yet'
+
+  def check_shapes(self, step: int, abstract_state: Any) -> None:
+    """Raises ConfigError, naming the first leaf, unless the state of a step has these shapes."""
+    stored = _shapes(ocp.metadata(self.path(step)).metadata)
+    wanted = _shapes(abstract_state)
+    for name in sorted(stored.keys() | wanted.keys()):
+      if stored.get(name) != wanted.get(name):
+        was, now = (shapes.get(name, 'missing') for shapes in (stored, wanted))
+        raise ConfigError(
+          f'the checkpoint {self.path(step)} does not fit the settings: {name} was {was}, now {now}; restore the '
+          f'settings of the model and the optimiser that --allow_change names, or begin a new run'
+        )
 
   def position(self, step: int) -> dict[str, Any] | None:
     """Where this process stood in its stream of data, None if it read none.

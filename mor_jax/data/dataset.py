@@ -82,6 +82,11 @@ class PreparedDataset:
   tokenizer: tokenizers.Tokenizer
   manifest: Manifest
 
+  def identity(self) -> dict[str, Any]:
+    """What all processes of a training must find alike."""
+    names = ('documents_digest', 'tokenizer_digest', 'seq_len', 'packing')
+    return {f"the data's {name}": getattr(self.manifest, name) for name in names}
+
   def rows(self, split: str) -> shards.Rows:
     """The rows of 'train' or 'validation'."""
     return shards.Rows(self.folder, split)

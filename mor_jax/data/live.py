@@ -55,6 +55,10 @@ class LiveDataset:
   manifest: Manifest
   validation: list[Row]
 
+  def identity(self) -> dict[str, Any]:
+    """What all processes of a training must find alike; copies of files may have other times."""
+    return {"the data's tokenizer_digest": self.manifest.tokenizer_digest}
+
   def rows(self, split: str) -> list[Row]:
     """The rows of 'validation'. Raises ValueError for 'train', which is a stream."""
     if split != 'validation':

@@ -17,10 +17,12 @@ class BatchSchedule:
   Attributes:
     stages: (first step, rows per batch) of each stage, in ascending order; the first step is 0.
     micro_rows: rows of a micro-batch; divides the rows of every stage.
+    extra: rows that were read in addition, since earlier batches were larger than the stages say (or smaller).
   """
 
   stages: tuple[tuple[int, int], ...]
   micro_rows: int
+  extra: int = 0
 
   def rows(self, step: int) -> int:
     """Rows of the batch after `step` updates."""
@@ -33,9 +35,16 @@ class BatchSchedule:
   def rows_before(self, step: int) -> int:
     """Total rows of the first `step` batches, i.e. the index of the next batch's first row."""
     ends = [first for first, _ in self.stages[1:]] + [step]
-    return sum(
+    staged = sum(
       max(0, min(end, step) - first) * rows for (first, rows), end in zip(self.stages, ends, strict=True)
     )
+    return staged + self.extra
+
+  def resumed(self, step: int, rows_read: int | None) -> 'BatchSchedule':
+    """The schedule of a run that has read so many rows in its first steps; None: as the stages say."""
+    if rows_read is None:
+      return self
+    return dataclasses.replace(self, extra=self.extra + rows_read - self.rows_before(step))
 
   def steps_for(self, rows: float) -> int:
     """The number of batches, at least 1, whose total rows are closest to `rows`."""

@@ -1,6 +1,7 @@
 """The result of a finished run in summary.json: sizes, validation metrics, n-gram entropies and a sample."""
 
 import itertools
+import os
 from typing import Any
 
 from mor_jax.config import Config
@@ -15,17 +16,23 @@ from mor_jax.training.watch.goodput import Ledger
 
 
 def of_run(
-  config: Config, dataset: loader.Dataset, variables: Any, last: dict[str, float], ledger: Ledger
+  config: Config,
+  dataset: loader.Dataset,
+  variables: Any,
+  last: dict[str, float],
+  ledger: Ledger,
+  order: schedule.BatchSchedule,
 ) -> dict[str, Any]:
   """What summary.json holds. To be called by all processes: each has a part of the variables.
 
   Args:
     last: metrics of the last step.
     ledger: where the time went.
+    order: rows of every step.
   """
   model, train = config.model, config.train
   parameters = flops.count_parameters(model)
-  tokens = schedule.of(train).rows_before(train.steps) * config.data.seq_len
+  tokens = order.rows_before(train.steps) * config.data.seq_len
   unigram, bigram = _entropies(config, dataset)
   return {
     'name': config.name,
@@ -38,11 +45,17 @@ def of_run(
     **{name: value for name, value in last.items() if name.startswith('validation/')},
     'validation/unigram_entropy': unigram,
     'validation/bigram_entropy': bigram,
-    'checkpoint': f'{config.checkpoint.folder or "checkpoints"}/{train.steps}',
+    'checkpoint': f'{_checkpoints(config)}/{train.steps}',
     'goodput': ledger.seconds(),
     'restarts': ledger.restarts(),
     'sample': _sample(config, dataset, runtime.on_host(variables)) if train.sample_tokens else '',
   }
+
+
+def _checkpoints(config: Config) -> str:
+  """The folder of the checkpoints, as seen from that of the run."""
+  folder = config.checkpoint.folder or 'checkpoints'
+  return folder if config.checkpoint.folder is None or '://' in folder else os.path.abspath(folder)
 
 
 def _entropies(config: Config, dataset: loader.Dataset) -> tuple[float, float]:

@@ -6,6 +6,7 @@ of all processes. Only process 0 prints and writes.
 """
 
 import dataclasses
+import json
 import os
 import socket
 import sys
@@ -144,6 +145,32 @@ def anywhere(condition: bool) -> bool:
   if jax.process_count() == 1:
     return condition
   return bool(np.any(multihost_utils.process_allgather(np.array(condition))))
+
+
+def require_agreement(values: Mapping[str, Any]) -> None:
+  """Checks that all processes have the same values; every process must call it.
+
+  Args:
+    values: JSON by name.
+
+  Raises:
+    ConfigError: on every process, naming the first value that differs, and where.
+  """
+  if jax.process_count() == 1:
+    return
+  own = np.frombuffer(json.dumps(values, sort_keys=True, default=str).encode(), np.uint8)
+  longest = int(multihost_utils.process_allgather(np.array(len(own))).max())
+  padded = np.zeros(longest, np.uint8)
+  padded[: len(own)] = own
+  every = multihost_utils.process_allgather(padded)
+  found = [json.loads(bytes(one).rstrip(b'\0')) for one in every]
+  for name in sorted(set().union(*found)):
+    for process, theirs in enumerate(found):
+      if theirs.get(name) != found[0].get(name):
+        raise ConfigError(
+          f'the processes were started differently: {name} is {found[0].get(name)} on process 0 and '
+          f'{theirs.get(name)} on process {process}; start all of them with the same command and code'
+        )
 
 
 def on_host(tree: Any) -> Any:

@@ -1,17 +1,20 @@
 """The stages of a training, in the order in which `train.py` goes through them."""
 
+import contextlib
 import dataclasses
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jax.sharding import Mesh
 from rich.console import Console
 
 from mor_jax.checkpoints.checkpoint import Checkpoints
-from mor_jax.config import Config
+from mor_jax.config import Config, ConfigError
 from mor_jax.console import print_line, print_rows, print_table
 from mor_jax.data import loader, schedule
 from mor_jax.evaluation import result
@@ -21,10 +24,10 @@ from mor_jax.interop.inputs import Inputs
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import runtime
-from mor_jax.runs import summary
+from mor_jax.runs import lock, summary
 from mor_jax.runs.metrics import MetricsLog, Record
 from mor_jax.runs.progress import Progress
-from mor_jax.runs.run_folder import RunFolder
+from mor_jax.runs.run_folder import RunFolder, code_version
 from mor_jax.training import budget, loop, phases
 from mor_jax.training.optimizer import make_optimizer
 from mor_jax.training.state import TrainState, abstract_state, begin_from, initializer
@@ -41,6 +44,7 @@ class Run:
     config: resolved, with the number of steps.
     folder: its folder, which holds nothing or this very run.
     mesh: its devices, over which batches and model can be split.
+    allowed: settings that may differ from those of the run so far.
     traced: steps to profile.
     ledger: where the time goes.
     console: what the user sees; nothing but on the main process.
@@ -49,6 +53,7 @@ class Run:
   config: Config
   folder: RunFolder
   mesh: Mesh
+  allowed: Sequence[str]
   traced: range
   ledger: goodput.Ledger
   console: Console
@@ -61,27 +66,44 @@ class Run:
 def open_run(config: Config, workdir: str | None, allow_change: Sequence[str], profile: str | None) -> Run:
   """Checks what is cheap to check: settings, folder, devices. Arguments and errors as in `train.main`."""
   config = budget.with_budgeted_steps(config)
+  place = workdir or f'runs/{config.name}'
+  asked = {'workdir': str(place), 'allow_change': sorted(allow_change), 'profile': profile}
+  code = {'code': code_version(), 'jax': jax.__version__}
+  runtime.require_agreement({**traverse_util.flatten_dict(config.to_dict(), sep='.'), **asked, **code})
   traced = profiling.parse_span(profile, config.train.steps)
-  folder, is_main = RunFolder(Path(workdir or f'runs/{config.name}')), runtime.is_main()
+  folder, is_main = RunFolder(Path(place)), runtime.is_main()
   ledger = goodput.Ledger(folder.goodput if is_main else None)
   folder.check(config, allow_change, writes=is_main)
   config = folder.with_vocabulary(config)
   mesh = mesh_lib.make_checked_mesh(config.parallel, config.model, config.train)
-  return Run(config, folder, mesh, traced, ledger, Console(quiet=not is_main))
+  return Run(config, folder, mesh, allow_change, traced, ledger, Console(quiet=not is_main))
 
 
 def show_earlier_result(run: Run) -> bool:
-  """Whether the run has finished before; then the user sees its result."""
-  finished = run.folder.read_summary()
+  """Whether the run has finished all its steps before; then the user sees its result."""
+  finished = run.folder.read_summary() if run.folder.is_finished(run.config) else None
   if finished is not None:
     print_table(run.console, 'Already finished', summary.describe_result(finished, run.folder.path))
   return finished is not None
+
+
+@contextlib.contextmanager
+def alone(run: Run) -> Iterator[None]:
+  """No other process trains in the run's folder, nor writes to its checkpoints. Raises ConfigError if one does."""
+  with contextlib.ExitStack() as stack:
+    if runtime.is_main():
+      stack.enter_context(lock.exclusive(run.folder.path, 'workdir'))
+      folder = run.config.checkpoint.folder
+      if folder and '://' not in folder:
+        stack.enter_context(lock.exclusive(Path(folder).absolute(), 'checkpoint.folder'))
+    yield
 
 
 def open_inputs(run: Run) -> tuple[Run, Inputs]:
   """Data and pretrained models, and the run with the vocabulary that they decide; writes the run's folder."""
   given = inputs.open_inputs(run.config, run.folder.has_checkpoint(run.config), run.report)
   run = dataclasses.replace(run, config=given.config)
+  runtime.require_agreement(given.dataset.identity())
   mesh_lib.check_model(run.mesh, run.config.model)
   if runtime.is_main():
     run.folder.create(run.config, given.dataset)
@@ -96,6 +118,7 @@ class Training:
 
   Attributes:
     done: updates that the newest good checkpoint has.
+    order: rows of every step, those that were read before the run was resumed included.
   """
 
   def __init__(self, run: Run, given: Inputs, checkpoints: Checkpoints):
@@ -107,8 +130,22 @@ class Training:
     self._initialize = initializer(self._model, self._optimizer, self._mesh, config.data.seq_len)
     self._shapes = abstract_state(self._initialize)
     self.done = checkpoints.newest_good() or 0
-    self._position = checkpoints.position(self.done) if self.done else None
+    self.order, self._position = schedule.of(config.train), None
+    if self.done:
+      self._check_checkpoint()
+      self._position = checkpoints.position(self.done)
+      self.order = self.order.resumed(self.done, checkpoints.manifest(self.done).get('rows_read'))
     run.ledger.resume(self.done)
+
+  def _check_checkpoint(self) -> None:
+    run, where = self._run, self._checkpoints.path(self.done)
+    run.folder.check_checkpoint(self._checkpoints.manifest(self.done), run.config, run.allowed)
+    if self.done > run.config.train.steps:
+      raise ConfigError(
+        f'train.steps={run.config.train.steps} is less than the {self.done} steps after which {where} was saved; set '
+        f'it to at least as many, or begin a new run in another --workdir'
+      )
+    self._checkpoints.check_shapes(self.done, self._shapes)
 
   def compile_step(self) -> phases.PhasedStep:
     """The optimiser step, compiled for every phase that is still to come."""
@@ -130,16 +167,20 @@ class Training:
     if self.done:
       state = self._checkpoints.restore(self.done, self._shapes)
       run.report(f'\nresuming after step {self.done} from {self._checkpoints.path(self.done)}')
-      return state
-    state = self._initialize(jnp.uint32(run.config.train.seed))
-    return state if source is None else begin_from(state, pretrained.shared_weights(run.config, source))
+    else:
+      state = self._initialize(jnp.uint32(run.config.train.seed))
+      if source is not None:
+        state = begin_from(state, pretrained.shared_weights(run.config, source))
+    if runtime.is_main():
+      run.folder.go_on(run.config)  # not before: a change that fails leaves the run as it was
+    return state
 
   def train(
     self, train_step: phases.PhasedStep, state: TrainState, signals: Signals, watchdog: Watchdog
   ) -> tuple[TrainState, Record, int | None]:
     """The training itself: the last state, saved; metrics of the last step; the signal that ended it, if one did."""
     run, checkpoints, dataset = self._run, self._checkpoints, self._given.dataset
-    config, order = run.config, schedule.of(run.config.train)
+    config, order = run.config, self.order
     profiler = profiling.Profiler(run.traced, run.folder.profile, run.report, self.done)
     guards = loop.Guards(Stop(signals, self._mesh, checkpoints.wants_save), watchdog, run.ledger, profiler)
     validate = make_validation(self._model, config, self._mesh, dataset, guards.over)
@@ -154,7 +195,7 @@ class Training:
       watchdog,
     ):
       state = loop.train(
-        config, self._mesh, state, train_step, batches, validate, checkpoints, log, progress, guards
+        config, self._mesh, state, train_step, order, batches, validate, checkpoints, log, progress, guards
       )
       last = log.records[-1] if log.records else {}
       stopped = guards.finish(checkpoints)
@@ -170,13 +211,16 @@ def say_stopped(run: Run, checkpoints: Checkpoints, number: int) -> None:
   run.report(f'{name}: {checkpoints.describe_newest()}; the same command resumes')
 
 
-def write_result(run: Run, given: Inputs, state: TrainState, last: Record) -> None:
+def write_result(
+  run: Run, given: Inputs, state: TrainState, last: Record, order: schedule.BatchSchedule
+) -> None:
   """Writes summary.json and shows it.
 
   Args:
     last: metrics of the last step, those of the validation among them.
+    order: rows of every step.
   """
-  outcome = result.of_run(run.config, given.dataset, state.variables, last, run.ledger)
+  outcome = result.of_run(run.config, given.dataset, state.variables, last, run.ledger, order)
   if runtime.is_main():
     run.folder.write_summary(outcome)
   print_table(run.console, 'Finished', summary.describe_result(outcome, run.folder.path))

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from mor_jax.config import Config, ConfigError, ModelConfig
+from mor_jax.data import schedule
 from mor_jax.model.transformer import Transformer, abstract_variables, parameter_axes
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import rules
@@ -18,13 +19,14 @@ from mor_jax.runs.run_folder import RunFolder
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
-  """A run's folder, config and model, and the variables of its checkpoint at `step`."""
+  """A run's folder, config and model, and the variables of its checkpoint at `step`, which has seen `rows_read`."""
 
   folder: RunFolder
   config: Config
   model: Transformer
   variables: dict[str, Any]
   step: int
+  rows_read: int
 
 
 def load_run(path: str | os.PathLike, step: int | None = None, mesh: Mesh | None = None) -> LoadedRun:
@@ -42,7 +44,9 @@ def load_run(path: str | os.PathLike, step: int | None = None, mesh: Mesh | None
     if step is None:
       raise ConfigError(f'the run {path} has no checkpoint yet')
     variables = checkpoints.restore_variables(step, _abstract(config.model, mesh))
-  return LoadedRun(folder, config, model, variables, step)
+    rows_read = checkpoints.manifest(step).get('rows_read')
+  order = schedule.of(config.train).resumed(step, rows_read)
+  return LoadedRun(folder, config, model, variables, step, order.rows_before(step))
 
 
 def _abstract(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:

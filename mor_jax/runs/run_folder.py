@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import json
-import os
+import secrets
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,51 +16,19 @@ from etils import epath
 
 from mor_jax.checkpoints.checkpoint import Checkpoints, ever_finished
 from mor_jax.checkpoints.mirror import DIRECT, Mirror, check_folder, scheme
-from mor_jax.config import Config, ConfigError, resolve, settings, with_changes
+from mor_jax.config import Config, ConfigError, resolve, with_changes
 from mor_jax.data import tokenizer as tokenizers
 from mor_jax.data.loader import Dataset
-from mor_jax.files import write_atomically
+from mor_jax.files import made_for_now, write_atomically
+from mor_jax.runs import changes
 
+OLDEST_FORMAT = 1
 FORMAT = 2
 """Format of run folders and checkpoints. 1, without a number, had all unique layers in one stack."""
 
-MAY_CHANGE = (
-  'name',
-  'model.threshold_slack',
-  'model.dispatch',
-  'model.remat',
-  'model.attention',
-  'model.unroll_layers',
-  'data.cache_dir',
-  'data.prefetch',
-  'data.workers',
-  'data.max_bad_fraction',
-  'train.accumulation',
-  'train.loss_chunk',
-  'train.on_nonfinite',
-  'train.max_skipped',
-  'train.spike_zscore',
-  'train.hang_seconds',
-  'train.exit_on_hang',
-  'train.log_every',
-  'train.eval_every',
-  'train.eval_rows',
-  'train.sample_tokens',
-  'train.sample_prompt',
-  'train.sample_temperature',
-  'checkpoint.every_steps',
-  'checkpoint.every_minutes',
-  'checkpoint.max_unsaved_steps',
-  'checkpoint.keep',
-  'checkpoint.keep_every',
-  'checkpoint.keep_best',
-  'parallel.replica',
-  'parallel.fsdp',
-  'parallel.tensor',
-  'parallel.dcn_replica',
-  'parallel.dcn_fsdp',
-)
-"""Settings that a resumed run may change: they do not decide what is trained."""
+
+_IDENTITY = 'run'  # in config.json and in the manifests of checkpoints
+_ATTEMPTS = 20
 
 
 class RunFolder:
@@ -89,6 +58,7 @@ class RunFolder:
       ConfigError: the folder is not writable, or holds another run.
       RunError: a remote checkpoint folder does not respond.
     """
+    changes.require_known(allowed)
     if writes:
       _check_writable(self.path)
     check_folder(config.checkpoint.folder, writes)
@@ -98,24 +68,52 @@ class RunFolder:
           f'workdir={self.path} holds checkpoints but no config.json; choose another workdir or remove it'
         )
       return
-    unknown = [name for name in allowed if name not in settings()]
-    if unknown:
-      raise ConfigError(f'--allow_change={unknown[0]} is not a setting; write it as in --config.SECTION.NAME')
     if self.is_converted:
       raise ConfigError(
         f'workdir={self.path} holds a converted model, not a training; choose another workdir, and train from the '
         f'model with --init_from={self.path}'
       )
-    differences = _differences(self.read_config().to_dict(), self._with_its_tokenizer(config).to_dict())
-    changed = {name: text for name, text in differences if name not in allowed}
+    changed = changes.changed(self.read_config(), self._with_its_tokenizer(config), allowed)
     if changed:
       raise ConfigError(
         f'workdir={self.path} holds a run with other settings: {"; ".join(changed.values())}; restore them to '
         f'resume it, choose another workdir, or go on with the new ones: --allow_change={",".join(changed)}'
       )
 
+  def check_checkpoint(self, manifest: dict[str, Any], config: Config, allowed: Sequence[str] = ()) -> None:
+    """Checks that a checkpoint is this run's, wherever `checkpoint.folder` says that it lies.
+
+    A run whose folder was lost, so that its identity is, may go on from checkpoints of the same settings.
+
+    Raises:
+      ConfigError: it is that of another run, or of another format.
+    """
+    found = manifest.get('format', OLDEST_FORMAT)
+    where = f'checkpoint.folder={config.checkpoint.folder or self._checkpoints}'
+    if found != FORMAT:
+      raise ConfigError(
+        f'{where} holds a checkpoint of format {found}, and this mor_jax reads format {FORMAT}; convert the run that '
+        f'it belongs to with python -m mor_jax.convert, or name another checkpoint.folder'
+      )
+    if manifest.get('run') and manifest['run'] == self._identity():
+      return
+    try:
+      theirs = resolve(manifest['config'])
+    except (KeyError, ConfigError) as error:
+      raise ConfigError(
+        f'{where} holds a checkpoint of unknown settings ({error}); name another checkpoint.folder'
+      ) from None
+    changed = changes.changed(theirs, self._with_its_tokenizer(config), allowed)
+    if changed:
+      raise ConfigError(
+        f'{where} holds a checkpoint of another run, {theirs.name}: {"; ".join(changed.values())}; name another '
+        f'checkpoint.folder, or go on from it all the same: --allow_change={",".join(changed)}'
+      )
+
   def _with_its_tokenizer(self, config: Config) -> Config:
     """The config with the run's own name for the tokenizer, if both names are of equal ones."""
+    if not self._config.exists():
+      return config
     theirs = self.read_config().data.tokenizer
     if config.data.tokenizer == theirs or config.data.tokenizer in (*tokenizers.MADE_HERE, 'source'):
       return config
@@ -168,7 +166,8 @@ class RunFolder:
     if not isinstance(settings, dict):
       raise self._unreadable('it holds no JSON object')
     is_run = {'model', 'train'} <= settings.keys()  # else a file of something else, which `resolve` refuses
-    return settings.pop('format', 1 if is_run else FORMAT), settings
+    settings.pop(_IDENTITY, None)
+    return settings.pop('format', OLDEST_FORMAT if is_run else FORMAT), settings
 
   def _unreadable(self, reason: object) -> ConfigError:
     return ConfigError(f'{self._config} cannot be read ({reason}); choose another workdir or remove it')
@@ -194,7 +193,7 @@ class RunFolder:
 
     Each records the run's settings, tokenizer and code.
     """
-    about = describe_checkpoints(config, dataset.manifest.tokenizer_digest)
+    about = {'run': self._identity(), **describe_checkpoints(config, dataset.manifest.tokenizer_digest)}
     where, mirror = self.checkpoint_folder(config), self.mirror(config)
     return Checkpoints(where, config.checkpoint, about, [self.tokenizer], report, mirror=mirror)
 
@@ -238,15 +237,30 @@ class RunFolder:
       self.path.mkdir(parents=True, exist_ok=True)
       dataset.tokenizer.save(self.tokenizer)
       write_atomically(self._data, data)
-    self.write_config(config)  # last: it says that the folder is a run's
+      self.write_config(config)  # last: it says that the folder is a run's
 
   def write_config(self, config: Config) -> None:
-    """Writes config.json."""
-    write_atomically(self._config, _to_json({'format': FORMAT, **config.to_dict()}))
+    """Writes config.json: how the run goes on from here."""
+    identity = self._identity() or secrets.token_hex(8)
+    write_atomically(self._config, _to_json({'format': FORMAT, _IDENTITY: identity, **config.to_dict()}))
+
+  def go_on(self, config: Config) -> None:
+    """Notes how a run goes on after its newest checkpoint; what it had come to before is no result any more."""
+    self._summary.unlink(missing_ok=True)
+    self.write_config(config)
+
+  def _identity(self) -> str | None:
+    """What tells this run from another of the same settings; None where there is none yet."""
+    return json.loads(self._config.read_text()).get(_IDENTITY) if self._config.exists() else None
 
   def read_summary(self) -> dict[str, Any] | None:
     """The result of the run, or None if it has not finished."""
     return json.loads(self._summary.read_text()) if self._summary.exists() else None
+
+  def is_finished(self, config: Config) -> bool:
+    """Whether the run has a result, and of as many steps as the config asks for."""
+    summary = self.read_summary()
+    return summary is not None and summary.get('steps', config.train.steps) >= config.train.steps
 
   def write_summary(self, summary: dict[str, Any]) -> None:
     """Stores the result, which marks the run as finished."""
@@ -282,30 +296,16 @@ def _to_json(value: Any) -> str:
   return json.dumps(value, indent=2) + '\n'
 
 
-def _differences(
-  stored: dict[str, Any], wanted: dict[str, Any], prefix: str = ''
-) -> Iterator[tuple[str, str]]:
-  """(setting, old and new value) of changed settings that are not in MAY_CHANGE."""
-  for name, value in stored.items():
-    key, other = f'{prefix}{name}', wanted[name]
-    if isinstance(value, dict):
-      yield from _differences(value, other, f'{key}.')
-    elif value != other and key not in MAY_CHANGE and not (key == 'model.vocab_size' and other is None):
-      yield key, f'{key} was {value}, now {other}'
-
-
 def _check_writable(folder: Path) -> None:
   """Creates a file and deletes it again. Permissions alone are not reliable (root, read-only disks)."""
-  missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-      pass
-  except OSError as error:
-    raise ConfigError(
-      f'workdir={folder} cannot be written ({error.strerror}); choose another with --workdir'
-    ) from None
-  finally:
-    for path in missing:
-      if os.path.isdir(path):
-        path.rmdir()
+  for attempt in range(_ATTEMPTS):
+    try:
+      with made_for_now(folder), tempfile.TemporaryFile(dir=folder):
+        return
+    except FileNotFoundError as error:  # another start has just removed the folder, as this one would
+      problem = error.strerror
+      time.sleep(0.01 * attempt)
+    except OSError as error:
+      problem = error.strerror
+      break
+  raise ConfigError(f'workdir={folder} cannot be written ({problem}); choose another with --workdir')

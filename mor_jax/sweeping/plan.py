@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,13 @@ def value_of(config: Config, name: str) -> Any:
   return config
 
 
-def read(config_spec: str, flags: dict[str, Any], sweep_spec: str, workdir: str | None) -> Plan:
+def read(
+  config_spec: str,
+  flags: dict[str, Any],
+  sweep_spec: str,
+  workdir: str | None,
+  allow_change: Sequence[str] = (),
+) -> Plan:
   """Reads the plan from a sweep file with a function `get_sweep(base)`, where base is the Config of --config.
 
   Args:
@@ -93,13 +99,14 @@ def read(config_spec: str, flags: dict[str, Any], sweep_spec: str, workdir: str 
     flags: settings from the command line, which apply to all runs.
     sweep_spec: PATH or PATH:VARIANT of --sweep. The file is run as trusted code.
     workdir: folder of the sweep; None: runs/sweep-NAME.
+    allow_change: settings in which runs may go on differently although they decide what is trained.
 
   Raises:
     ConfigError: the sweep is invalid. The message names the run.
   """
   base = _base(config_spec, flags)
   folder = Path(workdir or f'runs/sweep-{Path(sweep_spec.partition(":")[0]).stem}')
-  return make(config_spec, flags, _entries(sweep_spec, base), sweep_spec, folder)
+  return make(config_spec, flags, _entries(sweep_spec, base), sweep_spec, folder, allow_change)
 
 
 def _base(config_spec: str, flags: dict[str, Any]) -> Config:
@@ -111,13 +118,21 @@ def _base(config_spec: str, flags: dict[str, Any]) -> Config:
   return cli.load_config(config_spec, flags)
 
 
-def make(config_spec: str, flags: dict[str, Any], listed: list[Any], sweep_spec: str, folder: Path) -> Plan:
+def make(
+  config_spec: str,
+  flags: dict[str, Any],
+  listed: list[Any],
+  sweep_spec: str,
+  folder: Path,
+  allow_change: Sequence[str] = (),
+) -> Plan:
   """Makes the plan for a list of overrides (see `read`).
 
   Args:
     listed: overrides of each run.
     sweep_spec: name of the sweep in messages.
     folder: folder of the sweep.
+    allow_change: see `read`.
   """
   entries = [_overrides(entry, sweep_spec) for entry in listed]
   for entry in entries:
@@ -133,11 +148,13 @@ def make(config_spec: str, flags: dict[str, Any], listed: list[Any], sweep_spec:
     try:
       config = budget.with_budgeted_steps(cli.load_config(config_spec, {**flags, **entry, 'name': name}))
       run_folder = RunFolder(folder / 'runs' / name)
-      run_folder.check(config)
+      run_folder.check(config, allow_change)
     except ConfigError as error:
       raise ConfigError(f'--sweep={sweep_spec}: run {name}: {error}') from None
     changes = {**flags, **entry, 'name': name}
     words = (f'--config={config_spec}', f'--workdir={run_folder.path}', *map(_flag, changes.items()))
+    if allow_change:
+      words += (f'--allow_change={",".join(allow_change)}',)
     runs.append(PlannedRun(name, group, entry, config, run_folder, words))
   _refuse_alike(runs, sweep_spec)
   return Plan(sweep_spec, config_spec, folder, tuple(runs))

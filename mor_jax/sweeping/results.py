@@ -124,7 +124,7 @@ def write(plan: Plan, status: Mapping[str, Status]) -> str:
 
 def _result(run: PlannedRun) -> dict[str, Any]:
   """The results of a run; {} if it has not finished."""
-  summary = run.folder.read_summary()
+  summary = run.folder.read_summary() if run.folder.is_finished(run.config) else None
   if summary is None:
     return {}
   nll = summary['validation/nll']
@@ -138,7 +138,7 @@ def _result(run: PlannedRun) -> dict[str, Any]:
 
 
 def _notes(plan: Plan) -> list[str]:
-  finished = [run for run in plan.runs if run.folder.read_summary() is not None]
+  finished = [run for run in plan.runs if run.folder.is_finished(run.config)]
   tokenizers = {run.folder.read_data()['tokenizer_digest'] for run in finished}
   if len(tokenizers) < 2:
     return []

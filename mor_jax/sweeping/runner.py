@@ -99,7 +99,7 @@ class Runner:
       log.close()
       self._display.waits_for(run)
       return False
-    if run.folder.read_summary() is not None:  # by a process that outlived the sweep which started it
+    if run.folder.is_finished(run.config):  # by a process that outlived the sweep which started it
       log.close()
       self.status[run.name] = Status('finished')
       self._display.ended(run, self.status)
@@ -125,7 +125,7 @@ class Runner:
     self._jobs.remove(job)
     code = job.process.returncode
     tail = _tail(self._plan.log(job.run), job.log_start)
-    if code == 0 and job.run.folder.read_summary() is not None:
+    if code == 0 and job.run.folder.is_finished(job.run.config):
       status = Status('finished')
     elif self._signals and code in TOLD_TO_STOP:
       status = Status('interrupted', code)
@@ -188,7 +188,7 @@ def read_status(plan: Plan) -> dict[str, Status]:
   result = {}
   for run in plan.runs:
     entry = before.get(run.name, {})
-    if run.folder.read_summary() is not None:
+    if run.folder.is_finished(run.config):
       result[run.name] = Status('finished')
     elif entry.get('status') == 'failed':
       result[run.name] = Status('failed', entry['exit_code'], entry['error'])

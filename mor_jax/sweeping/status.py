@@ -128,7 +128,7 @@ class Display:
 
 def work_done(run: PlannedRun) -> float:
   """The part of `run.work` that is complete according to the metrics in its folder."""
-  if run.folder.read_summary() is not None:
+  if run.folder.is_finished(run.config):
     return run.work
   return run.work * min(1.0, _last_step(run.folder.metrics) / run.config.train.steps)
 

@@ -56,6 +56,7 @@ def train(
   mesh: Mesh,
   state: TrainState,
   train_step: TrainStep,
+  order: schedule.BatchSchedule,
   batches: Iterator[dict[str, np.ndarray]],
   validate: Callable[[Any], Record],
   checkpoints: Checkpoints,
@@ -71,6 +72,7 @@ def train(
 
   Args:
     train_step: compiled for `mesh`; donates the state.
+    order: rows of every step.
     batches: global batches, starting with the batch of the state's step.
     validate: maps the model's variables to the metrics of the validation split.
 
@@ -80,10 +82,9 @@ def train(
   """
   steps, done = config.train.steps, int(state.step)
   stop, watchdog, ledger = guards.stop, guards.watchdog, guards.ledger
-  batch_schedule = schedule.of(config.train)
   seconds_before = max((record.get('train/seconds', 0.0) for record in log.records), default=0.0)
   meter = Meter(
-    lambda step: batch_schedule.rows_before(step) * config.data.seq_len,
+    lambda step: order.rows_before(step) * config.data.seq_len,
     is_logged=lambda step: step % config.train.log_every == 0 or step in (1, steps),
     seconds_before=seconds_before,
     alarm=SpikeAlarm(config.train.spike_zscore),
@@ -104,7 +105,7 @@ def train(
     with meter.paused(), ledger.measure(goodput.CHECKPOINT):
       ledger.saved(done)
       watchdog.beat(f'the checkpoint of step {done}')
-      checkpoints.save(done, state, validated.get('validation/nll'), position)
+      checkpoints.save(done, state, validated.get('validation/nll'), position, order.rows_before(done))
     saved = done
 
   def hold() -> None:
@@ -139,7 +140,7 @@ def train(
           break
         data_wait = time.perf_counter() - begin
         with guards.profiler.step(done + 1):
-          batch = mesh_lib.put(split_batch(batch, batch_schedule.micro_batches(done)), sharding)
+          batch = mesh_lib.put(split_batch(batch, order.micro_batches(done)), sharding)
           state, metrics = train_step(state, batch)
         done += 1
         position = getattr(batches, 'position', None)  # not later: an interrupted wait may have moved it
