@@ -85,12 +85,13 @@ check_training() {
   ((configs)) || die '--config is missing: name a file of settings, for example --config=configs/tiny.py'
 }
 
-# is_over CODE: whether a run that ended so is not to be started again: finished, wrong settings, Ctrl-C.
-is_over() { [[ $1 -eq 0 || $1 -eq 2 || $1 -eq 130 ]]; }
+# is_over CODE: whether a run that ended so is not to be started again: finished, wrong settings, Ctrl-C, Ctrl-\,
+# output that nobody reads any more.
+is_over() { [[ $1 -eq 0 || $1 -eq 2 || $1 -eq 130 || $1 -eq 131 || $1 -eq 141 ]]; }
 
-# was_told CODE: whether it ended because something outside wanted it (70 hang, 143 terminated after saving):
-# no sign that it would fail again.
-was_told() { [[ $1 -eq 70 || $1 -eq 143 ]]; }
+# was_told CODE: whether it ended because something outside wanted it (70 hang, 129 and 143 connection lost and
+# terminated, after saving): no sign that it would fail again.
+was_told() { [[ $1 -eq 70 || $1 -eq 129 || $1 -eq 143 ]]; }
 
 # keep_trying RESTARTS: calls `attempt`, which sets `code`, until the training is over or has failed more than
 # RESTARTS times in a row. Once in a dry run.

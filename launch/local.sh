@@ -82,7 +82,7 @@ attempt() {
 # judge CODE...: sets `code` to that of the process that the others ended because of.
 judge() {
   local wanted one
-  for wanted in 2 130 70 143; do
+  for wanted in 2 130 131 141 70 129 143; do
     for one in "$@"; do
       if ((one == wanted)); then
         code=$wanted

@@ -162,7 +162,7 @@ judge() {
     [[ $one =~ ^[0-9]+$ ]] || continue
     ((one <= code)) || code=$one
   done
-  for one in 143 70 130 2; do # the last one that is there counts
+  for one in 143 129 70 141 131 130 2; do # the last one that is there counts
     [[ " ${codes//$'\n'/ } " != *" $one "* ]] || code=$one
   done
 }

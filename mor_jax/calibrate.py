@@ -6,10 +6,10 @@ them in RUN/calibrations.json, and compares the validation loss with that of the
 
 import jax
 from absl import flags
-from rich.console import Console
 from rich.table import Table
 
 from mor_jax import cli
+from mor_jax.console import open_console
 from mor_jax.data import loader, schedule
 from mor_jax.evaluation import calibration as calibration_lib
 from mor_jax.evaluation import nll
@@ -31,7 +31,7 @@ def define_flags() -> None:
 
 def main() -> None:
   """Calibrates, stores and compares. Raises ConfigError for flags that cannot work."""
-  console = Console()
+  console = open_console()
   cli.require('checkpoint', 'capacities')
   capacities = cli.numbers('capacities')
   cli.check_least(rows=1, eval_rows=1)

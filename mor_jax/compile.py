@@ -16,7 +16,7 @@ from rich.console import Console
 from mor_jax import cli
 from mor_jax.config import Config, ConfigError, with_changes
 from mor_jax.config.validation import SPECIAL_AND_BYTE_TOKENS
-from mor_jax.console import print_rows, print_table
+from mor_jax.console import open_console, print_rows, print_table
 from mor_jax.interop import pretrained
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.planning import ahead_of_time, fitting, program_report, topology
@@ -54,7 +54,7 @@ def main(config: Config, workdir: str | None) -> int:
     ConfigError: no such machine, or sizes that cannot be laid out on it.
   """
   del workdir  # nothing is written
-  console = Console(stderr=FLAGS.json)
+  console = open_console(stderr=FLAGS.json)
   compile_config = _compiler()
   config = budget.with_budgeted_steps(_with_vocabulary(config))
   program = compile_config(config, may_lower='train.accumulation' not in cli.overrides())

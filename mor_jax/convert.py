@@ -21,11 +21,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 from absl import flags
-from rich.console import Console
 
 from mor_jax import cli
 from mor_jax.config import Config, ConfigError, DataConfig, with_changes
-from mor_jax.console import print_line
+from mor_jax.console import open_console, print_line
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.files import require_new
 from mor_jax.interop import folders, huggingface, official, sources
@@ -64,7 +63,7 @@ def main() -> None:
     what = renew(source, output) if is_old else export(source, output, FLAGS.dtype)
   else:
     what = bring_in(source, output)
-  print_line(Console(), f'wrote {what} to {output}')
+  print_line(open_console(), f'wrote {what} to {output}')
 
 
 def export(source: Path, output: Path, dtype: str | None = None) -> str:

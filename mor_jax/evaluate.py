@@ -21,7 +21,7 @@ from rich.console import Console
 
 from mor_jax import cli
 from mor_jax.config import ConfigError, with_changes
-from mor_jax.console import print_line
+from mor_jax.console import open_console, print_line
 from mor_jax.evaluation import few_shot, held_out, tables
 from mor_jax.evaluation.follow import Follow
 from mor_jax.files import write_atomically
@@ -79,7 +79,7 @@ def main() -> None:
     tasks = few_shot.load(FLAGS.tasks, FLAGS.include_path)  # before the checkpoint, which may be large
   run = _load()
   cli.use_compilation_cache(run.config)
-  console = Console(stderr=FLAGS.json)
+  console = open_console(stderr=FLAGS.json)
   result = _few_shot(run, tasks) if FLAGS.tasks else _held_out(console, run)
   name = 'few_shot.json' if FLAGS.tasks else 'evaluation.json'
   output = Path(FLAGS.output) if FLAGS.output else run.folder.path / name

@@ -17,10 +17,10 @@ from pathlib import Path
 import jax
 from absl import flags
 from jax.sharding import Mesh
-from rich.console import Console
 
 from mor_jax import cli
 from mor_jax.config import ConfigError
+from mor_jax.console import open_console
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.evaluation import calibration
 from mor_jax.inference import batch
@@ -192,7 +192,7 @@ def _stream(run: LoadedRun, tokenizer: Tokenizer, template: Request, mesh: Mesh)
     results = [scheduler.submit(request) for request in requests]
   except RequestError as error:
     raise ConfigError(str(error)) from None
-  writer = Writer(Console(), tokenizer, engine.steps, FLAGS.show_depth)
+  writer = Writer(open_console(), tokenizer, engine.steps, FLAGS.show_depth)
   for number, result in enumerate(results):
     writer.begin(result, number if len(results) > 1 else None)
     while not result.finish:

@@ -17,7 +17,7 @@ from rich.table import Column
 
 from mor_jax import cli
 from mor_jax.config import Config, ConfigError
-from mor_jax.console import Bar, print_line
+from mor_jax.console import Bar, open_console, print_line
 from mor_jax.data import dataset as dataset_lib
 from mor_jax.data import inspection
 from mor_jax.units import quantity
@@ -35,7 +35,7 @@ def define_flags() -> None:
 
 def main(config: Config, workdir: str | None) -> None:
   """Prepares or inspects. Raises ConfigError."""
-  console = Console()
+  console = open_console()
   if FLAGS.inspect:
     cli.check_least(rows=0)
     inspection.show(console, dataset_lib.open_dataset(FLAGS.inspect), FLAGS.split, FLAGS.rows)

@@ -10,11 +10,10 @@ from functools import partial
 from pathlib import Path
 
 from absl import flags
-from rich.console import Console
 
 from mor_jax import cli
 from mor_jax.config import ConfigError
-from mor_jax.console import print_line
+from mor_jax.console import open_console, print_line
 
 FLAGS = flags.FLAGS
 
@@ -38,7 +37,7 @@ def main(paths: list[str]) -> None:
     paths,
     Path(FLAGS.output or Path(paths[0]) / 'report.html'),
     FLAGS.tokens,
-    partial(print_line, Console()),
+    partial(print_line, open_console()),
   )
 
 

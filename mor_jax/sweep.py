@@ -22,7 +22,7 @@ from rich.console import Console
 
 from mor_jax import cli
 from mor_jax.config import Config, ConfigError
-from mor_jax.console import print_line
+from mor_jax.console import open_console, print_line
 from mor_jax.sweeping import plan as plan_lib
 from mor_jax.sweeping import results, runner, scripts
 from mor_jax.sweeping.status import Display, Status
@@ -60,7 +60,7 @@ def main(_: Config, workdir: str | None) -> int:
   """
   _check_flags()
   plan = plan_lib.read(FLAGS.config, cli.overrides(), FLAGS.sweep, workdir, FLAGS.allow_change)
-  console = Console()
+  console = open_console()
   status = runner.read_status(plan)
   _describe(console, plan, status)
   if FLAGS.write in ('shell', 'slurm'):

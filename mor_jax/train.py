@@ -48,7 +48,8 @@ def main(
     allow_change: settings in which a resumed run may differ although they decide what is trained.
     profile: START:STOP, steps to trace.
 
-  Returns the exit code: 0, or 143 after SIGTERM and 130 after Ctrl-C, which save the state first.
+  Returns the exit code: 0, or what says that the state was saved early: 143 after SIGTERM, 130 after Ctrl-C, 129 and
+  131 after SIGHUP and SIGQUIT, 141 when nobody reads the output any more.
 
   Raises:
     ConfigError: before anything is compiled or written.
@@ -56,7 +57,7 @@ def main(
   """
   with Signals() as signals:
     # ---- settings, folder ----
-    run = stages.open_run(config, workdir, allow_change, profile)
+    run = stages.open_run(config, workdir, allow_change, profile, signals.output_lost)
     if stages.show_earlier_result(run):
       return 0
     with stages.alone(run):

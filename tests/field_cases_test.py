@@ -1,9 +1,14 @@
 """Faults that use brought to light, by kind: what was once silently wrong."""
 
 import dataclasses
+import errno
+import io
 import json
 import os
 import pathlib
+import signal
+import subprocess
+import sys
 from unittest import mock
 
 import jax
@@ -15,12 +20,15 @@ import tokenizers as hugging_face
 from jax.sharding import AbstractMesh
 
 from mor_jax.config import Config, ConfigError, DataConfig, with_changes
+from mor_jax.console import Output
 from mor_jax.data import corpus, dataset, revisions, tokenizer
 from mor_jax.data.token_texts import token_texts
+from mor_jax.errors import RunError
 from mor_jax.inference.requests import Request, Result
 from mor_jax.inference.scheduler import Scheduler
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import rules
+from mor_jax.runs import metrics
 from mor_jax.runs.run_folder import RunFolder
 from mor_jax.training import loss as loss_lib
 
@@ -310,3 +318,114 @@ def test_a_stop_string_that_begins_with_a_space_is_found(sentence_pieces):
   result = Result(Request(tuple(before), stop_strings=(' as',)), tokens=after)
   assert scheduler._update_text(result)
   assert (result.text, result.tokens) == ('s', pieces('s'))
+
+
+# ---- work that must not be lost ----
+
+
+class FullDisk(io.FileIO):
+  """A file on a disk with room for so many bytes more."""
+
+  room = 0
+
+  def write(self, content) -> int:
+    kept = bytes(content)[: FullDisk.room]
+    if content and not kept:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    FullDisk.room -= len(kept)
+    return super().write(kept)
+
+
+def test_metrics_wait_for_room_on_a_full_disk(tmp_path, monkeypatch):
+  told, room = [], {'left': True}
+
+  class FullBoard:
+    def __init__(self, *_):
+      if not room['left']:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write = close = __init__
+
+  monkeypatch.setattr(metrics, 'Board', FullBoard)
+  with metrics.MetricsLog(tmp_path, 0, report=told.append) as log:
+    log._file.close()
+    log._file = FullDisk(tmp_path / 'metrics.jsonl', 'r+')
+    FullDisk.room = 70
+    for step in range(1, 5):
+      room['left'] = step < 3
+      log.write(step, {'train/loss': 1 / step})
+    assert len(metrics.read(tmp_path / 'metrics.jsonl')) == 2
+    assert len(told) == 1
+    assert 'No space left on device' in told[0]
+    FullDisk.room, room['left'] = 10_000, True
+    log.write(5, {'train/loss': 0.5})
+  assert [record['step'] for record in metrics.read(tmp_path / 'metrics.jsonl')] == [1, 2, 3, 4, 5]
+  assert metrics.read(tmp_path / 'metrics.jsonl')[2] == {'step': 3, 'train/loss': 1 / 3}
+
+
+def test_a_folder_without_room_is_refused_in_a_sentence(tmp_path, monkeypatch):
+  def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(metrics, 'write_atomically', full)
+  with pytest.raises(RunError, match=r'workdir=.* cannot be written \(No space left on device\); make room'):
+    metrics.MetricsLog(tmp_path, 0)
+
+
+LOOP = """
+import sys, time
+from mor_jax.console import open_console, print_line
+from mor_jax.training.watch import stopping
+
+with stopping.Signals() as signals:
+  console = open_console(lost=signals.output_lost)
+  with signals.training():
+    for step in range(300):
+      print_line(console, f'step {step} \u2713')
+      time.sleep(0.02)
+      if signals.received:
+        print('saved after step', step, file=sys.stderr, flush=True)
+        break
+  signals.exit_code(signals.received)
+"""
+
+
+@pytest.mark.parametrize(
+  ('happens', 'code'),
+  [(signal.SIGHUP, 129), (signal.SIGQUIT, 131), ('reader gone', 141), ('terminal gone', 141)],
+)
+def test_the_state_is_saved_however_the_user_goes_away(happens, code):
+  reader, writer = os.openpty() if happens == 'terminal gone' else os.pipe()
+  command = [sys.executable, '-c', LOOP]
+  with subprocess.Popen(command, stdout=writer, stderr=subprocess.PIPE, text=True) as process:
+    os.close(writer)
+    assert os.read(reader, 6) == b'step 0'
+    if isinstance(happens, str):
+      os.close(reader)
+    else:
+      process.send_signal(happens)
+    errors = process.stderr.read()
+    assert process.wait(timeout=30) == code
+  assert 'saved after step' in errors
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='only Linux has a device that is full')
+def test_output_without_room_ends_nothing(tmp_path):
+  program = 'from mor_jax.console import open_console, print_line\nconsole = open_console()\n'
+  program += (
+    "for i in range(3):\n  print_line(console, 'text')\nprint('still here', file=__import__('sys').stderr)"
+  )
+  with open('/dev/full', 'w') as full:
+    done = subprocess.run(
+      [sys.executable, '-c', program], stdout=full, stderr=subprocess.PIPE, text=True, check=True
+    )
+  assert done.stderr.count('WARNING: output cannot be written (No space left on device)') == 1
+  assert 'still here' in done.stderr
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'latin-1'])
+def test_text_that_a_terminal_cannot_show_is_shown_as_it_can(encoding):
+  stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+  Output(stream, None).write('a \u20ac b')
+  stream.flush()
+  assert stream.buffer.getvalue() == b'a ? b'

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from mor_jax.checkpoints.checkpoint import Checkpoints
 from mor_jax.config import Config, ConfigError
-from mor_jax.console import print_line, print_rows, print_table
+from mor_jax.console import open_console, print_line, print_rows, print_table
 from mor_jax.data import loader, schedule
 from mor_jax.evaluation import result
 from mor_jax.evaluation.validation import make_validation
@@ -63,8 +63,18 @@ class Run:
     print_line(self.console, text)
 
 
-def open_run(config: Config, workdir: str | None, allow_change: Sequence[str], profile: str | None) -> Run:
-  """Checks what is cheap to check: settings, folder, devices. Arguments and errors as in `train.main`."""
+def open_run(
+  config: Config,
+  workdir: str | None,
+  allow_change: Sequence[str],
+  profile: str | None,
+  lost: Callable[[], None],
+) -> Run:
+  """Checks what is cheap to check: settings, folder, devices.
+
+  Args:
+    lost: called once when nobody reads the output any more; the others, and errors, as in `train.main`.
+  """
   config = budget.with_budgeted_steps(config)
   place = workdir or f'runs/{config.name}'
   asked = {'workdir': str(place), 'allow_change': sorted(allow_change), 'profile': profile}
@@ -76,7 +86,7 @@ def open_run(config: Config, workdir: str | None, allow_change: Sequence[str], p
   folder.check(config, allow_change, writes=is_main)
   config = folder.with_vocabulary(config)
   mesh = mesh_lib.make_checked_mesh(config.parallel, config.model, config.train)
-  return Run(config, folder, mesh, allow_change, traced, ledger, Console(quiet=not is_main))
+  return Run(config, folder, mesh, allow_change, traced, ledger, open_console(quiet=not is_main, lost=lost))
 
 
 def show_earlier_result(run: Run) -> bool:
@@ -189,7 +199,7 @@ class Training:
     batches = loader.train_batches(dataset, config.data, order, **place)
     with (
       nonfinite.explained(config.train, partial(loader.describe_batch, dataset, order, config.data.seed)),
-      MetricsLog(run.folder.path, self.done, writes=runtime.is_main()) as log,
+      MetricsLog(run.folder.path, self.done, runtime.is_main(), run.report) as log,
       Progress(run.console, config.train.steps, self.done) as progress,
       signals.training(),
       watchdog,

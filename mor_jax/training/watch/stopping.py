@@ -1,4 +1,4 @@
-"""Handles SIGTERM and Ctrl-C: saves the training, then ends the process with the signal's exit code.
+"""Handles SIGTERM, Ctrl-C and the like: saves the training, then ends the process with the signal's exit code.
 
 There are three cases:
   * Outside the training loop there is nothing to save, so the first signal ends the process. If the main
@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mor_jax.parallel import mesh as mesh_lib
 
-HANDLED = (signal.SIGTERM, signal.SIGINT)
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _STDOUT, _STDERR = 1, 2
 GRACE_SECONDS = 5.0
 
@@ -104,6 +104,12 @@ class Signals:
     if not jax.distributed.is_initialized():  # else all processes must end together
       _leave(number)
     return 128 + number
+
+  def output_lost(self) -> None:
+    """Nobody reads what this process prints any more: as if a signal said so, from whichever thread noticed."""
+    self.received = self.received or int(signal.SIGPIPE)
+    if not self.is_training:
+      _leave(signal.SIGPIPE, flush=False)
 
   def _handle(self, number: int, _) -> None:
     """Signal handler; Python calls it once the main thread runs Python code again."""
@@ -259,4 +265,5 @@ def _leave(number: int, flush: bool = True) -> NoReturn:
 
 def _say(text: str) -> None:
   """Writes to stderr without taking its lock, which the main thread may hold."""
-  os.write(_STDERR, f'\n{text}\n'.encode())
+  with contextlib.suppress(OSError):  # it may be gone with the terminal
+    os.write(_STDERR, f'\n{text}\n'.encode())
