@@ -15,6 +15,7 @@ Tensors are read and written one at a time, and keep every bit unless --dtype sa
 """
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,9 +26,8 @@ from absl import flags
 from mor_jax import cli
 from mor_jax.config import Config, ConfigError, DataConfig, with_changes
 from mor_jax.console import open_console, print_line
-from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.files import require_new
-from mor_jax.interop import folders, huggingface, official, sources
+from mor_jax.interop import folders, huggingface, official, sources, vocabulary
 from mor_jax.interop.old_format import OldWeights
 from mor_jax.interop.weights import Weights
 from mor_jax.runs import stored
@@ -45,8 +45,12 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'settings', None, "JSON file with the settings of the authors' weights (docs/uptraining.md)"
   )
-  flags.DEFINE_string('tokenizer', None, "tokenizer.json, where there is none beside the authors' weights")
-  flags.DEFINE_string('separator', '<|endoftext|>', 'its token that ends a text')
+  flags.DEFINE_string('tokenizer', None, 'a tokenizer.json to use instead of the one beside the weights')
+  flags.DEFINE_string(
+    'separator',
+    None,
+    'its token that ends a document; default: <|endoftext|>, else what the checkpoint names',
+  )
   flags.DEFINE_enum('untied', 'refuse', ['refuse', 'average'], 'where copies of a shared tensor differ')
   flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'dtype to write; default: as it is')
 
@@ -71,9 +75,9 @@ def export(source: Path, output: Path, dtype: str | None = None) -> str:
   run = stored.open_run(source)
   weights = _cast(run, dtype)
   if run.config.kind == 'vanilla':
-    huggingface.write(output, weights, run.tokenizer())
+    huggingface.write(output, weights, run.tokenizer(), run.conventions())
     return f'the model of step {run.step}, as a Llama checkpoint,'
-  official.write(output, weights, run.tokenizer())
+  official.write(output, weights, run.tokenizer(), run.conventions())
   return f"the model of step {run.step}, under the authors' names,"
 
 
@@ -81,7 +85,8 @@ def renew(source: Path, output: Path) -> str:
   """A run of the former format as a run folder of today's; returns what it wrote."""
   run = stored.open_run(source, OLDEST_FORMAT)
   weights, extras = _cast(OldWeights(run), FLAGS.dtype), (run.folder.calibrations,)
-  stored.write_model(output, run.run_config, weights, run.tokenizer(), str(source), run.step, extras)
+  texts = run.tokenizer(), str(source), None
+  stored.write_model(output, run.run_config, weights, *texts, run.step, extras)
   return (
     f'the model of step {run.step}, as a run folder of format {FORMAT} (without the state of the optimiser),'
   )
@@ -94,30 +99,35 @@ def bring_in(source: Path, output: Path) -> str:
       raise ConfigError(f'--checkpoint={source} is a file, which needs --settings to describe its model')
     settings = official.read_settings(FLAGS.settings) if FLAGS.settings else None
     weights = official.open_weights(source, settings, FLAGS.untied)
-    tokenizer = _tokenizer(source, weights)
+    beside = source if source.is_dir() else source.parent
+    raw = folders.read_config(beside) if (beside / 'config.json').is_file() else {}
+    tokenizer, conventions = vocabulary.read(beside, raw, weights.config, FLAGS.separator, _tokenizer())
   else:
-    weights, tokenizer = huggingface.open_folder(source)
+    weights, tokenizer, conventions = huggingface.open_folder(source, FLAGS.separator, _tokenizer())
+  if tokenizer is None:
+    raise ConfigError(f'there is no tokenizer.json beside the weights of {source}; name one with --tokenizer')
   weights = _cast(weights, FLAGS.dtype)
-  data = {'tokenizer': str(output.absolute() / 'tokenizer.json'), 'separator': tokenizer.separator}
-  if sources.has_settings(source, 'max_position_embeddings'):
-    longest = folders.read_config(source)['max_position_embeddings']
-    data['seq_len'] = min(longest, DataConfig().seq_len)  # texts may be longer where a flag says so
+  data = {
+    'tokenizer': str(output.absolute() / 'tokenizer.json'),
+    'separator': tokenizer.separator,
+    'begin': tokenizer.begin,
+  }
+  if conventions.max_positions:
+    data['seq_len'] = min(conventions.max_positions, DataConfig().seq_len)  # a flag may say longer
   config = with_changes(Config(name=output.name, model=weights.config), data=data)
-  stored.write_model(output, config, weights, tokenizer, str(source))
+  stored.write_model(output, config, weights, tokenizer, str(source), conventions)
   return f'the {config.model.kind} model of {source}, as a run folder,'
 
 
-def _tokenizer(source: Path, weights: Weights) -> Tokenizer:
-  beside = (source if source.is_dir() else source.parent) / 'tokenizer.json'
-  path = Path(FLAGS.tokenizer) if FLAGS.tokenizer else beside
-  try:
-    tokenizer = Tokenizer.load(path, FLAGS.separator)
-  except FileNotFoundError:
-    raise ConfigError(f'there is no {path}; name a tokenizer.json with --tokenizer') from None
-  except ValueError as error:
-    raise ConfigError(f'{path} cannot be used ({error})') from None
-  huggingface.check_vocabulary(tokenizer, weights.config, path)
-  return tokenizer
+def _tokenizer() -> Path | None:
+  """The file of --tokenizer. Raises ConfigError if there is none."""
+  if FLAGS.tokenizer is None:
+    return None
+  path = Path(FLAGS.tokenizer)
+  path = path / 'tokenizer.json' if path.is_dir() else path
+  if not path.is_file():
+    raise ConfigError(f'there is no {path}; name a tokenizer.json with --tokenizer')
+  return path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,11 +158,35 @@ class _Cast:
 
 
 def _cast(weights: Weights, dtype: str | None) -> Weights:
-  return (
-    weights
-    if dtype is None
-    else _Cast(weights, np.dtype(ml_dtypes.bfloat16 if dtype == 'bfloat16' else dtype))
-  )
+  checked = _Checked(weights)
+  if dtype is None:
+    return checked
+  return _Cast(checked, np.dtype(ml_dtypes.bfloat16 if dtype == 'bfloat16' else dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checked:
+  """Weights of which the user is told those that are not finite."""
+
+  inner: Weights
+
+  def __getattr__(self, name: str):
+    return getattr(self.inner, name)
+
+  def leaf(self, path: str) -> np.ndarray:
+    leaf = self.inner.leaf(path)
+    self._tell(path, leaf)
+    return leaf
+
+  def leaves(self) -> Iterator[tuple[str, np.ndarray]]:
+    for path, leaf in self.inner.leaves():
+      self._tell(path, leaf)
+      yield path, leaf
+
+  def _tell(self, path: str, leaf: np.ndarray) -> None:
+    count = leaf.size - int(np.isfinite(leaf).sum())
+    if count:
+      print(f'WARNING: {path} has {count:,} values that are not finite (NaN or infinite)', file=sys.stderr)
 
 
 if __name__ == '__main__':

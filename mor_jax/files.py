@@ -1,9 +1,11 @@
-"""Files and folders that are as they were or complete, whenever the process is killed."""
+"""Files and folders that are as they were or complete, whenever the process is killed; JSON that may be anything."""
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mor_jax.errors import ConfigError
 
@@ -13,6 +15,14 @@ def write_atomically(path: Path, text: str) -> None:
   partial = path.with_name(f'{path.name}.partial')
   partial.write_text(text, encoding='utf-8')
   partial.replace(path)
+
+
+def parse_json(text: str | bytes) -> Any:
+  """`json.loads`, which raises ValueError for whatever is wrong, nesting without end included."""
+  try:
+    return json.loads(text)
+  except RecursionError:
+    raise ValueError('it is nested too deep') from None
 
 
 @contextlib.contextmanager

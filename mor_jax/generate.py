@@ -21,12 +21,14 @@ from jax.sharding import Mesh
 from mor_jax import cli
 from mor_jax.config import ConfigError
 from mor_jax.console import open_console
+from mor_jax.data.conventions import Conventions
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.evaluation import calibration
 from mor_jax.inference import batch
 from mor_jax.inference.engine import Engine
 from mor_jax.inference.requests import Request, RequestError
 from mor_jax.inference.scheduler import Scheduler
+from mor_jax.inference.state import STOP_TOKENS
 from mor_jax.inference.terminal import Writer, describe_statistics
 from mor_jax.model import cache
 from mor_jax.model.transformer import Transformer
@@ -84,7 +86,7 @@ def main() -> int:
   mesh = _mesh()
   run = load_run(FLAGS.checkpoint, mesh=mesh)
   tokenizer = _tokenizer(run)
-  template = _template(tokenizer)
+  template = _template(tokenizer, run.folder.conventions(run.config, tokenizer))
   try:
     template.check()
   except RequestError as error:
@@ -118,12 +120,12 @@ def _tokenizer(run: LoadedRun) -> Tokenizer:
       f'with at {path}'
     )
   try:
-    return Tokenizer.load(path, run.config.data.separator)
+    return Tokenizer.load(path, run.config.data.separator, run.config.data.begin)
   except ValueError as error:
     raise ConfigError(f'--checkpoint={FLAGS.checkpoint}: {error}') from None
 
 
-def _template(tokenizer: Tokenizer) -> Request:
+def _template(tokenizer: Tokenizer, conventions: Conventions) -> Request:
   """The request that the flags describe, with a prompt to be filled in."""
   return Request(
     prompt=(tokenizer.end_of_text,),
@@ -133,7 +135,7 @@ def _template(tokenizer: Tokenizer) -> Request:
     top_p=FLAGS.top_p,
     repetition_penalty=FLAGS.repetition_penalty,
     seed=FLAGS.seed,
-    stop_tokens=() if FLAGS.ignore_end_of_text else (tokenizer.end_of_text,),
+    stop_tokens=() if FLAGS.ignore_end_of_text else conventions.ends[:STOP_TOKENS],
     stop_strings=tuple(FLAGS.stop),
     threshold_shift=FLAGS.threshold_shift,
   )
@@ -185,7 +187,7 @@ def _stream(run: LoadedRun, tokenizer: Tokenizer, template: Request, mesh: Mesh)
     raise ConfigError(
       f'--show_depth: this run has model.kind={run.config.model.kind}, whose tokens all take the same depth'
     )
-  requests = batch.samples(template, tuple(tokenizer.encode(_prompt())), FLAGS.num_samples)
+  requests = batch.samples(template, tuple(tokenizer.encode_text(_prompt())), FLAGS.num_samples)
   engine = _engine(run, FLAGS.num_samples, mesh)
   scheduler = Scheduler(engine, tokenizer, ticks_per_call=STREAMING_TICKS)
   try:

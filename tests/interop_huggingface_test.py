@@ -1,5 +1,6 @@
 """Llama checkpoints: bit for bit there and back, opened by transformers, and refused by name where they cannot be read."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mor_jax.config import ConfigError, DataConfig
 from mor_jax.data import tokenizer as tokenizer_lib
-from mor_jax.interop import huggingface, tensors
+from mor_jax.interop import huggingface, names, tensors
 
 LLAMA3 = {'rope_scaling': 'llama3', 'rope_scaling_factor': 8.0, 'rope_original_length': 64}
 
@@ -130,7 +133,7 @@ def test_everything_wrong_is_listed_at_once(folder):
       'model.layers.0.self_attn.q_proj.bias': np.zeros(32, np.float32),
     },
   )
-  (folder / 'tokenizer.json').unlink()
+  (folder / 'tokenizer.json').write_text('{}')
   with pytest.raises(ConfigError) as error:
     huggingface.load(folder)
   for problem in (
@@ -139,7 +142,7 @@ def test_everything_wrong_is_listed_at_once(folder):
     'model.layers.1.input_layernorm.weight is stored as F16, other layers as F32',
     'model.layers.0.self_attn.q_proj.weight is stored as I8',
     'model.layers.0.self_attn.q_proj.bias has no place in the model',
-    'has no tokenizer.json',
+    'is not a tokenizer.json',
   ):
     assert problem in str(error.value)
 
@@ -153,6 +156,81 @@ def test_a_head_stored_beside_tied_embeddings_must_be_the_same(folder):
   change_tensors(folder, **{'lm_head.weight': embedding + 1})
   with pytest.raises(ConfigError, match=r'embed_tokens\.weight and lm_head\.weight'):
     huggingface.load(folder)
+
+
+def test_weights_without_a_tokenizer_are_read(folder):
+  (folder / 'tokenizer.json').unlink()
+  assert huggingface.load(folder)[2] is None
+
+
+def test_an_index_of_something_else_beside_the_weights_is_passed_over(folder):
+  (folder / 'model.safetensors.index.json').write_text('{"weight_map": {"other": "other.safetensors"}}')
+  huggingface.load(folder)
+
+
+@pytest.mark.parametrize('files', [['../model.safetensors'], [3], [], ['.'], [None, 'a'], ['a\0']])
+def test_an_index_that_names_no_files_of_its_folder_is_refused(folder, files):
+  (folder / 'model.safetensors').unlink()
+  index = {'weight_map': {f'tensor {i}': name for i, name in enumerate(files)}}
+  (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
+  with pytest.raises(ConfigError, match=r'index\.json cannot be read'):
+    huggingface.load(folder)
+
+
+def test_what_is_null_or_missing_has_its_default(folder):
+  expected = huggingface.load(folder)[0].config
+  config = json.loads((folder / 'config.json').read_text())
+  for name in ('rms_norm_eps', 'initializer_range'):
+    del config[name]
+  (folder / 'config.json').write_text(json.dumps(config | dict.fromkeys(['attention_bias', 'hidden_act'])))
+  assert huggingface.load(folder)[0].config == dataclasses.replace(expected, norm_epsilon=1e-6, init_std=0.02)
+
+
+ANYTHING = st.recursive(
+  st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
+  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+  max_leaves=5,
+)
+KNOWN = [
+  'vocab_size',
+  'hidden_size',
+  'intermediate_size',
+  'num_hidden_layers',
+  'num_attention_heads',
+  'num_key_value_heads',
+  'head_dim',
+  'rms_norm_eps',
+  'rope_theta',
+  'rope_scaling',
+  'rope_parameters',
+  'tie_word_embeddings',
+  'initializer_range',
+  'torch_dtype',
+  'dtype',
+  'max_position_embeddings',
+  'eos_token_id',
+  'hidden_act',
+  'attention_bias',
+  'quantization_config',
+  'partial_rotary_factor',
+]
+ROPE = st.dictionaries(
+  st.sampled_from(
+    ['rope_type', 'type', 'factor', 'rope_theta', 'original_max_position_embeddings', 'low_freq_factor']
+  ),
+  ANYTHING | st.sampled_from(['llama3', 'linear', 'default']),
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(change=st.dictionaries(st.sampled_from(KNOWN), ANYTHING | ROPE, max_size=4))
+def test_any_config_gives_a_model_or_a_sentence(change):
+  config = huggingface.llama_config(tiny.config(kind='vanilla'), None, np.dtype('float32')) | change
+  try:
+    made = huggingface.model_config(config, 'somewhere')
+  except ConfigError:
+    return
+  names.llama(made)
 
 
 def test_index_and_files_must_agree(tokenizer, tmp_path, monkeypatch):

@@ -49,6 +49,6 @@ def test_the_first_of_many_may_take_its_time(capfd):
   """It compiles a program; the others are limited, and the end of the last one starts nothing new."""
   with Watchdog(0.2) as watchdog:
     for item in watchdog.over(range(3), 'a batch'):
-      time.sleep(0.4 if item != 2 else 0.0)
+      time.sleep(0.3 if item != 2 else 0.0)
   err = capfd.readouterr().err
   assert err.count('hang: a batch takes') == 1

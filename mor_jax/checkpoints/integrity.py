@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from mor_jax.files import write_atomically
+from mor_jax.files import parse_json, write_atomically
 
 MANIFEST = 'manifest.json'
 PATIENCE = 600.0  # seconds for other processes to leave their digests
@@ -50,7 +50,7 @@ def publish(folder: epath.Path, num_processes: int, about: dict[str, Any]) -> No
   files: Digests = {}
   for share in shares:
     text = share.read_text()
-    files |= json.loads(text)['files']
+    files |= parse_json(text)['files']
     files[share.name] = [len(text.encode()), _digest(text.encode())]
   manifest = {'processes': num_processes, **about, 'files': dict(sorted(files.items()))}
   body = json.dumps(manifest, indent=1)
@@ -64,11 +64,11 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
     ValueError: the manifest is missing or damaged; the message says which.
   """
   try:
-    envelope = json.loads((folder / MANIFEST).read_text())
+    envelope = parse_json((folder / MANIFEST).read_text())
     body = envelope['manifest']
     if _digest(body.encode()) != envelope['digest']:
       raise ValueError('its digest differs')
-    return json.loads(body)
+    return parse_json(body)
   except FileNotFoundError:
     raise ValueError(f'it has no {MANIFEST}: its save was never finished') from None
   except (OSError, ValueError, KeyError, TypeError) as error:
@@ -77,7 +77,7 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
 
 def read_share(folder: epath.Path, process: int) -> dict[str, Any]:
   """Reads the `about` that a process passed to `write_share`."""
-  return json.loads((folder / f'process_{process}.json').read_text())['about']
+  return parse_json((folder / f'process_{process}.json').read_text())['about']
 
 
 def problems(folder: epath.Path, part: int = 0, parts: int = 1) -> list[str]:

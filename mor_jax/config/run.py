@@ -29,6 +29,11 @@ class DataConfig:
   )
   vocab_size: int = setting(4096, 'entries of the trained tokenizer (bpe), special tokens included')
   separator: str = setting('<|endoftext|>', 'token of the vocabulary that ends every document')
+  begin: str | None = setting(
+    'auto',
+    "token of the vocabulary before every document and prompt; auto: the one that the tokenizer's own template puts "
+    'there, if any; none: nothing',
+  )
   packing: str = setting(
     'concat',
     'documents to rows: concat, one after the other and cut, as in the paper; first_fit, whole documents '

@@ -16,6 +16,8 @@ from mor_jax.config.run import (
 from mor_jax.errors import ConfigError
 
 SPECIAL_AND_BYTE_TOKENS = 257  # every byte, end of text
+MOST_LAYERS, LARGEST = 10_000, 2**24  # what lies above was not meant, and would take a machine down
+SEEDS = 2**32
 
 
 def validate(config: Config) -> None:
@@ -28,7 +30,8 @@ def validate(config: Config) -> None:
   _validate_distill(config.distill)
   _validate_checkpoint(config.checkpoint)
   _validate_parallel(config.parallel)
-  _require(bool(config.name) and '/' not in config.name, 'name', config.name, 'a non-empty word without "/"')
+  is_name = bool(config.name) and '/' not in config.name and config.name not in ('.', '..')
+  _require(is_name, 'name', repr(config.name), 'the name of a folder: a word without "/"')
 
 
 def _validate_checkpoint(checkpoint: CheckpointConfig) -> None:
@@ -88,10 +91,11 @@ def _check_choices(config: Config) -> None:
 
 
 def _validate_model(model: ModelConfig) -> None:
-  for name in ('num_layers', 'd_model', 'num_heads', 'num_kv_heads', 'mlp_dim', 'num_recursions'):
-    _require(getattr(model, name) >= 1, f'model.{name}', getattr(model, name), '>= 1')
+  for name in ('num_layers', 'd_model', 'num_heads', 'num_kv_heads', 'mlp_dim', 'num_recursions', 'head_dim'):
+    most, value = MOST_LAYERS if name in ('num_layers', 'num_recursions') else LARGEST, getattr(model, name)
+    _require(value is None or 1 <= value <= most, f'model.{name}', value, f'from 1 to {most:,}')
   if model.vocab_size is not None:
-    _require(model.vocab_size >= 2, 'model.vocab_size', model.vocab_size, '>= 2')
+    _require(2 <= model.vocab_size <= LARGEST, 'model.vocab_size', model.vocab_size, f'from 2 to {LARGEST:,}')
   for name in (
     'rope_theta',
     'rope_scaling_factor',
@@ -290,7 +294,8 @@ def _validate_data(data: DataConfig) -> None:
   _require(
     0 < data.validation_fraction < 1, 'data.validation_fraction', data.validation_fraction, 'in (0, 1)'
   )
-  _require(data.seed >= 0, 'data.seed', data.seed, '>= 0')
+  _require(0 <= data.seed < SEEDS, 'data.seed', data.seed, 'from 0 to 2**32 - 1')
+  _require(data.begin != '', 'data.begin', repr(data.begin), 'a token of the vocabulary, auto or none')
   _require(data.prefetch >= 0, 'data.prefetch', data.prefetch, '>= 0')
   _require(0 <= data.max_bad_fraction <= 1, 'data.max_bad_fraction', data.max_bad_fraction, 'in [0, 1]')
   _require(bool(data.text_key), 'data.text_key', repr(data.text_key), 'a non-empty name')
@@ -328,6 +333,7 @@ def _validate_live(data: DataConfig) -> None:
 def _validate_train(train: TrainConfig) -> None:
   for name in ('steps', 'global_batch', 'accumulation', 'log_every'):
     _require(getattr(train, name) >= 1, f'train.{name}', getattr(train, name), '>= 1')
+  _require(0 <= train.seed < SEEDS, 'train.seed', train.seed, 'from 0 to 2**32 - 1')
   for name in (
     'warmup_steps',
     'ramp_steps',

@@ -23,7 +23,7 @@ from mor_jax.config import ConfigError, DataConfig
 from mor_jax.data import corpus, pipeline, shards
 from mor_jax.data import tokenizer as tokenizers
 from mor_jax.data.cache import cache_dir
-from mor_jax.files import write_atomically
+from mor_jax.files import parse_json, write_atomically
 
 FORMAT_VERSION = 3  # raise it when the same settings would give another folder content
 PREPARED = 'prepared:'  # data.source=prepared:FOLDER
@@ -65,11 +65,12 @@ class Manifest:
   dropped_examples: list[str]  # where the first unreadable ones are
   splits: dict[str, SplitCounts]
   files: dict[str, int]  # size in bytes of every file that is needed to read the dataset
+  begin: str | None = None  # token before every document
 
   @classmethod
   def from_json(cls, text: str) -> 'Manifest':
     """Reads what `json.dumps(dataclasses.asdict(manifest))` wrote."""
-    fields = json.loads(text)
+    fields = parse_json(text)
     splits = {name: SplitCounts(**counts) for name, counts in fields.pop('splits').items()}
     return cls(splits=splits, **fields)
 
@@ -109,6 +110,7 @@ def dataset_folder(data: DataConfig) -> pathlib.Path:
     'validation_fraction': data.validation_fraction,
     'tokenizer': tokenizers.content_of(tokenizer),
     'separator': data.separator,
+    'begin': tokenizers.begin_of(data),
     'packing': data.packing,
     'seq_len': data.seq_len,
   }
@@ -181,6 +183,11 @@ def _check_settings(manifest: Manifest, data: DataConfig) -> None:
         f'data.source={data.source} was prepared with {name}={found}, and data.{name} asks '
         f'for {value}; change data.{name}, or prepare the documents again'
       )
+  if data.begin not in (tokenizers.AUTO, manifest.begin):
+    raise ConfigError(
+      f'data.source={data.source} was prepared with begin={manifest.begin or "none"}, and data.begin asks for '
+      f'{data.begin or "none"}; leave it at auto, or prepare the documents again'
+    )
 
 
 def open_dataset(folder: str | os.PathLike) -> PreparedDataset:
@@ -199,7 +206,7 @@ def open_dataset(folder: str | os.PathLike) -> PreparedDataset:
     for name, size in manifest.files.items():
       if (folder / name).stat().st_size != size:
         raise ValueError(f'{name} does not have its {size} bytes')
-    tokenizer = tokenizers.Tokenizer.load(folder / _TOKENIZER, manifest.separator)
+    tokenizer = tokenizers.Tokenizer.load(folder / _TOKENIZER, manifest.separator, manifest.begin)
     if tokenizer.digest != manifest.tokenizer_digest:
       raise ValueError(f'{_TOKENIZER} is not the one that the rows were made with')
     if tokenizer.vocab_size != manifest.vocab_size:
@@ -260,7 +267,9 @@ def _write_dataset(
 
   start = time.perf_counter()
   reading = corpus.Reading(data)
-  recipe = pipeline.Recipe(str(folder / _TOKENIZER), data.separator, data.seq_len, data.packing)
+  recipe = pipeline.Recipe(
+    str(folder / _TOKENIZER), data.separator, tokenizer.begin, data.seq_len, data.packing
+  )
   workers = data.workers or len(os.sched_getaffinity(0))
   writers = pipeline.write_splits(reading, folder, recipe, workers, _follow(reading, progress))
   splits = {split: _split_counts(data, split, writer.counts) for split, writer in writers.items()}
@@ -290,6 +299,7 @@ def _write_dataset(
     packing=data.packing,
     tokenizer=tokenizers.fingerprint(data),
     separator=data.separator,
+    begin=tokenizer.begin,
     vocab_size=tokenizer.vocab_size,
     tokenizer_digest=tokenizer.digest,
     dropped=dict(reading.dropped),
@@ -304,7 +314,7 @@ def _write_dataset(
 def _tokenizer(data: DataConfig, path: pathlib.Path) -> tokenizers.Tokenizer:
   """Loads the tokenizer of an interrupted build from `path`, or builds one and saves it there."""
   if path.exists():
-    return tokenizers.Tokenizer.load(path, data.separator)
+    return tokenizers.Tokenizer.load(path, data.separator, data.begin)
   tokenizer = tokenizers.build(data)
   tokenizer.save(path)
   return tokenizer

@@ -7,7 +7,6 @@ line, .parquet one per row. All but .parquet may be compressed as .gz or .zst.
 import glob
 import gzip
 import io
-import json
 import os
 import types
 import zlib
@@ -19,6 +18,7 @@ from etils import epath
 from mor_jax.config import ConfigError
 from mor_jax.data import identity
 from mor_jax.data.document import Document, Unreadable
+from mor_jax.files import parse_json
 
 LONGEST_DOCUMENT = 2**24  # bytes; a longer text file is cut into documents at line ends
 
@@ -192,7 +192,7 @@ def _read_json_lines(raw: BinaryIO, path: epath.Path, text_key: str) -> Iterator
 
 def _parse_line(line: bytes, where: str, text_key: str) -> Document | Unreadable:
   try:
-    text = json.loads(line.decode())[text_key]
+    text = parse_json(line.decode())[text_key]
   except UnicodeDecodeError:
     return Unreadable(where, 'not UTF-8')
   except ValueError:

@@ -1,12 +1,12 @@
 """Guards against code in dataset folders: TFDS imports any module that features.json names."""
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
 from mor_jax.errors import ConfigError
+from mor_jax.files import parse_json
 
 _FEATURES = 'features.json'
 _CLASS_KEYS = ('pythonClassName', 'python_class_name', 'type')  # by age of the format
@@ -23,7 +23,7 @@ def check_features(folder: epath.PathLike) -> None:
   if not path.exists():
     return  # TFDS has its own words for that
   try:
-    named = list(_classes(json.loads(path.read_text())))
+    named = list(_classes(parse_json(path.read_text())))
   except (OSError, ValueError) as error:
     raise ConfigError(f'{path} cannot be read ({error})') from None
   for name in named:

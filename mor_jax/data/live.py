@@ -104,6 +104,7 @@ def open_dataset(data: DataConfig, report: Callable[[str], None] = lambda line: 
     packing=data.packing,
     tokenizer=tokenizers.fingerprint(data),
     separator=data.separator,
+    begin=tokenizer.begin,
     vocab_size=tokenizer.vocab_size,
     tokenizer_digest=tokenizer.digest,
     dropped={},

@@ -74,6 +74,7 @@ class Recipe:
 
   tokenizer_file: str
   separator: str
+  begin: str | None
   seq_len: int
   packing: str
 
@@ -96,7 +97,7 @@ def units(documents: Iterable[tuple[str, Document]], characters: int | None = No
 
 @functools.cache
 def _tools(recipe: Recipe) -> tuple[Tokenizer, shards.RowFormat]:
-  tokenizer = Tokenizer.load(recipe.tokenizer_file, recipe.separator)
+  tokenizer = Tokenizer.load(recipe.tokenizer_file, recipe.separator, recipe.begin)
   return tokenizer, shards.RowFormat(tokenizer.vocab_size, recipe.seq_len)
 
 
@@ -113,7 +114,7 @@ def pack_texts(tokenizer: Tokenizer, settings: Recipe | DataConfig, texts: list[
 
   def token_ids() -> Iterator[list[int]]:
     for batch in _batches(texts, ENCODED_AT_ONCE):
-      for ids in tokenizer.encode_batch(batch):
+      for ids in tokenizer.encode_texts(batch):
         counts['cut'] += len(ids) + 1 > settings.seq_len
         yield ids
 

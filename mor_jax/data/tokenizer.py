@@ -25,6 +25,7 @@ TRAINING_BYTES_PER_ENTRY = (
 
 MADE_HERE = ('bpe', 'bytes')
 
+AUTO = 'auto'
 CONTEXT = 8  # tokens before a text that may change how it is written: its first space, a character begun
 REPLACEMENT = '\ufffd'  # stands for bytes that do not make a character
 
@@ -34,8 +35,15 @@ _HUB_NAME = re.compile(r'[\w.-]+/[\w.-]+')
 class Tokenizer:
   """A vocabulary with a token that separates documents, called end of text regardless of its name."""
 
-  def __init__(self, backend: tokenizers.Tokenizer, separator: str = END_OF_TEXT):
-    """Wraps `backend`, whose vocabulary must have the token `separator` and which must not draw its tokens."""
+  def __init__(self, backend: tokenizers.Tokenizer, separator: str = END_OF_TEXT, begin: str | None = AUTO):
+    """Wraps `backend`, whose vocabulary must have the token `separator` and which must not draw its tokens.
+
+    Args:
+      begin: token before every text; AUTO: the one that the tokenizer's template puts there, if any; None: nothing.
+
+    Raises:
+      ValueError: it cannot be used; the message says why.
+    """
     dropout = getattr(backend.model, 'dropout', None)
     if dropout:
       raise ValueError(
@@ -52,6 +60,17 @@ class Tokenizer:
     self._backend = backend
     self.end_of_text: int = end_of_text
     self.separator = separator
+    self.begin_of_text: int | None = None
+    """Id of the token before every text; None: there is none."""
+    if begin is not None:
+      self.begin_of_text = _template_begin(backend) if begin == AUTO else backend.token_to_id(begin)
+    if begin not in (AUTO, None) and self.begin_of_text is None:
+      raise ValueError(f'the tokenizer has no token {begin}, which begins texts (data.begin)')
+
+  @property
+  def begin(self) -> str | None:
+    """The token before every text."""
+    return None if self.begin_of_text is None else self._backend.id_to_token(self.begin_of_text)
 
   @property
   def vocab_size(self) -> int:
@@ -75,6 +94,18 @@ class Tokenizer:
   def encode(self, text: str) -> list[int]:
     """Token ids of a text. No special tokens are added or recognised."""
     return self._backend.encode(text, add_special_tokens=False).ids
+
+  def encode_text(self, text: str) -> list[int]:
+    """Token ids of a text from its beginning: as in the rows of training, and as a prompt."""
+    return [*self._begins, *self.encode(text)]
+
+  @property
+  def _begins(self) -> list[int]:
+    return [] if self.begin_of_text is None else [self.begin_of_text]
+
+  def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+    """`encode_text` of several texts, on all cores."""
+    return [[*self._begins, *ids] for ids in self.encode_batch(texts)]
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of several texts, on all cores."""
@@ -102,14 +133,31 @@ class Tokenizer:
     write_atomically(pathlib.Path(path), self._backend.to_str())
 
   @classmethod
-  def load(cls, path: str | os.PathLike, separator: str = END_OF_TEXT) -> 'Tokenizer':
+  def load(
+    cls, path: str | os.PathLike, separator: str = END_OF_TEXT, begin: str | None = AUTO
+  ) -> 'Tokenizer':
     """Reads a tokenizer.json. Raises OSError if it's missing and ValueError if it cannot be used."""
-    text = pathlib.Path(path).read_text(encoding='utf-8')
-    try:
-      backend = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing more specific
-      raise ValueError(f'{path} is not a tokenizer.json: {error}') from error
-    return cls(backend, separator)
+    return cls(read_backend(path), separator, begin)
+
+
+def read_backend(path: str | os.PathLike) -> tokenizers.Tokenizer:
+  """What the library makes of a tokenizer.json. Raises OSError if it's missing and ValueError if it cannot be used."""
+  text = pathlib.Path(path).read_text(encoding='utf-8')
+  try:
+    return tokenizers.Tokenizer.from_str(text)
+  except Exception as error:  # the library raises nothing more specific
+    raise ValueError(f'{path} is not a tokenizer.json: {error}') from error
+
+
+def _template_begin(backend: tokenizers.Tokenizer) -> int | None:
+  """The one token that the tokenizer's template puts before a text; None where it puts none, or several."""
+  try:
+    alone, whole = (backend.encode('a', add_special_tokens=special).ids for special in (False, True))
+  except Exception:  # a vocabulary that cannot say it, whose texts are refused later
+    return None
+  added = len(whole) - len(alone)
+  start = next((i for i in range(added + 1) if whole[i : i + len(alone)] == alone), 0)
+  return whole[0] if start == 1 else None
 
 
 def build(data: DataConfig) -> Tokenizer:
@@ -125,7 +173,7 @@ def build(data: DataConfig) -> Tokenizer:
   if data.tokenizer not in MADE_HERE:
     path = existing_file(data)
     try:
-      return Tokenizer.load(path, data.separator)
+      return Tokenizer.load(path, data.separator, data.begin)
     except (OSError, ValueError) as error:
       raise ConfigError(f'data.tokenizer={data.tokenizer} cannot be used: {error}') from error
   backend = (
@@ -133,7 +181,14 @@ def build(data: DataConfig) -> Tokenizer:
     if data.tokenizer == 'bytes'
     else _train_bpe(corpus.documents(data, 'train'), data.vocab_size, data.separator)
   )
-  return Tokenizer(backend, data.separator)
+  return Tokenizer(backend, data.separator, data.begin)
+
+
+def begin_of(data: DataConfig) -> str | None:
+  """The token before every document, as `build` finds it. Raises ConfigError as `build`."""
+  if data.begin != AUTO:
+    return data.begin
+  return None if data.tokenizer in MADE_HERE else build(data).begin
 
 
 def fingerprint(data: DataConfig) -> str:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from mor_jax.config import Config, ConfigError, with_changes
 from mor_jax.evaluation import nll
-from mor_jax.files import write_atomically
+from mor_jax.files import parse_json, write_atomically
 from mor_jax.model.transformer import Transformer
 
 
@@ -74,7 +74,7 @@ def read(path: Path) -> list[Calibration]:
   """The calibrations stored with a run, in the order they were made."""
   if not path.exists():
     return []
-  fields = ({**entry, **_tuples(entry)} for entry in json.loads(path.read_text()))
+  fields = ({**entry, **_tuples(entry)} for entry in parse_json(path.read_text()))
   return [Calibration(**entry) for entry in fields]
 
 

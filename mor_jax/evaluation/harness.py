@@ -21,6 +21,7 @@ from mor_jax.evaluation.scoring import Scorer
 from mor_jax.inference.engine import Engine
 from mor_jax.inference.requests import Request, RequestError
 from mor_jax.inference.scheduler import Scheduler
+from mor_jax.inference.state import STOP_TOKENS
 from mor_jax.model import flops
 from mor_jax.runs.restore import LoadedRun
 
@@ -58,8 +59,11 @@ class HarnessModel(TemplateLM):
     self.run, self.routing = run, routing
     self.max_length = max_len or run.config.data.seq_len
     self.batch_size = batch_size
-    self._tokenizer = Tokenizer.load(run.folder.tokenizer, run.config.data.separator)
-    self._prefix = self._tokenizer.end_of_text
+    data = run.config.data
+    self._tokenizer = Tokenizer.load(run.folder.tokenizer, data.separator, data.begin)
+    self._ends = run.folder.conventions(run.config, self._tokenizer).ends[:STOP_TOKENS]
+    begin = self._tokenizer.begin_of_text
+    self._prefix = self._tokenizer.end_of_text if begin is None else begin
     if prefix_token is not None:
       self._prefix = self._tokenizer.token_to_id(prefix_token)
       if self._prefix is None:
@@ -84,8 +88,10 @@ class HarnessModel(TemplateLM):
     return f'mor_jax-{self._tokenizer.digest[:16]}'
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-    """Token ids. Special tokens are neither added nor recognised in the text."""
-    return self._tokenizer.encode(string)
+    """Token ids, after the token that begins texts for the model, if it has one; none is recognised in the text."""
+    return (
+      self._tokenizer.encode(string) if add_special_tokens is False else self._tokenizer.encode_text(string)
+    )
 
   def get_model_info(self) -> dict[str, Any]:
     """The description of the model in the harness's JSON."""
@@ -120,7 +126,10 @@ class HarnessModel(TemplateLM):
     windows, owners = [], []
     for owner, text in enumerate(texts):
       rolling = get_rolling_token_windows(
-        self.tok_encode(text), prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+        self._tokenizer.encode(text),
+        prefix_token=self.prefix_token_id,
+        max_seq_len=self.max_length,
+        context_len=1,
       )
       windows += [make_disjoint_window(window) for window in rolling]
       owners += [owner] * (len(windows) - len(owners))
@@ -178,12 +187,13 @@ class HarnessModel(TemplateLM):
       raise RequestError(
         f'max_gen_toks={max_new_tokens} leaves no room for a prompt; raise --max_len={self.max_length}'
       )
-    prompt = self.tok_encode(context)[-room:] or [self.prefix_token_id]
+    prompt = self.tok_encode(context) if context else [self.prefix_token_id]
+    prompt = prompt[-room:]
     return Request(
       tuple(prompt),
       max_new_tokens=max_new_tokens,
       temperature=float(temperature) if sampled else 0.0,
-      stop_tokens=(self.eot_token_id,),
+      stop_tokens=self._ends,
       stop_strings=tuple(stop for stop in until if stop),
       **known,
     )

@@ -55,7 +55,7 @@ def open_data(
     ConfigError: the dataset is unreadable, or its tokenizer differs from the run's.
   """
   data, path = run.config.data, run.folder.tokenizer
-  tokenizer = Tokenizer.load(path, data.separator)
+  tokenizer = Tokenizer.load(path, data.separator, data.begin)
   folder = Path((source or '').removeprefix(dataset_lib.PREPARED)).expanduser()
   if source is None:
     if data.tokenizer not in MADE_HERE and not Path(data.tokenizer).exists():

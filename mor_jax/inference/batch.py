@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from mor_jax.config import ConfigError
 from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.files import parse_json
 from mor_jax.inference.requests import Request, RequestError, Result
 from mor_jax.inference.scheduler import Scheduler
 
@@ -75,8 +76,8 @@ def _ended(entries: Sequence[Result | dict[str, Any]]) -> Iterator[dict[str, Any
 def parse(line: str, template: Request, tokenizer: Tokenizer) -> Request:
   """The request of a line. Raises RequestError if it is not a JSON object or has fields of another type."""
   try:
-    fields = json.loads(line)
-  except json.JSONDecodeError as error:
+    fields = parse_json(line)
+  except ValueError as error:
     raise RequestError(f'the line is not JSON: {error}') from None
   if not isinstance(fields, dict) or ('prompt' in fields) == ('tokens' in fields):
     raise RequestError('a line must be an object with either "prompt", a text, or "tokens", a list of ids')
@@ -85,7 +86,7 @@ def parse(line: str, template: Request, tokenizer: Tokenizer) -> Request:
     text = fields.pop('prompt')
     if not isinstance(text, str):
       raise RequestError(f'prompt={text!r} must be a text')
-    fields['prompt'] = tokenizer.encode(text)
+    fields['prompt'] = tokenizer.encode_text(text)
   else:
     fields['prompt'] = fields.pop('tokens')
   changes = {}

@@ -23,7 +23,7 @@ def complete(
   Raises:
     RequestError: the prompt has no tokens, or temperature is negative.
   """
-  prompt_ids = tokenizer.encode(prompt)
+  prompt_ids = tokenizer.encode_text(prompt)
   # A scan over layers compiles fast, and a few tokens are not worth more.
   length = len(prompt_ids) + num_tokens
   engine = Engine(model, variables, slots=1, max_len=max(length, 2), chunks=(64,), unroll=False)

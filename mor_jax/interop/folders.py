@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from mor_jax.config import ConfigError
+from mor_jax.data.conventions import Conventions
 from mor_jax.data.tokenizer import Tokenizer
-from mor_jax.files import new_folder
-from mor_jax.interop import tensors
+from mor_jax.files import new_folder, parse_json
+from mor_jax.interop import tensors, vocabulary
 from mor_jax.interop.names import Table
 from mor_jax.interop.weights import Weights
 
@@ -15,15 +16,23 @@ from mor_jax.interop.weights import Weights
 def read_config(folder: Path) -> dict[str, Any]:
   """Reads the config.json of a folder. Raises ConfigError if it is missing or unreadable."""
   try:
-    return json.loads((folder / 'config.json').read_text())
+    found = parse_json((folder / 'config.json').read_text(encoding='utf-8'))
   except (FileNotFoundError, NotADirectoryError):
     raise ConfigError(f'{folder} is not a checkpoint folder: it has no config.json') from None
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+  except (OSError, ValueError) as error:
     raise ConfigError(f'{folder}/config.json cannot be read ({error})') from None
+  if not isinstance(found, dict):
+    raise ConfigError(f'{folder}/config.json holds no JSON object')
+  return found
 
 
 def write(
-  folder: str | Path, table: Table, weights: Weights, config: dict[str, Any], tokenizer: Tokenizer | None
+  folder: str | Path,
+  table: Table,
+  weights: Weights,
+  config: dict[str, Any],
+  tokenizer: Tokenizer | None,
+  conventions: Conventions | None = None,
 ) -> None:
   """Writes a folder. It is renamed when complete and deleted on failure.
 
@@ -34,7 +43,4 @@ def write(
     tensors.write_safetensors(partial, table, weights.shapes, weights.dtypes, weights.leaves())
     (partial / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
     if tokenizer is not None:
-      tokenizer.save(partial / 'tokenizer.json')
-      ends = {'eos_token': tokenizer.separator, 'bos_token': tokenizer.separator}
-      about = {'tokenizer_class': 'PreTrainedTokenizerFast', **ends}
-      (partial / 'tokenizer_config.json').write_text(json.dumps(about, indent=2) + '\n')
+      vocabulary.write(partial, tokenizer, conventions)

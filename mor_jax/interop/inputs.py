@@ -49,6 +49,7 @@ def open_inputs(config: Config, resumes: bool, report: Callable[[str], None]) ->
   for opened in (source, teacher_source):
     if opened is not None:
       opened.check_tokenizer(config, dataset.tokenizer)
+  config = with_changes(config, data={'begin': dataset.tokenizer.begin})
   config = _with_vocabulary(config, dataset.tokenizer.vocab_size)
   return Inputs(config, dataset, source, pretrained.make_teacher(config, teacher_source), teacher_source)
 

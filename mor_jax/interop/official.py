@@ -1,7 +1,6 @@
 """The authors' PyTorch checkpoints of MoR and recursive models, in and out."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,9 @@ import numpy as np
 
 from mor_jax.config import Config, ConfigError, ModelConfig, with_changes
 from mor_jax.config.typed import from_dict
+from mor_jax.data.conventions import Conventions
 from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.files import parse_json
 from mor_jax.interop import folders, huggingface, names, tensors, weights
 from mor_jax.interop.weights import HeldWeights, NamedWeights, Weights
 from mor_jax.model.transformer import Transformer
@@ -70,7 +71,12 @@ def save(
   write(folder, HeldWeights(model.config, variables), tokenizer)
 
 
-def write(folder: str | Path, opened: Weights, tokenizer: Tokenizer | None) -> None:
+def write(
+  folder: str | Path,
+  opened: Weights,
+  tokenizer: Tokenizer | None,
+  conventions: Conventions | None = None,
+) -> None:
   """As `save`, from weights that come leaf by leaf."""
   config = opened.config
   if config.kind == 'vanilla':
@@ -82,17 +88,21 @@ def write(folder: str | Path, opened: Weights, tokenizer: Tokenizer | None) -> N
       f"the authors' models have no {', '.join(unnamed)}: a model with lora_rank, recursion_encoding, "
       f'share_norms=False, selection=ema_threshold or calibrated thresholds cannot be written in their form'
     )
-  described = huggingface.llama_config(config, tokenizer, opened.dtypes['params/embed/embedding'])
+  dtype = opened.dtypes['params/embed/embedding']
+  described = huggingface.llama_config(config, tokenizer, dtype, conventions)
   described |= _their_config(config) | {OURS: dataclasses.asdict(config)}
-  folders.write(folder, table, opened, described, tokenizer)
+  folders.write(folder, table, opened, described, tokenizer, conventions)
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
   """Settings from a JSON file. Raises ConfigError."""
   try:
-    return json.loads(Path(path).read_text())
+    found = parse_json(Path(path).read_text(encoding='utf-8'))
   except (OSError, ValueError) as error:
     raise ConfigError(f'--settings={path} cannot be read ({error})') from None
+  if not isinstance(found, dict):
+    raise ConfigError(f'--settings={path} holds no JSON object')
+  return found
 
 
 def model_config(settings: Mapping[str, Any]) -> ModelConfig:

@@ -7,6 +7,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from mor_jax.config import Config, ConfigError, InitConfig, with_changes
+from mor_jax.data.conventions import Conventions
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.interop import sources
 from mor_jax.interop.uptraining import SharedWeights
@@ -42,12 +43,13 @@ def with_source(config: Config, init_from: str | None) -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-  """A model on disk, named by a setting, and its tokenizer."""
+  """A model on disk, named by a setting, its tokenizer and the conventions of its texts."""
 
   flag: str
   path: str
   weights: Weights
   tokenizer: Tokenizer
+  conventions: Conventions
 
   def check_tokenizer(self, config: Config, tokenizer: Tokenizer) -> None:
     """Raises ConfigError unless this model has the tokenizer of the run."""

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from mor_jax.config import ConfigError
+from mor_jax.data.conventions import Conventions
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.interop import folders, huggingface, official
 from mor_jax.interop.weights import Weights
@@ -19,22 +20,25 @@ def has_settings(folder: Path, *keys: str) -> bool:
   return (folder / 'config.json').is_file() and set(keys) <= set(folders.read_config(folder))
 
 
-def open_model(path: str | Path, flag: str) -> tuple[Weights, Tokenizer]:
-  """Opens a run folder or a Llama checkpoint. Returns its weights, which are read leaf by leaf, and its tokenizer.
+def open_model(path: str | Path, flag: str) -> tuple[Weights, Tokenizer, Conventions]:
+  """Opens a run folder or a Llama checkpoint: its weights, read leaf by leaf, its tokenizer and its conventions.
 
   Args:
     flag: flag to name in errors.
 
   Raises:
-    ConfigError: the folder is neither, or is unreadable.
+    ConfigError: the folder is neither, is unreadable, or has no tokenizer.
   """
   path = Path(path)
   try:
     if is_run(path):
       run = stored.open_run(path)
-      return run, run.tokenizer()
+      return run, run.tokenizer(), run.conventions()
     if has_settings(path, official.OURS):
       raise ConfigError(f'{path} holds no vanilla model')
-    return huggingface.open_folder(path)
+    weights, tokenizer, conventions = huggingface.open_folder(path)
+    if tokenizer is None:
+      raise ConfigError(f'{path} has no tokenizer.json')
+    return weights, tokenizer, conventions
   except ConfigError as error:
     raise ConfigError(f'{flag}={path}: {error}') from None

@@ -13,6 +13,7 @@ import numpy as np
 import safetensors
 
 from mor_jax.config import ConfigError
+from mor_jax.files import parse_json
 from mor_jax.interop.names import Table
 
 SAFETENSORS, TORCH = 'model.safetensors', 'pytorch_model.bin'
@@ -67,10 +68,10 @@ def open_tensors(path: str | Path) -> Tensors:
     return _open([path], str(path))
   for name in (SAFETENSORS, TORCH):
     index = path / f'{name}.index.json'
+    if (path / name).is_file():  # an index beside it is of something else
+      return _open([path / name], str(path))
     if index.is_file():
       return _open_indexed(path, index)
-    if (path / name).is_file():
-      return _open([path / name], str(path))
   raise ConfigError(
     f'{path} has no weights: neither {SAFETENSORS} nor {TORCH}, nor an index of several files'
   )
@@ -78,10 +79,15 @@ def open_tensors(path: str | Path) -> Tensors:
 
 def _open_indexed(folder: Path, index: Path) -> Tensors:
   try:
-    weight_map = json.loads(index.read_text())['weight_map']
+    weight_map = parse_json(index.read_text(encoding='utf-8'))['weight_map']
     files = sorted(set(weight_map.values()))
-  except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    strange = [name for name in files if name != Path(name).name or name in ('', '.', '..') or '\0' in name]
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise ConfigError(f'{index} cannot be read ({error})') from None
+  if strange or not files:
+    raise ConfigError(
+      f'{index} cannot be read ({f"{strange[0]!r} is no file of this folder" if strange else "it lists no files"})'
+    )
   if missing := [name for name in files if not (folder / name).is_file()]:
     raise ConfigError(f'{folder} lacks the files {", ".join(missing)}, which {index.name} lists')
   tensors = _open([folder / name for name in files], str(folder))

@@ -116,7 +116,7 @@ def open_inputs(run: Run) -> tuple[Run, Inputs]:
   runtime.require_agreement(given.dataset.identity())
   mesh_lib.check_model(run.mesh, run.config.model)
   if runtime.is_main():
-    run.folder.create(run.config, given.dataset)
+    run.folder.create(run.config, given.dataset, given.source and given.source.conventions)
   runtime.barrier('run folder')
   described = summary.describe_run(run.config, run.mesh, given.dataset, run.folder.path)
   print_table(run.console, run.config.name, described)

@@ -9,6 +9,7 @@ import numpy as np
 
 from mor_jax.config import Config, ConfigError
 from mor_jax.evaluation import nll
+from mor_jax.files import parse_json
 from mor_jax.model import flops
 from mor_jax.runs import metrics
 from mor_jax.runs.run_folder import RunFolder
@@ -141,7 +142,7 @@ def _read(path: str, label: str) -> Run:
 def _read_json(path: Path) -> Any:
   """The content of an optional file; None if it is missing or damaged."""
   try:
-    return json.loads(path.read_text())
+    return parse_json(path.read_text())
   except (OSError, ValueError):
     return None
 

@@ -44,6 +44,9 @@ MAY_CHANGE = (
 """Settings that a resumed run may change: they do not decide what is trained."""
 
 
+_LEFT_OPEN = (('model.vocab_size', None), ('data.begin', 'auto'))  # filled in from the run
+
+
 def require_known(names: Sequence[str]) -> None:
   """Raises ConfigError if one of the names is that of no setting."""
   unknown = [name for name in names if name not in settings()]
@@ -71,5 +74,5 @@ def _differences(
     key, other = f'{prefix}{name}', wanted[name]
     if isinstance(value, dict):
       yield from _differences(value, other, f'{key}.')
-    elif value != other and key not in MAY_CHANGE and not (key == 'model.vocab_size' and other is None):
+    elif value != other and key not in MAY_CHANGE and (key, other) not in _LEFT_OPEN:
       yield key, f'{key} was {value}, now {other}'

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mor_jax.errors import RunError
-from mor_jax.files import write_atomically
+from mor_jax.files import parse_json, write_atomically
 from mor_jax.runs.board import Board
 
 Record = dict[str, float]
@@ -100,7 +100,7 @@ def read(path: Path) -> list[dict[str, Any]]:
   records = []
   for line in path.read_text(errors='replace').splitlines():
     try:
-      records.append(json.loads(line))
-    except json.JSONDecodeError:
+      records.append(parse_json(line))
+    except ValueError:
       break
   return records

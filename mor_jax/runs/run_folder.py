@@ -18,8 +18,9 @@ from mor_jax.checkpoints.checkpoint import Checkpoints, ever_finished
 from mor_jax.checkpoints.mirror import DIRECT, Mirror, check_folder, scheme
 from mor_jax.config import Config, ConfigError, resolve, with_changes
 from mor_jax.data import tokenizer as tokenizers
+from mor_jax.data.conventions import Conventions
 from mor_jax.data.loader import Dataset
-from mor_jax.files import made_for_now, write_atomically
+from mor_jax.files import made_for_now, parse_json, write_atomically
 from mor_jax.runs import changes
 
 OLDEST_FORMAT = 1
@@ -46,6 +47,7 @@ class RunFolder:
     self._data = path / 'data.json'
     self._summary = path / 'summary.json'
     self.calibrations = path / 'calibrations.json'
+    self._conventions = path / 'conventions.json'
 
   def check(self, config: Config, allowed: Sequence[str] = (), writes: bool = True) -> None:
     """Checks that the folder is writable and is either empty or belongs to this run.
@@ -129,10 +131,15 @@ class RunFolder:
     return self._config.exists() and not self._data.exists()
 
   def with_vocabulary(self, config: Config) -> Config:
-    """The config with the stored run's vocabulary size, if it does not specify one."""
-    if config.model.vocab_size is not None or not self._config.exists():
+    """The config with the stored run's vocabulary size and first token of a text, where it leaves them open."""
+    if not self._config.exists():
       return config
-    return with_changes(config, model={'vocab_size': self.read_config().model.vocab_size})
+    stored = self.read_config()
+    if config.model.vocab_size is None:
+      config = with_changes(config, model={'vocab_size': stored.model.vocab_size})
+    if config.data.begin == tokenizers.AUTO:
+      config = with_changes(config, data={'begin': stored.data.begin})
+    return config
 
   def read_config(self, of_format: int = FORMAT) -> Config:
     """The config of the run. Raises ConfigError if there is none, it cannot be read, or is of another format."""
@@ -147,6 +154,10 @@ class RunFolder:
         f'{self.path} holds a run of format {found}, made by an earlier mor_jax; this one reads format {FORMAT}: '
         f'convert it with python -m mor_jax.convert --checkpoint={self.path} --output=NEW_FOLDER'
       )
+    if isinstance(settings.get('data'), dict):
+      settings['data'].setdefault(
+        'begin', None
+      )  # a run of an earlier version put nothing before its documents
     try:
       return resolve(settings)
     except ConfigError as error:
@@ -158,10 +169,10 @@ class RunFolder:
 
   def _read_config(self) -> tuple[int, dict[str, Any]]:
     try:
-      settings = json.loads(self._config.read_text())
+      settings = parse_json(self._config.read_text())
     except FileNotFoundError:
       raise ConfigError(f'{self.path} is not the folder of a run: it holds no {self._config.name}') from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
       raise self._unreadable(error) from None
     if not isinstance(settings, dict):
       raise self._unreadable('it holds no JSON object')
@@ -206,14 +217,28 @@ class RunFolder:
 
   def read_data(self) -> dict[str, Any]:
     """Counts, tokenizer and source of the training data, as in the dataset's manifest."""
-    return json.loads(self._data.read_text())
+    return parse_json(self._data.read_text())
 
-  def create(self, config: Config, dataset: Dataset) -> None:
+  def conventions(self, config: Config, tokenizer: tokenizers.Tokenizer) -> Conventions:
+    """What is known of the texts of this model. Raises ConfigError if it cannot be read."""
+    if not self._conventions.exists():
+      return Conventions((tokenizer.end_of_text,), config.data.seq_len)
+    try:
+      return Conventions.from_json(parse_json(self._conventions.read_text(encoding='utf-8')))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+      raise ConfigError(f'{self._conventions} cannot be read ({error})') from None
+
+  def write_conventions(self, conventions: Conventions) -> None:
+    """Keeps what a model that was brought here from elsewhere says about texts."""
+    write_atomically(self._conventions, _to_json(conventions.to_json()))
+
+  def create(self, config: Config, dataset: Dataset, conventions: Conventions | None = None) -> None:
     """Writes the tokenizer, the data description and the config, unless they exist already.
 
     Args:
       config: resolved, with the vocabulary size set.
       dataset: the training data.
+      conventions: of the model that the run begins from.
 
     Raises:
       ConfigError: the run in the folder used other data.
@@ -221,14 +246,14 @@ class RunFolder:
     manifest = dataclasses.replace(dataset.manifest, files={})  # sizes of files may differ for equal rows
     data = _to_json(dataclasses.asdict(manifest))
     if self._config.exists():
-      stored = json.loads(self._data.read_text())
+      stored = parse_json(self._data.read_text())
       if stored['tokenizer_digest'] != manifest.tokenizer_digest:
         raise ConfigError(
           f'workdir={self.path} holds a run with another vocabulary: its tokenizer had {stored["vocab_size"]} '
           f'entries, that of data.tokenizer={manifest.tokenizer} has {manifest.vocab_size} and differs; '
           f'restore data.tokenizer ({self.tokenizer} is the one it had), or choose another workdir'
         )
-      if _content(stored) != _content(json.loads(data)):
+      if _content(stored) != _content(parse_json(data)):
         raise ConfigError(
           f'workdir={self.path} holds a run on other data ({self._data.name} differs: the corpus has changed; '
           f"the embedded one is the running Python's); choose another workdir"
@@ -237,6 +262,8 @@ class RunFolder:
       self.path.mkdir(parents=True, exist_ok=True)
       dataset.tokenizer.save(self.tokenizer)
       write_atomically(self._data, data)
+      if conventions is not None:
+        self.write_conventions(conventions)
       self.write_config(config)  # last: it says that the folder is a run's
 
   def write_config(self, config: Config) -> None:
@@ -251,11 +278,11 @@ class RunFolder:
 
   def _identity(self) -> str | None:
     """What tells this run from another of the same settings; None where there is none yet."""
-    return json.loads(self._config.read_text()).get(_IDENTITY) if self._config.exists() else None
+    return parse_json(self._config.read_text()).get(_IDENTITY) if self._config.exists() else None
 
   def read_summary(self) -> dict[str, Any] | None:
     """The result of the run, or None if it has not finished."""
-    return json.loads(self._summary.read_text()) if self._summary.exists() else None
+    return parse_json(self._summary.read_text()) if self._summary.exists() else None
 
   def is_finished(self, config: Config) -> bool:
     """Whether the run has a result, and of as many steps as the config asks for."""

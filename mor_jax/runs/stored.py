@@ -18,6 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 from mor_jax.checkpoints import integrity
 from mor_jax.config import Config, ConfigError, ModelConfig, with_changes
+from mor_jax.data.conventions import Conventions
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.files import new_folder
 from mor_jax.runs.run_folder import FORMAT, RunFolder, describe_checkpoints
@@ -63,7 +64,12 @@ class StoredWeights:
 
   def tokenizer(self) -> Tokenizer:
     """The tokenizer of the run."""
-    return Tokenizer.load(self.folder.tokenizer, self.run_config.data.separator)
+    data = self.run_config.data
+    return Tokenizer.load(self.folder.tokenizer, data.separator, data.begin)
+
+  def conventions(self) -> Conventions:
+    """What is known of its texts."""
+    return self.folder.conventions(self.run_config, self.tokenizer())
 
 
 def open_run(path: str | os.PathLike, of_format: int = FORMAT) -> StoredWeights:
@@ -96,6 +102,7 @@ def write_model(
   weights: Any,
   tokenizer: Tokenizer,
   origin: str,
+  conventions: Conventions | None = None,
   step: int = 0,
   extras: Sequence[Path] = (),
 ) -> None:
@@ -105,6 +112,7 @@ def write_model(
     config: the run's settings, for config.json; its checkpoint lies in the folder, wherever they lay before.
     weights: `interop.weights.Weights`: its leaves are read and written one at a time, in their dtype.
     origin: what was converted, for the checkpoint's manifest.
+    conventions: what is known of the model's texts.
     step: after which the weights were stored.
     extras: more files to copy into the folder; those that do not exist are left out.
 
@@ -128,6 +136,8 @@ def write_model(
     for extra in extras:
       if extra.exists():
         shutil.copyfile(extra, partial / extra.name)
+    if conventions is not None:
+      folder.write_conventions(conventions)
     folder.write_config(config)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mor_jax.errors import RunError
-from mor_jax.files import write_atomically
+from mor_jax.files import parse_json, write_atomically
 from mor_jax.sweeping.plan import Plan, PlannedRun
 from mor_jax.sweeping.status import Display, Status
 
@@ -183,7 +183,7 @@ class _Handlers:
 def read_status(plan: Plan) -> dict[str, Status]:
   """Status of each run: its folder tells whether it finished, sweep.json why it did not."""
   path = plan.folder / 'sweep.json'
-  stored = json.loads(path.read_text())['runs'] if path.exists() else []
+  stored = parse_json(path.read_text())['runs'] if path.exists() else []
   before = {entry['name']: entry for entry in stored}
   result = {}
   for run in plan.runs:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import datetime
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, TaskProgressColumn, TimeElapsedColumn
 
 from mor_jax.console import Bar, print_line
+from mor_jax.files import parse_json
 from mor_jax.sweeping.plan import Plan, PlannedRun
 
 UPDATE_SECONDS = 2.0
@@ -140,5 +140,5 @@ def _last_step(path: Path) -> int:
     file.seek(max(0, file.tell() - 16_384))
     for line in reversed(file.read().splitlines()):
       with contextlib.suppress(ValueError, KeyError, TypeError):
-        return int(json.loads(line)['step'])
+        return int(parse_json(line)['step'])
   return 0

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mor_jax.files import write_atomically
+from mor_jax.files import parse_json, write_atomically
 
 START_UP, COMPILE, DATA_WAIT, STEPS = 'start_up', 'compile', 'data_wait', 'steps'
 VALIDATION, CHECKPOINT, LOST = 'validation', 'checkpoint', 'lost'
@@ -99,8 +99,8 @@ class Ledger:
 
 def _read(path: Path) -> list[dict[str, Any]]:
   try:
-    return json.loads(path.read_text())
-  except (OSError, json.JSONDecodeError):  # missing or damaged: train without it
+    return parse_json(path.read_text())
+  except (OSError, ValueError):  # missing or damaged: train without it
     return []
 
 

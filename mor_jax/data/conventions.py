@@ -1,0 +1,36 @@
+"""What a model says about texts beyond its vocabulary: what ends them, how long they may be, its chat template."""
+
+import dataclasses
+from typing import Any
+
+SIDE_FILES = (
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'generation_config.json',
+  'chat_template.jinja',
+)
+"""Files of a checkpoint of Hugging Face that are kept as they are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Conventions:
+  """What came with an imported model, kept for those who generate with it, train from it or export it again.
+
+  Attributes:
+    ends: ids of all tokens that end a text, the separator of documents first.
+    max_positions: longest text that the model was made for; None: not known.
+    files: by name (SIDE_FILES), the text of each file that there was.
+  """
+
+  ends: tuple[int, ...]
+  max_positions: int | None = None
+  files: dict[str, str] = dataclasses.field(default_factory=dict)
+
+  def to_json(self) -> dict[str, Any]:
+    """As `from_json` reads it."""
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_json(cls, fields: dict[str, Any]) -> 'Conventions':
+    """Raises TypeError or KeyError for other fields."""
+    return cls(tuple(fields['ends']), fields['max_positions'], dict(fields['files']))
