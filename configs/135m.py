@@ -30,6 +30,14 @@ global_batch / accumulation / devices (64 on one device, with 16 micro-batches):
   v5e (16 GB)   64 rows     9.0 GB         10.5 GB   11.4 GB
   H100 (80 GB)  64 rows     9.0 GB         10.5 GB   11.4 GB
   v5p (95 GB)   64 rows     9.0 GB         10.5 GB   11.4 GB
+
+The paper's corpus is FineWeb-Edu with the tokenizer of SmolLM; the embedded one is far too small for these budgets.
+With datasets and huggingface_hub installed (requirements-data.txt), prepare as much of it as the budget reads:
+
+  python -m mor_jax.prepare --config=configs/135m.py --config.data.tokenizer=HuggingFaceTB/SmolLM-135M \\
+    --config.data.source=hf:HuggingFaceFW/fineweb-edu:sample-100BT
+
+and train with the same two settings.
 """
 
 from mor_jax.recipes import paper

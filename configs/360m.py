@@ -37,6 +37,14 @@ global_batch / accumulation / devices (64 on one device, with 16 micro-batches):
   v5e (16 GB)   16 rows     6.4 GB          7.1 GB   11.0 GB
   H100 (80 GB)  64 rows    15.9 GB         18.4 GB   22.3 GB
   v5p (95 GB)   64 rows    15.9 GB         18.4 GB   22.3 GB
+
+The paper's corpus is FineWeb-Edu with the tokenizer of SmolLM; the embedded one is far too small for these budgets.
+With datasets and huggingface_hub installed (requirements-data.txt), prepare as much of it as the budget reads:
+
+  python -m mor_jax.prepare --config=configs/360m.py --config.data.tokenizer=HuggingFaceTB/SmolLM-135M \\
+    --config.data.source=hf:HuggingFaceFW/fineweb-edu:sample-100BT
+
+and train with the same two settings.
 """
 
 from mor_jax.recipes import paper

@@ -32,6 +32,14 @@ global_batch / accumulation / devices (64 on one device, with 16 micro-batches):
   v5p (95 GB)   64 rows    25.1 GB         28.3 GB   36.3 GB
 
 On a v5e the vanilla model barely fits; with parallel.fsdp each device holds a part of the parameters.
+
+The paper's corpus is FineWeb-Edu with the tokenizer of SmolLM; the embedded one is far too small for these budgets.
+With datasets and huggingface_hub installed (requirements-data.txt), prepare as much of it as the budget reads:
+
+  python -m mor_jax.prepare --config=configs/730m.py --config.data.tokenizer=HuggingFaceTB/SmolLM-135M \\
+    --config.data.source=hf:HuggingFaceFW/fineweb-edu:sample-100BT
+
+and train with the same two settings.
 """
 
 from mor_jax.recipes import paper

@@ -1,5 +1,6 @@
 """Faults that use brought to light, by kind: what was once silently wrong."""
 
+import contextlib
 import dataclasses
 import errno
 import io
@@ -17,18 +18,22 @@ import numpy as np
 import pytest
 import tiny
 import tokenizers as hugging_face
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import AbstractMesh
 
-from mor_jax.config import Config, ConfigError, DataConfig, with_changes
+from mor_jax import cli, train
+from mor_jax.config import Config, ConfigError, DataConfig, resolve, with_changes
 from mor_jax.console import Output
 from mor_jax.data import corpus, dataset, revisions, tokenizer
 from mor_jax.data.token_texts import token_texts
 from mor_jax.errors import RunError
 from mor_jax.inference.requests import Request, Result
 from mor_jax.inference.scheduler import Scheduler
+from mor_jax.interop import folders, official
+from mor_jax.parallel import device_memory, rules, runtime
 from mor_jax.parallel import mesh as mesh_lib
-from mor_jax.parallel import rules
-from mor_jax.runs import metrics
+from mor_jax.runs import metrics, summary
 from mor_jax.runs.run_folder import RunFolder
 from mor_jax.training import loss as loss_lib
 
@@ -429,3 +434,121 @@ def test_text_that_a_terminal_cannot_show_is_shown_as_it_can(encoding):
   Output(stream, None).write('a \u20ac b')
   stream.flush()
   assert stream.buffer.getvalue() == b'a ? b'
+
+
+# ---- a sentence instead of a traceback ----
+
+
+ANYTHING = st.recursive(
+  st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
+  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+  max_leaves=5,
+)
+THEIRS = {'vocab': 300, 'd': 32, 'ff': 48, 'L': 6, 'h': 4, 'kv': 2, 'Nr': 2, 'sharing': 'cycle'}
+ROUTED = [
+  'type',
+  'router',
+  'gating',
+  'temp',
+  'z',
+  'cap',
+  'func',
+  'alpha',
+  'sampling',
+  'tfunc',
+  'bal',
+  'tie',
+  'theta',
+]
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+  change=st.dictionaries(st.sampled_from([*THEIRS, *ROUTED]), ANYTHING, max_size=4),
+  kind=st.sampled_from(['expert', 'token', 'none']),
+)
+def test_any_settings_of_the_authors_give_a_model_or_a_sentence(change, kind):
+  with contextlib.suppress(ConfigError):
+    official.model_config({**THEIRS, 'type': kind, **change})
+
+
+@settings(deadline=None, max_examples=200)
+@given(content=st.one_of(ANYTHING.map(json.dumps), st.text(max_size=30), st.just('[' * 200_000)))
+def test_any_json_of_a_run_gives_a_config_or_a_sentence(tmp_path_factory, content):
+  folder = tmp_path_factory.getbasetemp() / 'any'
+  folder.mkdir(exist_ok=True)
+  (folder / 'config.json').write_text(content, encoding='utf-8')
+  for read in (RunFolder(folder).read_config, lambda: folders.read_config(folder)):
+    with contextlib.suppress(ConfigError):
+      read()
+
+
+def test_a_vocabulary_that_cannot_say_unknown_words_is_refused(tmp_path):
+  backend = hugging_face.Tokenizer(hugging_face.models.WordLevel({'a': 0, '</s>': 1}, unk_token='<unk>'))
+  backend.save(str(tmp_path / 'tokenizer.json'))
+  with pytest.raises(ConfigError, match='cannot encode words that it does not know'):
+    tokenizer.build(DataConfig(tokenizer=str(tmp_path / 'tokenizer.json'), separator='</s>'))
+
+
+def run_train(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+  command = [sys.executable, '-m', 'mor_jax.train', '--config=configs/tiny.py', *words]
+  return subprocess.run(
+    command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+  )
+
+
+def test_a_platform_that_is_not_there_is_named(tmp_path):
+  done = run_train(f'--workdir={tmp_path / "run"}', JAX_PLATFORMS='rocm')
+  assert done.returncode == 2
+  assert done.stderr.strip().startswith('error: JAX_PLATFORMS=rocm names a platform')
+  assert 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize(('tasks', 'several'), [('', False), ('1', False), ('4', True)])
+def test_slurm_may_leave_its_number_of_tasks_empty(tasks, several):
+  found = runtime.find(runtime.Processes(), None, {'SLURM_PROCID': '0', 'SLURM_NTASKS': tasks})
+  assert (found is not None) == several
+
+
+def test_numbers_of_steps_may_be_written_short():
+  assert cli.parse_setting('train.steps', '1e4') == 10_000
+  with pytest.raises(ConfigError, match=r'train\.steps=1\.5e0 must be an integer'):
+    cli.parse_setting('train.steps', '1.5e0')
+
+
+def test_paths_begin_at_home(monkeypatch):
+  monkeypatch.setenv('HOME', '/home/somebody')
+  config = resolve({'checkpoint': {'folder': '~/c'}, 'data': {'cache_dir': '~'}, 'init': {'source': 'a~b'}})
+  assert (config.checkpoint.folder, config.data.cache_dir) == ('/home/somebody/c', '/home/somebody')
+  assert config.init.source == 'a~b'
+
+
+def test_a_checkpoint_folder_that_cannot_be_written_is_refused_first(tmp_path):
+  (tmp_path / 'file').write_text('')
+  config = with_changes(Config(), checkpoint={'folder': str(tmp_path / 'file' / 'c')})
+  with pytest.raises(ConfigError, match=r'checkpoint\.folder=.* cannot be written \(Not a directory\)'):
+    RunFolder(tmp_path / 'run').check(config)
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_step_too_large_for_the_machine_is_refused_with_what_would_fit(finished_run, tmp_path, monkeypatch):
+  config, _ = finished_run
+  monkeypatch.setattr(device_memory, 'host_free', lambda: 1_000_000.0)
+  with pytest.raises(
+    ConfigError,
+    match=r'needs \d\.\d MB of memory on each device, .* 1\.0 MB are free; .*accumulation.*--suggest',
+  ):
+    train.main(config, str(tmp_path / 'run'))
+
+
+def test_what_this_machine_has_left_is_known():
+  assert 1e8 < device_memory.host_free() < 1e14
+  assert device_memory.free(jax.devices()) == pytest.approx(device_memory.host_free(), rel=0.2)
+
+
+def test_a_corpus_repeated_too_often_is_told(holed):
+  prepared = dataset.prepare(holed)
+  rows = prepared.manifest.splits['train'].rows
+  few, many = (with_changes(Config(), train={'steps': 500, 'global_batch': size}) for size in (1, rows))
+  assert summary.warn_of_repetition(many, prepared).startswith('WARNING: the run goes 500 times over the')
+  assert (summary.warn_of_repetition(few, prepared) is None) == (4 * rows >= 500)

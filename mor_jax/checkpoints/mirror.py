@@ -6,15 +6,18 @@ checkpoints from the mirror.
 """
 
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from concurrent import futures
+from pathlib import Path
 
 from etils import epath
 
 from mor_jax.checkpoints import integrity
 from mor_jax.config import ConfigError
 from mor_jax.errors import RunError
+from mor_jax.files import made_for_now
 
 AT_ONCE = 16  # files copied; object stores answer slowly, and many at a time
 PIECE = 2**24  # bytes in memory for each of them
@@ -124,20 +127,22 @@ def scheme(folder: str | None) -> str | None:
 
 
 def check_folder(folder: str | None, writes: bool) -> None:
-  """Checks that a remote folder can be used.
+  """Checks that a folder can be used.
 
   Args:
     folder: `checkpoint.folder`.
     writes: whether to test writing too.
 
   Raises:
-    ConfigError: etils does not support the scheme, or a package for it is missing.
-    RunError: the storage does not respond, or the folder is not writable.
+    ConfigError: a local folder is not writable, etils does not support the scheme, or a package for it is missing.
+    RunError: remote storage does not respond, or its folder is not writable.
   """
   name = scheme(folder)
-  if name is None:
-    return
   flag = f'checkpoint.folder={folder}'
+  if name is None:
+    if folder is not None and writes:
+      _try_writing_here(Path(folder), flag)
+    return
   try:
     path = epath.Path(folder)
   except KeyError:
@@ -159,6 +164,15 @@ def check_folder(folder: str | None, writes: bool) -> None:
       f'{flag} cannot be reached ({type(error).__name__}: {error}); check the bucket, the credentials '
       f'and the network'
     ) from None
+
+
+def _try_writing_here(folder: Path, flag: str) -> None:
+  """Raises ConfigError unless a file can be made in a local folder, which is left as it was."""
+  try:
+    with made_for_now(folder), tempfile.TemporaryFile(dir=folder):
+      pass
+  except OSError as error:
+    raise ConfigError(f'{flag} cannot be written ({error.strerror}); choose another folder') from None
 
 
 def _try_writing(folder: epath.Path) -> None:

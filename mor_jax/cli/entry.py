@@ -6,6 +6,8 @@ absl and ml_collections would show a traceback.
 Exit codes: 0 finished, 1 error, 2 bad flags or settings, 130 interrupted; main may return others.
 """
 
+import errno
+import os
 import signal
 import sys
 import traceback
@@ -24,6 +26,8 @@ FLAGS = flags.FLAGS
 FAILED = 1
 BAD_FLAGS = 2
 INTERRUPTED = 130
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NO_BACKEND = 'Unable to initialize backend'
 HELP_FLAGS = ('h', '?', 'help', 'helpshort', 'helpfull')
 CONFIG_FLAGS = ('config', 'workdir')
 PROCESS_FLAGS = ('coordinator', 'num_processes', 'process_id', 'cluster')
@@ -69,7 +73,7 @@ def run(
         raise ConfigError(
           f'unexpected argument {words[0]!r}: flags are written --NAME=VALUE (--help lists all flags)'
         )
-      arguments = [flags_lib.given_config(needs_config), FLAGS.workdir] if with_config else []
+      arguments = [flags_lib.given_config(needs_config), flags_lib.workdir()] if with_config else []
       return [*arguments, words] if with_arguments else arguments
     except ConfigError as error:
       _refuse(error)
@@ -85,11 +89,32 @@ def run(
     except RunError as error:
       print(f'error: {error}', file=sys.stderr)
       return FAILED
+    except OSError as error:
+      if error.errno not in NO_ROOM:
+        raise
+      print(
+        f'error: {error.filename or "a file"} cannot be written ({error.strerror}); make room',
+        file=sys.stderr,
+      )
+      return FAILED
+    except RuntimeError as error:
+      if NO_BACKEND not in str(error):
+        raise
+      _refuse(_without_backend(error))
     except KeyboardInterrupt:
       print('interrupted', file=sys.stderr)
       return INTERRUPTED
 
   app.run(guarded_main, flags_parser=parse)
+
+
+def _without_backend(error: RuntimeError) -> ConfigError:
+  """What to say where JAX_PLATFORMS asks for what this machine does not have."""
+  wanted = os.environ.get('JAX_PLATFORMS', '')
+  return ConfigError(
+    f'JAX_PLATFORMS={wanted} names a platform that this machine or this JAX does not have ({str(error).splitlines()[0]}); '
+    f'leave it unset, or set JAX_PLATFORMS=cpu'
+  )
 
 
 def _refuse(error: ConfigError) -> NoReturn:

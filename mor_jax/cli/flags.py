@@ -26,9 +26,19 @@ flags.disclaim_key_flags()  # what is defined here is a flag of the command that
 # ---- settings as flags ----
 
 
+def _whole(text: str) -> int:
+  """An integer, also one that is written as 1e4 or 2.5e3. Raises ValueError."""
+  try:
+    return flags.IntegerParser().parse(text)
+  except ValueError:
+    if 'e' not in text.lower() or not float(text).is_integer():
+      raise
+    return int(float(text))
+
+
 _PARSERS = {
   bool: (flags.BooleanParser().parse, 'true or false'),
-  int: (flags.IntegerParser().parse, 'an integer'),
+  int: (_whole, 'an integer'),
   float: (flags.FloatParser().parse, 'a number'),
   str: (str, 'text'),
   tuple: (
@@ -153,6 +163,11 @@ def define_config() -> None:
   """--config and --workdir."""
   flags.DEFINE_string('config', None, 'settings to start from, configs/NAME.py or configs/NAME.py:VARIANT')
   flags.DEFINE_string('workdir', None, 'folder of the run; default: runs/NAME')
+
+
+def workdir() -> str | None:
+  """The value of --workdir, with ~ for the home folder, which shells leave in --workdir=~/runs."""
+  return FLAGS.workdir and os.path.expanduser(FLAGS.workdir)
 
 
 def given_config(needs_config: bool) -> Config:

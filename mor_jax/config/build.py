@@ -1,6 +1,7 @@
 """Builds a validated `Config` from an ml_collections ConfigDict, and lists the settings for `--help`."""
 
 import dataclasses
+import os
 import typing
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,14 @@ from ml_collections import config_dict
 from mor_jax.config.run import Config
 from mor_jax.config.typed import describe_field, from_dict, to_config_dict
 from mor_jax.config.validation import validate
+
+PATHS = (
+  ('data', 'tokenizer'),
+  ('data', 'cache_dir'),
+  ('init', 'source'),
+  ('distill', 'teacher'),
+  ('checkpoint', 'folder'),
+)
 
 
 def default() -> config_dict.ConfigDict:
@@ -24,8 +33,19 @@ def resolve(settings: config_dict.ConfigDict | dict[str, Any]) -> Config:
     ConfigError: unknown setting, wrong type, or a value that cannot work.
   """
   raw = settings.to_dict() if isinstance(settings, config_dict.ConfigDict) else settings
-  config = from_dict(Config, raw)
+  config = _at_home(from_dict(Config, raw))
   validate(config)
+  return config
+
+
+def _at_home(config: Config) -> Config:
+  """The config with ~ in paths replaced by the home folder, which shells leave in --NAME=~/PATH."""
+  for section, name in PATHS:
+    values = getattr(config, section)
+    path = getattr(values, name)
+    if path is not None and path.startswith('~'):
+      values = dataclasses.replace(values, **{name: os.path.expanduser(path)})
+      config = dataclasses.replace(config, **{section: values})
   return config
 
 

@@ -53,6 +53,10 @@ class Tokenizer:
     end_of_text = backend.token_to_id(separator)
     if end_of_text is None:
       raise ValueError(f'the tokenizer has no token {separator}, which separates documents (data.separator)')
+    try:
+      backend.encode('a \U0010fffd', add_special_tokens=False)
+    except Exception as error:  # the library raises nothing more specific
+      raise ValueError(f'the tokenizer cannot encode words that it does not know ({error})') from None
     # A document that contains the characters '<|endoftext|>' must not end there.
     backend.encode_special_tokens = True
     backend.no_truncation()

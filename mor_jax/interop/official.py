@@ -19,7 +19,7 @@ from mor_jax.model.transformer import Transformer
 OURS = 'mor_jax'  # key of config.json with all settings of the model
 
 # Settings that say how the vectors were made, not what the model is.
-_DESCRIPTIVE = {'name', 'seed', 'S', 'B', 'attn', 'rinit'}
+_DESCRIPTIVE = {'name', 'seed', 'S', 'B', 'attn', 'rinit', 'init'}
 _REQUIRED = ('vocab', 'd', 'ff', 'L', 'h', 'kv', 'Nr', 'sharing')
 
 
@@ -115,11 +115,25 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
   Raises:
     ConfigError: a setting, or a value of one, that is missing or not supported.
   """
+  try:
+    return _model_config(settings)
+  except ConfigError:
+    raise
+  except (
+    TypeError,
+    ValueError,
+    AttributeError,
+    OverflowError,
+  ) as error:  # a text where a number was meant, and so on
+    raise ConfigError(f'settings that cannot be meant: {error}') from None
+
+
+def _model_config(settings: Mapping[str, Any]) -> ModelConfig:
   rest = {key: value for key, value in settings.items() if key not in _DESCRIPTIVE}
   if missing := [name for name in _REQUIRED if name not in rest]:
     raise ConfigError(f'settings lack {", ".join(missing)}')
   kind = rest.pop('type', 'none')
-  if kind not in ('expert', 'token', 'none'):
+  if not isinstance(kind, str) or kind not in ('expert', 'token', 'none'):
     raise ConfigError(f"settings: type={kind!r} is not one of 'expert', 'token', 'none'")
   fields = {
     'vocab_size': rest.pop('vocab'),
@@ -140,7 +154,7 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
     fields |= _routing(rest, is_expert=kind == 'expert')
   if rest:
     raise ConfigError(f'settings not supported: {", ".join(f"{k}={v!r}" for k, v in sorted(rest.items()))}')
-  return with_changes(Config(), model=fields).model
+  return with_changes(Config(model=from_dict(ModelConfig, fields, 'model.'))).model
 
 
 def _routing(rest: dict[str, Any], is_expert: bool) -> dict[str, Any]:

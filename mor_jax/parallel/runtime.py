@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -63,9 +64,13 @@ def find(
     _check(flags)
     return flags if flags.num_processes > 1 else None
   if cluster is None:
-    tasks = environment.get('SLURM_NTASKS', '1') if 'SLURM_PROCID' in environment else '1'
+    tasks = environment.get('SLURM_NTASKS') if 'SLURM_PROCID' in environment else None
     workers = environment.get('TPU_WORKER_HOSTNAMES', '').split(',')
-    cluster = int(tasks) > 1 or len(workers) > 1
+    if tasks and not tasks.isdigit():
+      raise ConfigError(
+        f'SLURM_NTASKS={tasks} in the environment is not a number; give --nocluster to train alone'
+      )
+    cluster = int(tasks or 1) > 1 or len(workers) > 1
   return Processes() if cluster else None
 
 
@@ -99,17 +104,33 @@ def initialize(processes: Processes | None) -> None:
     arguments['coordinator_address'] = arguments.pop('coordinator')
     if processes.process_id > 0:
       _wait_for(processes.coordinator)
+  deadline = threading.Timer(
+    PATIENCE + 2, _give_up, (processes,)
+  )  # before JAX ends the process with a core dump
+  deadline.daemon = True
+  deadline.start()
   try:
     jax.distributed.initialize(
       **arguments, initialization_timeout=PATIENCE, heartbeat_timeout_seconds=PATIENCE
     )
   except (RuntimeError, ValueError) as error:
-    who = processes.coordinator or 'the cluster'
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    raise RunError(
-      f'the processes did not find each other through {who} within {PATIENCE} s ({reason}); check that all of them '
-      f'were started, with the same --coordinator and --num_processes and different --process_id'
-    ) from None
+    raise RunError(_not_found(processes, f' ({reason})')) from None
+  finally:
+    deadline.cancel()
+
+
+def _not_found(processes: Processes, reason: str = '') -> str:
+  who = processes.coordinator or 'the cluster'
+  return (
+    f'the processes did not find each other through {who} within {PATIENCE} s{reason}; check that all of them '
+    f'were started, with the same --coordinator and --num_processes and different --process_id'
+  )
+
+
+def _give_up(processes: Processes) -> None:
+  print(f'error: {_not_found(processes)}', file=sys.stderr)
+  leave(1)
 
 
 def _wait_for(coordinator: str) -> None:

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,8 @@ from mor_jax.evaluation.validation import make_validation
 from mor_jax.interop import inputs, pretrained
 from mor_jax.interop.inputs import Inputs
 from mor_jax.model.transformer import Transformer
+from mor_jax.parallel import device_memory, runtime
 from mor_jax.parallel import mesh as mesh_lib
-from mor_jax.parallel import runtime
 from mor_jax.runs import lock, summary
 from mor_jax.runs.metrics import MetricsLog, Record
 from mor_jax.runs.progress import Progress
@@ -34,6 +35,7 @@ from mor_jax.training.state import TrainState, abstract_state, begin_from, initi
 from mor_jax.training.watch import goodput, nonfinite, profiling
 from mor_jax.training.watch.stopping import Signals, Stop
 from mor_jax.training.watch.watchdog import Watchdog
+from mor_jax.units import megabytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +122,8 @@ def open_inputs(run: Run) -> tuple[Run, Inputs]:
   runtime.barrier('run folder')
   described = summary.describe_run(run.config, run.mesh, given.dataset, run.folder.path)
   print_table(run.console, run.config.name, described)
+  if warning := summary.warn_of_repetition(run.config, given.dataset):
+    run.report(warning)
   return run, given
 
 
@@ -167,6 +171,7 @@ class Training:
         first, config, step, seconds, is_only = program
         print_rows(run.console, summary.describe_program(config, first, step, seconds, is_only))
         run.ledger.note_memory(summary.device_bytes(step))
+        _require_memory(run, step)
         programs.append(program)
       theirs = pretrained.load_teacher(self._given.teacher, self._given.teacher_source, self._mesh)
     return phases.PhasedStep(programs, self.done, theirs)
@@ -212,6 +217,22 @@ class Training:
     if not stopped and 'validation/nll' not in last:  # a run that ended between its last step and its result
       last |= validate(state.variables)
     return state, last, stopped
+
+
+def _require_memory(run: Run, compiled: Any) -> None:
+  """Raises ConfigError on all processes if a compiled step needs more memory than a device of one of them has."""
+  free = device_memory.free(list(run.mesh.devices.flat))
+  needed, state = summary.device_bytes(compiled), summary.state_bytes(compiled)
+  if runtime.anywhere(free is not None and needed > free):
+    least = megabytes(free) if free is not None else 'less'
+    fewer = 'fewer rows at once (--config.train.accumulation), stronger remat (--config.model.remat=block)'
+    if free is not None and state > free:
+      fewer = 'a smaller model'
+    raise ConfigError(
+      f'the train step needs {megabytes(needed)} of memory on each device, {megabytes(state)} of it for state and '
+      f'batch, and {least} are free; use {fewer} or more devices (--config.parallel.fsdp); python -m mor_jax.compile '
+      f'--suggest with the same --config finds settings that fit'
+    )
 
 
 def say_stopped(run: Run, checkpoints: Checkpoints, number: int) -> None:

@@ -12,6 +12,8 @@ from mor_jax.data.loader import Dataset
 from mor_jax.model import flops
 from mor_jax.units import megabytes, quantity
 
+MOST_EPOCHS = 4  # repeated text is worth about as much as new text up to here (Muennighoff et al. 2023)
+
 
 def describe_run(config: Config, mesh: Mesh, dataset: Dataset, workdir: Path) -> list[Row]:
   """Describes a run: devices, model, cost, data and folder. The config must contain the vocabulary size."""
@@ -32,7 +34,7 @@ def describe_run(config: Config, mesh: Mesh, dataset: Dataset, workdir: Path) ->
     *rows,
     ('FLOPs/token', _flops(config.model, config.data.seq_len)),
     ('data', _data(config.data.source, dataset)),
-    ('training', _training(config)),
+    ('training', _training(config) + _passes(config, dataset)),
     ('workdir', str(workdir)),
   ]
 
@@ -98,6 +100,32 @@ def _training(config: Config) -> str:
   )
 
 
+def _epochs(config: Config, dataset: Dataset) -> float | None:
+  """Passes over the training split; None for a stream, whose length is not known."""
+  rows = dataset.manifest.splits['train'].rows
+  return schedule.of(config.train).rows_before(config.train.steps) / rows if rows else None
+
+
+def _passes(config: Config, dataset: Dataset) -> str:
+  epochs = _epochs(config, dataset)
+  if epochs is None:
+    return ''
+  return f', {epochs:.1%} of the corpus' if epochs < 1 else f', {epochs:,.1f} passes over the corpus'
+
+
+def warn_of_repetition(config: Config, dataset: Dataset) -> str | None:
+  """What to tell a user whose run repeats its corpus so often that little is learned from it; else None."""
+  epochs = _epochs(config, dataset)
+  if epochs is None or epochs <= MOST_EPOCHS:
+    return None
+  tokens = quantity(dataset.manifest.splits['train'].tokens)
+  return (
+    f'WARNING: the run goes {epochs:,.0f} times over the {tokens} tokens of {config.data.source}; after some '
+    f'{MOST_EPOCHS} times other text teaches more (arXiv 2305.16264): give a larger corpus with --config.data.source '
+    f'(docs/data.md), or fewer steps'
+  )
+
+
 def describe_program(config: Config, first: int, compiled: Any, seconds: float, is_only: bool) -> list[Row]:
   """Describes the compiled program of one phase, and the phase's batch and capacities if there are several."""
   rows = [describe_compiled(compiled, seconds)]
@@ -128,6 +156,12 @@ def device_bytes(compiled: Any) -> int:
   # Donated outputs live in the arguments' memory.
   outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
   return memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs
+
+
+def state_bytes(compiled: Any) -> int:
+  """Memory per device of a compiled step's state and batch in bytes; 0 if the backend does not report it."""
+  memory = compiled.memory_analysis()
+  return 0 if memory is None else memory.argument_size_in_bytes
 
 
 def describe_result(summary: dict[str, Any], run_path: Path) -> list[Row]:
