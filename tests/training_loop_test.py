@@ -101,6 +101,11 @@ def test_logs_validates_and_saves_when_due(tmp_path):
   assert list(checkpoints.saved) == [6, 12, 18, 20]
 
 
+def test_every_checkpoint_is_validated_where_the_best_are_kept(tmp_path):
+  _, records, _ = _train(tmp_path, config=with_changes(CONFIG, checkpoint={'keep_best': 1}))
+  assert [r['step'] for r in records if 'validation/nll' in r] == [6, 8, 12, 16, 18, 20]
+
+
 def test_metrics_are_written_before_the_checkpoint(tmp_path):
   """Else a run killed after the save would resume behind a gap in its metrics."""
   config = with_changes(CONFIG, train={'log_every': 1})

@@ -15,7 +15,7 @@ class DataConfig:
     'embedded',
     "documents: embedded, the running Python's documentation and sources; files:PATTERN (.txt .md .jsonl, also "
     '.gz .zst, and .parquet; several separated by commas); tfds:NAME/SPLIT/KEY or tfds:FOLDER/SPLIT/KEY; '
-    'hf:DATASET:CONFIG:SPLIT; prepared:FOLDER, a dataset made before; a mixture as 0.7*SOURCE;0.3*SOURCE',
+    'hf:DATASET:CONFIG:SPLIT (DATASET@REVISION keeps to one); prepared:FOLDER, a dataset made before; a mixture as 0.7*SOURCE;0.3*SOURCE',
   )
   text_key: str = setting('text', 'key of the text in .jsonl files, .parquet files and hf: datasets')
   max_bad_fraction: float = setting(
@@ -159,7 +159,10 @@ class CheckpointConfig:
   )
   keep: int = setting(2, 'newest checkpoints kept')
   keep_every: int | None = setting(None, 'also keep one checkpoint every this many steps')
-  keep_best: int = setting(0, 'also keep this many checkpoints with the lowest validation loss')
+  keep_best: int = setting(
+    0,
+    'also keep this many checkpoints with the lowest validation loss; each is then validated when it is saved',
+  )
   folder: str | None = setting(
     None, 'where checkpoints go: a folder, gs://, s3://, az://; none: checkpoints/ in the run folder'
   )

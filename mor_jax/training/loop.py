@@ -148,8 +148,11 @@ def train(
         note(meter.push(done, metrics, data_wait))
         if stop.poll(done):
           break
-        validates = _is_due(done, config.train.eval_every, steps)
         saves = _is_due(done, config.checkpoint.every_steps, steps) or stop.save_wanted
+        # The best can only be told among those that were validated.
+        validates = _is_due(done, config.train.eval_every, steps) or (
+          saves and config.checkpoint.keep_best > 0
+        )
         if validates or saves:
           ended = meter.drain()
           validated = validation() if validates else {}
