@@ -378,10 +378,12 @@ def test_a_folder_without_room_is_refused_in_a_sentence(tmp_path, monkeypatch):
 
 
 LOOP = """
-import sys, time
+import signal, sys, time
 from mor_jax.console import open_console, print_line
 from mor_jax.training.watch import stopping
 
+for number in stopping.HANDLED:
+  signal.signal(number, signal.SIG_DFL)  # whoever runs the tests may have them ignored
 with stopping.Signals() as signals:
   console = open_console(lost=signals.output_lost)
   with signals.training():
