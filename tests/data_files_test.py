@@ -1,15 +1,19 @@
 """Files as documents: every kind and compression, and every way in which one can be broken."""
 
+import bz2
 import gzip
 import json
+import lzma
+import os
 
 import pytest
 
 from mor_jax.config import ConfigError, DataConfig
-from mor_jax.data import corpus, files
+from mor_jax.data import corpus, files, readers
 from mor_jax.data.document import Document, Unreadable
 
 pa = pytest.importorskip('pyarrow')
+zstandard = pytest.importorskip('zstandard')
 pq = pytest.importorskip('pyarrow.parquet')
 
 TEXTS = ['one\ntext', 'zweiter Text: äöü', '第三', '🙂' * 1000]
@@ -20,13 +24,16 @@ def json_lines(texts=TEXTS, key='text'):
 
 
 def zstd(content):
-  sink = pa.BufferOutputStream()
-  with pa.CompressedOutputStream(sink, 'zstd') as stream:
-    stream.write(content)
-  return sink.getvalue().to_pybytes()
+  return zstandard.compress(content)
 
 
-COMPRESS = {'': lambda content: content, '.gz': gzip.compress, '.zst': zstd}
+COMPRESS = {
+  '': lambda content: content,
+  '.gz': gzip.compress,
+  '.zst': zstd,
+  '.bz2': bz2.compress,
+  '.xz': lzma.compress,
+}
 
 
 def records(pattern, key='text'):
@@ -47,7 +54,7 @@ def test_text_and_json_lines(tmp_path, compression):
   ] == f'{tmp_path}/b.jsonl{compression}, line 2'
 
 
-@pytest.mark.parametrize('compression', ['.gz', '.zst'])
+@pytest.mark.parametrize('compression', ['.gz', '.zst', '.bz2', '.xz'])
 def test_compressed_in_several_parts(tmp_path, compression):
   half = len(json_lines()) // 2
   parts = [json_lines()[:half], json_lines()[half:]]
@@ -73,7 +80,7 @@ def test_patterns(tmp_path, monkeypatch):
 
 
 def test_long_text_is_cut_at_line_ends_without_loss(tmp_path, monkeypatch):
-  monkeypatch.setattr(files, 'LONGEST_DOCUMENT', 100)
+  monkeypatch.setattr(readers, 'LONGEST_DOCUMENT', 100)
   content = 'häuser\n' * 100 + 'é' * 333 + '\nend'
   (tmp_path / 'a.txt').write_text(content)
   parts = texts(tmp_path / 'a.txt')
@@ -109,8 +116,12 @@ def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path):
   assert records(tmp_path / 'a.txt') == [Unreadable(f'{tmp_path}/a.txt, line 3', 'not UTF-8')]
 
 
-@pytest.mark.parametrize('name', ['a.jsonl.gz', 'a.jsonl.zst', 'a.txt.gz', 'a.txt.zst', 'a.parquet'])
-@pytest.mark.parametrize('damage', [lambda content: content[:-20], lambda content: b'no such format' * 9])
+@pytest.mark.parametrize(
+  'name', ['a.jsonl.gz', 'a.jsonl.zst', 'a.txt.gz', 'a.txt.zst', 'a.jsonl.bz2', 'a.jsonl.xz', 'a.parquet']
+)
+@pytest.mark.parametrize(
+  'damage', [lambda content: content[:-20], lambda content: b'no such format' * 9, lambda _: b'']
+)
 def test_truncated_and_damaged_files_stop_with_their_name(tmp_path, name, damage):
   path = tmp_path / name
   if name == 'a.parquet':
@@ -121,6 +132,101 @@ def test_truncated_and_damaged_files_stop_with_their_name(tmp_path, name, damage
   path.write_bytes(damage(path.read_bytes()))
   with pytest.raises(ConfigError, match=rf'{path} is truncated or damaged after .*fetch it again'):
     records(path)
+
+
+def test_a_list_an_object_or_lines_of_json(tmp_path):
+  listed = [{'text': text} for text in TEXTS]
+  for name, content in {
+    'list.json': json.dumps(listed, indent=1),
+    'short.json': json.dumps(listed),
+    'object.json': json.dumps(listed[0], indent=1),
+    'lines.json': json_lines().decode(),
+    'lines.NDJSON': json_lines().decode(),
+  }.items():
+    (tmp_path / name).write_text(content)
+    assert texts(tmp_path / name) == (TEXTS[:1] if name == 'object.json' else TEXTS), name
+  (tmp_path / 'a.JSON.gz').write_bytes(gzip.compress(json.dumps(listed).encode()))
+  assert texts(tmp_path / 'a.JSON.gz') == TEXTS
+  (tmp_path / 'cut.json').write_text(json.dumps(listed, indent=1)[:-5])
+  with pytest.raises(ConfigError, match=r'cut\.json is truncated or damaged'):
+    records(tmp_path / 'cut.json')
+
+
+def test_a_mark_of_byte_order_is_no_text(tmp_path):
+  (tmp_path / 'a.jsonl').write_bytes(b'\xef\xbb\xbf' + json_lines())
+  (tmp_path / 'a.txt').write_bytes(b'\xef\xbb\xbfone')
+  assert texts(tmp_path / 'a.jsonl') == TEXTS
+  assert texts(tmp_path / 'a.txt') == ['one']
+
+
+def test_texts_within_objects_and_texts_of_bytes(tmp_path):
+  (tmp_path / 'a.jsonl').write_text('{"meta": {"text": "one"}}\n{"meta.text": "two"}\n{"meta": 3}\n')
+  found = records(tmp_path / 'a.jsonl', 'meta.text')
+  assert [getattr(record, 'text', record) for record in found] == [
+    'one',
+    'two',
+    Unreadable(f'{tmp_path}/a.jsonl, line 3', "no key 'meta.text' (data.text_key)"),
+  ]
+  meta = [{'text': text, 'n': 1} for text in TEXTS]
+  pq.write_table(pa.table({'meta': meta, 'raw': [text.encode() for text in TEXTS]}), tmp_path / 'a.parquet')
+  assert texts(tmp_path / 'a.parquet', 'meta.text') == TEXTS
+  assert texts(tmp_path / 'a.parquet', 'raw') == TEXTS
+
+
+def test_null_is_an_empty_text(tmp_path):
+  (tmp_path / 'a.jsonl').write_text('{"text": null}\n{"text": "one"}\n')
+  reading = corpus.Reading(DataConfig(source=f'files:{tmp_path}/a.jsonl', max_bad_fraction=0.0))
+  assert [document.text for _, document in reading] == ['one']
+  assert dict(reading.dropped) == {'empty': 1}
+
+
+def test_names_are_taken_literally_where_they_exist(tmp_path):
+  for name in ('a,b.txt', 'c[1].txt', 'd e.txt', 'sub/f.md', 'sub/.hidden/g.txt', 'sub/h.csv'):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(name)
+  for name in ('a,b.txt', 'c[1].txt', 'd e.txt'):
+    assert texts(tmp_path / name) == [name]
+  assert texts(f'{tmp_path}/c[1].txt, {tmp_path}/d e.txt') == ['c[1].txt', 'd e.txt']
+  assert texts(tmp_path / 'sub') == ['sub/f.md']
+
+
+def test_one_file_under_two_names_is_read_once(tmp_path, monkeypatch):
+  (tmp_path / 'a.txt').write_text('one')
+  monkeypatch.chdir(tmp_path)
+  assert texts(f'a.txt,{tmp_path}/a.txt,./a.txt') == ['one']
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+  (tmp_path / 'a.txt').write_text('one')
+  os.symlink(tmp_path / 'gone.txt', tmp_path / 'b.txt')
+  with pytest.raises(ConfigError, match=r'matches .*b\.txt, a link to .*gone\.txt, which does not exist'):
+    records(f'{tmp_path}/*.txt')
+
+
+def test_a_large_window_of_zstd_is_read(tmp_path):
+  window = zstandard.ZstdCompressionParameters.from_level(1, window_log=28)
+  content = json_lines() * 5
+  (tmp_path / 'a.jsonl.zst').write_bytes(
+    zstandard.ZstdCompressor(compression_params=window).compress(content)
+  )
+  assert texts(tmp_path / 'a.jsonl.zst') == TEXTS * 5
+
+
+def test_a_page_of_parquet_that_was_changed_is_noticed(tmp_path):
+  path = tmp_path / 'a.parquet'
+  pq.write_table(pa.table({'text': ['x' * 1000]}), path, compression='none', write_page_checksum=True)
+  content = path.read_bytes()
+  path.write_bytes(content.replace(b'x' * 100, b'x' * 99 + b'y', 1))
+  with pytest.raises(ConfigError, match='is truncated or damaged'):
+    records(path)
+
+
+def test_a_single_text_is_cut_in_two(tmp_path):
+  lines = [f'line {i}\n' for i in range(100)]
+  (tmp_path / 'book.txt').write_text(''.join(lines))
+  data = DataConfig(source=f'files:{tmp_path}/book.txt', validation_fraction=0.1)
+  found = {split: [document.text for document in corpus.documents(data, split)] for split in corpus.SPLITS}
+  assert found['train'] + found['validation'] == [''.join(lines[:90]), ''.join(lines[90:])]
 
 
 @pytest.mark.parametrize(

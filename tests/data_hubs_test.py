@@ -129,9 +129,21 @@ def hub_folder(tmp_path):
 
 def test_hugging_face_folder_is_streamed(hub_folder):
   pytest.importorskip('datasets')
-  reading = corpus.Reading(DataConfig(source=f'hf:{hub_folder}', text_key='content', max_bad_fraction=0.1))
+  reading = corpus.Reading(DataConfig(source=f'hf:{hub_folder}', text_key='content'))
   assert [document.text for _, document in reading] == TEXTS
-  assert reading.examples == [f"hf:{hub_folder}, record 60: 'content' is not a text"]
+  assert dict(reading.dropped) == {'empty': 1}, 'null is an empty text'
+
+
+@pytest.mark.parametrize('several', [False, True])
+def test_what_save_to_disk_wrote_is_read(tmp_path, several):
+  datasets = pytest.importorskip('datasets')
+  saved = datasets.Dataset.from_dict({'body': TEXTS})
+  saved = datasets.DatasetDict({'test': saved}) if several else saved
+  saved.save_to_disk(tmp_path / 'saved')
+  assert texts(f'hf:{tmp_path}/saved' + (':default:test' if several else ''), text_key='body') == TEXTS
+  if several:
+    with pytest.raises(ConfigError, match="it has no split 'train'; its splits are test"):
+      texts(f'hf:{tmp_path}/saved', text_key='body')
 
 
 def test_hugging_face_refusals(hub_folder):

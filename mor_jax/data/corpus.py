@@ -49,7 +49,7 @@ def _open_single(spec: str, data: DataConfig) -> Source:
   if spec == 'embedded':
     return EmbeddedCorpus()
   if kind == 'files' and rest:
-    return Files(rest, data.text_key)
+    return Files(rest, data.text_key, data.validation_fraction)
   if kind == 'tfds' and rest:
     return TfdsSource(rest)
   if kind == 'hf' and rest:
@@ -171,6 +171,8 @@ def documents(data: DataConfig, split: str) -> Iterator[Document]:
 
 def split_of(document: Document, validation_fraction: float) -> str:
   """The split of a document."""
+  if document.split is not None:
+    return document.split
   origin = document.text if document.origin is None else document.origin
   return 'validation' if uniform_hash('split', origin) < validation_fraction else 'train'
 

@@ -8,11 +8,16 @@ from typing import Protocol
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """A text and its name. Documents with the same `origin` (by default the text) are in the same split."""
+  """A text and its name. Documents with the same `origin` (by default the text) are in the same split.
+
+  Attributes:
+    split: 'train' or 'validation', where the source decides; else a hash of the origin does.
+  """
 
   name: str
   text: str
   origin: str | None = None
+  split: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mor_jax.config import ConfigError
-from mor_jax.data import foreign, identity, revisions
+from mor_jax.data import foreign, identity, readers, revisions
 from mor_jax.data.document import Document, Unreadable
 
 PATIENCE = 15  # seconds after which the network counts as missing
@@ -59,7 +59,7 @@ class TfdsSource:
     records = self._open()
     for index in range(len(records)):
       where = f'tfds:{self._name}/{self._split}, record {index}'
-      yield _document(where, records[index], self._key)
+      yield readers.of_record(where, records[index], self._key)
 
   def _open(self) -> Any:
     import tensorflow_datasets as tfds
@@ -162,24 +162,33 @@ class HuggingFaceSource:
     while True:
       try:
         for record in self._open().skip(read):
-          yield _document(f'hf:{self._spec}, record {read}', record, self._text_key)
+          yield readers.of_record(f'hf:{self._spec}, record {read}', record, self._text_key)
           read, failures = read + 1, 0
         return
       except Exception as error:  # of the network, the file system, or the format: libraries raise their own
         if isinstance(error, ConfigError) and not read:
           raise
-        if not read or failures == len(RETRY_SECONDS):
+        if not read or os.path.isdir(self._name) or failures == len(RETRY_SECONDS):
           raise self._broken_off(error, read, failures) from error
         time.sleep(RETRY_SECONDS[failures])
         failures += 1
 
   def _broken_off(self, error: Exception, read: int, failures: int) -> ConfigError:
     """The error to raise after `read` records and `failures` failed retries."""
+    remedy = 'run the same command again when the connection is back: it continues where it stopped'
+    if os.path.isdir(self._name):
+      remedy = 'fetch the folder again, or leave the damaged files out'
     where = f'cannot be read on after {read:,} records, {failures + 1} attempts' if read else 'cannot be read'
-    return ConfigError(
-      f'data.source=hf:{self._spec} {where} ({type(error).__name__}: {error}); run the same command again '
-      f'when the connection is back: it continues where it stopped'
-    )
+    return ConfigError(f'data.source=hf:{self._spec} {where} ({type(error).__name__}: {error}); {remedy}')
+
+  def _saved(self, datasets: Any) -> Any:
+    """What `save_to_disk` wrote: one split, or several."""
+    found = datasets.load_from_disk(self._name)
+    if isinstance(found, datasets.DatasetDict):
+      if self._split not in found:
+        raise ValueError(f'it has no split {self._split!r}; its splits are {", ".join(found)}')
+      found = found[self._split]
+    return found.to_iterable_dataset()
 
   def _open(self) -> Any:
     flag = f'data.source=hf:{self._spec}'
@@ -193,6 +202,8 @@ class HuggingFaceSource:
         raise ConfigError(f'{flag} needs the network, and HF_HUB_OFFLINE is set; {OFFLINE_REMEDY}')
       require_network(huggingface_hub.constants.ENDPOINT, flag)
     try:
+      if _was_saved(self._name):
+        return self._saved(datasets)
       revision = None if os.path.isdir(self._name) else self._revision
       settings = {'split': self._split, 'streaming': True, 'revision': revision}
       return datasets.load_dataset(self._name, self._config, **settings)
@@ -200,16 +211,9 @@ class HuggingFaceSource:
       raise ConfigError(f'{flag} cannot be opened ({type(error).__name__}: {error})') from error
 
 
-def _document(where: str, record: Any, key: str) -> Document | Unreadable:
-  if key not in record:
-    return Unreadable(where, f'no key {key!r}')
-  text = record[key]
-  if isinstance(text, bytes):
-    try:
-      text = text.decode()
-    except UnicodeDecodeError:
-      return Unreadable(where, 'not UTF-8')
-  return Document(where, text) if isinstance(text, str) else Unreadable(where, f'{key!r} is not a text')
+def _was_saved(folder: str) -> bool:
+  """Whether `save_to_disk` of `datasets` wrote the folder."""
+  return any(os.path.isfile(os.path.join(folder, name)) for name in ('dataset_dict.json', 'state.json'))
 
 
 def require_network(url: str, flag: str, remedy: str = OFFLINE_REMEDY, patience: float = PATIENCE) -> None:
