@@ -554,3 +554,56 @@ def test_a_corpus_repeated_too_often_is_told(holed):
   few, many = (with_changes(Config(), train={'steps': 500, 'global_batch': size}) for size in (1, rows))
   assert summary.warn_of_repetition(many, prepared).startswith('WARNING: the run goes 500 times over the')
   assert (summary.warn_of_repetition(few, prepared) is None) == (4 * rows >= 500)
+
+
+# ---- texts that a tokenizer takes for something else, or cannot take ----
+
+
+@pytest.mark.parametrize('kind', ['added', 'unigram', 'word'])
+def test_a_text_that_spells_the_separator_does_not_end_its_document(tmp_path, kind):
+  if kind == 'added':
+    backend = hugging_face.Tokenizer(
+      hugging_face.models.BPE({sign: i for i, sign in enumerate('abc<>/s')}, [])
+    )
+    backend.add_tokens([hugging_face.AddedToken('</s>', special=False)])
+  elif kind == 'unigram':
+    pieces = [('<unk>', 0.0), ('</s>', -1.0), *((sign, -3.0) for sign in 'abc<>/s')]
+    backend = hugging_face.Tokenizer(hugging_face.models.Unigram(pieces, 0))
+  else:
+    backend = hugging_face.Tokenizer(
+      hugging_face.models.WordLevel({'<unk>': 0, '</s>': 1, 'a': 2}, unk_token='<unk>')
+    )
+    backend.pre_tokenizer = hugging_face.pre_tokenizers.WhitespaceSplit()
+  backend.save(str(tmp_path / 'tokenizer.json'))
+  made = tokenizer.Tokenizer.load(tmp_path / 'tokenizer.json', '</s>')
+  text = 'ab</s>c</s>' if kind != 'word' else 'a </s> a'
+  assert made.end_of_text not in made.encode(text)
+  assert made.encode_batch([text, 'a']) == [made.encode(text), made.encode('a')]
+  if kind == 'added':
+    assert made.decode(made.encode(text)).replace(' ', '') == text
+  assert made.encode('a') == [made.token_to_id('a')]
+
+
+@pytest.mark.parametrize('leaves_out', [False, True])
+def test_text_that_a_tokenizer_cannot_say_is_counted_and_refused_above_a_share(tmp_path, leaves_out):
+  signs = {sign: i for i, sign in enumerate(['</s>', '<unk>', *'abcdefgh '])}
+  model = hugging_face.models.BPE(signs, [], **({} if leaves_out else {'unk_token': '<unk>'}))
+  hugging_face.Tokenizer(model).save(str(tmp_path / 'tokenizer.json'))
+  for number in range(40):
+    (tmp_path / f'{number}.txt').write_text('abc def ' * (9 + number) + '\u0416')
+  data = DataConfig(
+    source=f'files:{tmp_path}/*.txt',
+    tokenizer=str(tmp_path / 'tokenizer.json'),
+    separator='</s>',
+    seq_len=16,
+    cache_dir=str(tmp_path / 'cache'),
+    validation_fraction=0.2,
+  )
+  told = []
+  prepared = dataset.prepare(data, report=told.append)
+  assert prepared.manifest.unsaid == 40
+  assert any('has no token for 40 characters or words' in line for line in told)
+  for number in range(40):
+    (tmp_path / f'{number}.txt').write_text('\u0416\u4e2d' * 30 + ' abcdefgh' * number)
+  with pytest.raises(ConfigError, match=r'has no token for 2,400 .*data\.max_unknown_fraction=0\.05; use'):
+    dataset.prepare(data)

@@ -13,13 +13,19 @@ class DataConfig:
 
   source: str = setting(
     'embedded',
-    "documents: embedded, the running Python's documentation and sources; files:PATTERN (.txt .md .jsonl, also "
-    '.gz .zst, and .parquet; several separated by commas); tfds:NAME/SPLIT/KEY or tfds:FOLDER/SPLIT/KEY; '
+    "documents: embedded, the running Python's documentation and sources; files:PATTERN (.txt .md .jsonl .json "
+    '.ndjson, also .gz .zst .bz2 .xz, and .parquet; a file, a folder or a glob, several separated by commas); tfds:NAME/SPLIT/KEY or tfds:FOLDER/SPLIT/KEY; '
     'hf:DATASET:CONFIG:SPLIT (DATASET@REVISION keeps to one); prepared:FOLDER, a dataset made before; a mixture as 0.7*SOURCE;0.3*SOURCE',
   )
-  text_key: str = setting('text', 'key of the text in .jsonl files, .parquet files and hf: datasets')
+  text_key: str = setting(
+    'text', 'key of the text in JSON, .parquet files and hf: datasets; meta.text leads into nested ones'
+  )
   max_bad_fraction: float = setting(
     0.001, 'share of documents that may be undecodable (not UTF-8, not JSON, no text) and are skipped'
+  )
+  max_unknown_fraction: float = setting(
+    0.05,
+    'share of the tokens that may stand for what the tokenizer has no token for, or would have stood for it',
   )
   drop_duplicates: bool = setting(False, 'leave out documents whose text came before')
   tokenizer: str = setting(

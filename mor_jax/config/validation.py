@@ -298,6 +298,8 @@ def _validate_data(data: DataConfig) -> None:
   _require(data.begin != '', 'data.begin', repr(data.begin), 'a token of the vocabulary, auto or none')
   _require(data.prefetch >= 0, 'data.prefetch', data.prefetch, '>= 0')
   _require(0 <= data.max_bad_fraction <= 1, 'data.max_bad_fraction', data.max_bad_fraction, 'in [0, 1]')
+  unknown = data.max_unknown_fraction
+  _require(0 <= unknown <= 1, 'data.max_unknown_fraction', unknown, 'in [0, 1]')
   _require(bool(data.text_key), 'data.text_key', repr(data.text_key), 'a non-empty name')
   _require(bool(data.separator), 'data.separator', repr(data.separator), 'a token of the vocabulary')
   _require(bool(data.tokenizer), 'data.tokenizer', repr(data.tokenizer), 'bpe, bytes, a path or a name')

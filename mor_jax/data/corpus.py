@@ -92,6 +92,7 @@ class Reading:
   """One pass over the documents of both splits. Counts the dropped ones. Iterate it once.
 
   Attributes:
+    data: the settings.
     source: knows how much has been read.
     dropped: number of dropped documents by reason.
     examples: location and problem of the first unreadable documents.
@@ -101,7 +102,7 @@ class Reading:
     self.source = open_source(data)
     self.dropped: Counter[str] = Counter()
     self.examples: list[str] = []
-    self._data = data
+    self.data = data
     self._seen = self._unreadable = 0
 
   def __iter__(self) -> Iterator[tuple[str, Document]]:
@@ -111,9 +112,9 @@ class Reading:
       ConfigError: more than `data.max_bad_fraction` of the documents are unreadable, or a whole
         file or dataset is.
     """
-    room = {split: _limit(self._data, split) for split in SPLITS}
+    room = {split: _limit(self.data, split) for split in SPLITS}
     for document in self._usable():
-      split = split_of(document, self._data.validation_fraction)
+      split = split_of(document, self.data.validation_fraction)
       left = room[split]
       if left is not None:
         room[split] = left - 1
@@ -132,7 +133,7 @@ class Reading:
         self._note_unreadable(record)
       elif not record.text.strip():
         self.dropped[_EMPTY] += 1
-      elif self._data.drop_duplicates and _seen_before(record.text, texts):
+      elif self.data.drop_duplicates and _seen_before(record.text, texts):
         self.dropped[_DUPLICATE] += 1
       else:
         yield record
@@ -145,11 +146,11 @@ class Reading:
     self._judge(at_least=_JUDGED_AFTER)
 
   def _judge(self, at_least: int) -> None:
-    allowed = self._data.max_bad_fraction * max(self._seen, at_least)
+    allowed = self.data.max_bad_fraction * max(self._seen, at_least)
     if self._unreadable > allowed:
       raise ConfigError(
         f'{self._unreadable} of {self._seen} documents cannot be read, more than '
-        f'data.max_bad_fraction={self._data.max_bad_fraction:g} allows: {"; ".join(self.examples)}; '
+        f'data.max_bad_fraction={self.data.max_bad_fraction:g} allows: {"; ".join(self.examples)}; '
         f'repair or leave out these files, or raise data.max_bad_fraction to skip such documents'
       )
 

@@ -66,6 +66,7 @@ class Manifest:
   splits: dict[str, SplitCounts]
   files: dict[str, int]  # size in bytes of every file that is needed to read the dataset
   begin: str | None = None  # token before every document
+  unsaid: int = 0  # characters or words that the tokenizer has no token for
 
   @classmethod
   def from_json(cls, text: str) -> 'Manifest':
@@ -278,6 +279,12 @@ def _write_dataset(
       f'{split}: {counts.documents:,} documents, {counts.bytes / 1e6:.1f} MB, {counts.tokens:,} tokens, '
       f'{counts.rows:,} rows'
     )
+  unsaid = sum(writer.counts['unsaid'] for writer in writers.values())
+  pipeline.check_unsaid(data, sum((writer.counts for writer in writers.values()), Counter()), at_least=1)
+  if unsaid:
+    report(
+      f'WARNING: the tokenizer has no token for {unsaid:,} characters or words, which are lost to the model'
+    )
   if reading.dropped:
     report('left out: ' + ', '.join(f'{count:,} {reason}' for reason, count in reading.dropped.items()))
   report(f'written in {time.perf_counter() - start:.1f} s')
@@ -305,6 +312,7 @@ def _write_dataset(
     dropped=dict(reading.dropped),
     dropped_examples=reading.examples,
     splits=splits,
+    unsaid=unsaid,
     files={path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
   )
   # Last: it says that all is there.
@@ -331,6 +339,7 @@ def _follow(reading: corpus.Reading, progress: Callable[[Progress], None]) -> Ca
     skipped_bytes += counts['bytes'] if counts['skipped'] else 0
     source = reading.source
     fraction = source.bytes_read / source.total_bytes if source.total_bytes else None
+    pipeline.check_unsaid(reading.data, done)
     progress(Progress(done, skipped_bytes, fraction))
 
   return after_unit

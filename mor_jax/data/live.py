@@ -87,6 +87,7 @@ def open_dataset(data: DataConfig, report: Callable[[str], None] = lambda line: 
       counts.update(
         {name: packed.counts[name] for name in ('documents', 'bytes', 'cut')}, all=packed.counts['tokens']
       )
+      pipeline.check_unsaid(data, packed.counts, at_least=1)
     if len(rows) >= data.live_validation_rows:
       break
   if not rows or counts['tokens'] < data.seq_len:

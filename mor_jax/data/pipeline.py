@@ -31,6 +31,7 @@ from mor_jax.files import write_atomically
 UNIT_CHARACTERS = 2**21  # 0.2% of a unit of 2,048-token rows is padding at its end
 ENCODED_AT_ONCE = 2**20  # characters; the tokenizer needs some 40 bytes for each of them
 NOTES = 'notes'  # folder, needed until the dataset is finished
+JUDGED_AFTER = 100_000  # tokens
 SMALL = 4  # fewer units are done sooner than processes start
 
 
@@ -114,7 +115,10 @@ def pack_texts(tokenizer: Tokenizer, settings: Recipe | DataConfig, texts: list[
 
   def token_ids() -> Iterator[list[int]]:
     for batch in _batches(texts, ENCODED_AT_ONCE):
-      for ids in tokenizer.encode_texts(batch):
+      encoded = tokenizer.encode_texts(batch)
+      if unsaid := tokenizer.unsaid(batch, encoded):
+        counts['unsaid'] += unsaid
+      for ids in encoded:
         counts['cut'] += len(ids) + 1 > settings.seq_len
         yield ids
 
@@ -122,6 +126,22 @@ def pack_texts(tokenizer: Tokenizer, settings: Recipe | DataConfig, texts: list[
   for row in rows:
     counts.update(rows=1, tokens=row.num_tokens, targets=row.num_targets)
   return PackedTexts(rows, counts)
+
+
+def check_unsaid(data: DataConfig, counts: Counter[str], at_least: int = JUDGED_AFTER) -> None:
+  """Raises ConfigError if the tokenizer cannot say more of the documents than `data.max_unknown_fraction` allows.
+
+  Args:
+    counts: of the documents so far, as `pack_texts` makes them.
+    at_least: tokens, or what would have been tokens; fewer say little.
+  """
+  unsaid, whole = counts['unsaid'], max(counts['tokens'], counts['unsaid'])
+  if whole >= at_least and unsaid > data.max_unknown_fraction * whole:
+    raise ConfigError(
+      f'data.tokenizer={data.tokenizer} has no token for {unsaid:,} characters or words of data.source={data.source}, '
+      f'beside {counts["tokens"]:,} tokens: more than data.max_unknown_fraction={data.max_unknown_fraction:g}; use a '
+      f'tokenizer for this language, or raise that share to lose such text'
+    )
 
 
 def _batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:

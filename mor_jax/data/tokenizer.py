@@ -26,6 +26,7 @@ TRAINING_BYTES_PER_ENTRY = (
 MADE_HERE = ('bpe', 'bytes')
 
 AUTO = 'auto'
+_UNHEARD_OF = '\U0010fffd'  # of the private use area: no vocabulary of words has it
 CONTEXT = 8  # tokens before a text that may change how it is written: its first space, a character begun
 REPLACEMENT = '\ufffd'  # stands for bytes that do not make a character
 
@@ -54,7 +55,7 @@ class Tokenizer:
     if end_of_text is None:
       raise ValueError(f'the tokenizer has no token {separator}, which separates documents (data.separator)')
     try:
-      backend.encode('a \U0010fffd', add_special_tokens=False)
+      unknown = backend.encode(_UNHEARD_OF, add_special_tokens=False).ids
     except Exception as error:  # the library raises nothing more specific
       raise ValueError(f'the tokenizer cannot encode words that it does not know ({error})') from None
     # A document that contains the characters '<|endoftext|>' must not end there.
@@ -70,6 +71,11 @@ class Tokenizer:
       self.begin_of_text = _template_begin(backend) if begin == AUTO else backend.token_to_id(begin)
     if begin not in (AUTO, None) and self.begin_of_text is None:
       raise ValueError(f'the tokenizer has no token {begin}, which begins texts (data.begin)')
+    says_all = _UNHEARD_OF in backend.decode(unknown, skip_special_tokens=False)
+    self._leaves_out, self._unknown = not unknown, frozenset() if says_all else frozenset(unknown)
+    tokens = {self.end_of_text: separator, self.begin_of_text: self.begin}
+    # A single character may well be meant: lines as documents, separated by their ends.
+    self._guards = {index: token for index, token in tokens.items() if token and len(token) > 1}
 
   @property
   def begin(self) -> str | None:
@@ -96,8 +102,27 @@ class Tokenizer:
     return self._backend.token_to_id(token)
 
   def encode(self, text: str) -> list[int]:
-    """Token ids of a text. No special tokens are added or recognised."""
+    """Token ids of a text. No special tokens are added, and none recognised that would begin or end a document."""
+    return self._guarded(text, self._plain(text))
+
+  def _plain(self, text: str) -> list[int]:
     return self._backend.encode(text, add_special_tokens=False).ids
+
+  def _guarded(self, text: str, ids: list[int]) -> list[int]:
+    """The ids, without those of the separator that come from a text which spells it."""
+    if not self._guards or self._guards.keys().isdisjoint(ids):
+      return ids
+    cuts = [match.start() + 1 for match in re.finditer('|'.join(map(re.escape, self._guards.values())), text)]
+    parts = [text[begin:end] for begin, end in itertools.pairwise([0, *cuts, len(text)])]
+    found = itertools.chain.from_iterable(map(self._plain, parts))
+    return [index for index in found if index not in self._guards]
+
+  def unsaid(self, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> int:
+    """How many characters or words of texts, whose ids are given, the vocabulary has no token for."""
+    if self._leaves_out:
+      said = self._backend.decode_batch(list(map(list, ids)))
+      return sum(max(_signs(text) - _signs(one), 0) for text, one in zip(texts, said, strict=True))
+    return sum(index in self._unknown for one in ids for index in one) if self._unknown else 0
 
   def encode_text(self, text: str) -> list[int]:
     """Token ids of a text from its beginning: as in the rows of training, and as a prompt."""
@@ -113,7 +138,8 @@ class Tokenizer:
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of several texts, on all cores."""
-    return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+    encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+    return [self._guarded(text, one.ids) for text, one in zip(texts, encodings, strict=True)]
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of token ids. Special tokens are left out; bytes that are not UTF-8 become U+FFFD."""
@@ -151,6 +177,11 @@ def read_backend(path: str | os.PathLike) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(text)
   except Exception as error:  # the library raises nothing more specific
     raise ValueError(f'{path} is not a tokenizer.json: {error}') from error
+
+
+def _signs(text: str) -> int:
+  """Characters of a text, spaces left out."""
+  return sum(map(len, text.split()))
 
 
 def _template_begin(backend: tokenizers.Tokenizer) -> int | None:

@@ -16,6 +16,7 @@ MAY_CHANGE = (
   'data.prefetch',
   'data.workers',
   'data.max_bad_fraction',
+  'data.max_unknown_fraction',
   'train.accumulation',
   'train.loss_chunk',
   'train.on_nonfinite',
