@@ -124,7 +124,8 @@ def assert_choices_show_something(case: Case, made, variables, rows: list[tiny_e
   assert possible.min() >= SMALLEST_SHARE, f'shares of the depths: {shares}'
   if config.router == 'token_choice':
     for row in rows:
-      gates_TR = router.activate(config, jnp.moveaxis(row.full.routing.logits_RBT, 0, -1))[0]
+      logits_BTR = jnp.moveaxis(row.full.routing.logits_RBT, 0, -1)
+      gates_TR = (logits_BTR if config.random_router else router.activate(config, logits_BTR))[0]
       best_T2 = np.sort(gates_TR + routing.get('bias', 0.0), axis=-1)[: row.computed, -2:]
       assert np.diff(best_T2).min() > MARGIN, 'rounding could turn a choice of depth'
     return

@@ -216,6 +216,24 @@ def test_random_router_draws_anew_for_every_key(change):
   assert 'router' not in variables['params']
 
 
+@pytest.mark.parametrize('change', [{'causality': 'none'}, {'router': 'token_choice', 'balancing': 'none'}])
+@pytest.mark.parametrize('gate', [None, 0.3])
+def test_a_random_router_weighs_all_tokens_alike(change, gate):
+  """So that only the choice is random, and differences to a learned router are those of the choice."""
+  config = tiny.config(random_router=True, random_gate=gate, num_layers=5, num_recursions=3, **change)
+  expected = gate or {'expert_choice': 0.05, 'token_choice': 1 / 3}[config.router]
+  logits = jax.random.normal(jax.random.key(0), (2, 3, 3))
+  np.testing.assert_allclose(router.activate(config, logits), expected, rtol=1e-6)
+  with pytest.raises(ConfigError, match=r'model\.random_gate=0\.3 is for model\.random_router=True'):
+    tiny.config(random_gate=0.3)
+
+
+def test_a_random_router_is_evaluated_on_other_places_of_every_batch():
+  keys = [jax.random.key_data(router.evaluation_key(tiny.tokens(2, 8, seed))) for seed in (1, 1, 2)]
+  np.testing.assert_array_equal(keys[0], keys[1])
+  assert (keys[0] != keys[2]).any()
+
+
 @pytest.mark.parametrize(
   ('sharing', 'change'),
   [

@@ -87,7 +87,15 @@ class ModelConfig:
     ('top_k', 'ema_threshold'),
   )
   ema_decay: float = setting(0.99, 'ema_threshold: decay of the moving average')
-  random_router: bool = setting(False, 'route at random, with uniform scores (ablation)')
+  random_router: bool = setting(
+    False,
+    'choose tokens, or depths, at random and give all of them the same gate: a control for the choice alone',
+  )
+  random_gate: float | None = setting(
+    None,
+    'gate of a random router; none: half of the gate scale for sigmoid, an equal share of it for softmax, all of it '
+    'for others. For a control of the choice alone, the mean gate of the learned router beside it',
+  )
   capacity_warmup_steps: int = setting(
     0, 'optimiser steps in which capacities fall from 1 to their values, in at most 8 sizes (expert_choice)'
   )
@@ -223,6 +231,13 @@ class ModelConfig:
     if self.router_activation != 'auto':
       return self.router_activation
     return 'sigmoid' if self.router == 'expert_choice' else 'softmax'
+
+  @property
+  def constant_gate(self) -> float:
+    """The gate of a random router."""
+    if self.random_gate is not None:
+      return self.random_gate
+    return self.gate_scale * {'sigmoid': 0.5, 'softmax': 1 / self.recursions}.get(self.squash, 1.0)
 
   @property
   def gate_scale(self) -> float:

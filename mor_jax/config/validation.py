@@ -135,6 +135,10 @@ def _validate_model(model: ModelConfig) -> None:
       f'model.share_norms={model.share_norms} relax shared layers, which model.kind=vanilla does not have; '
       f'use 0, False and True'
     )
+  if model.random_gate is not None and not (model.kind == 'mor' and model.random_router):
+    raise ConfigError(
+      f'model.random_gate={model.random_gate} is for model.random_router=True; leave it unset, or set that too'
+    )
   if model.kind != 'vanilla' or model.kv == 'shared':
     _validate_sharing(model)
   if model.kind == 'mor':

@@ -81,6 +81,7 @@ def route_rows(
       segment_ids=batch['segment_ids'],
       positions=batch['positions'],
       with_logits=False,
+      rngs={'routing': router.evaluation_key(batch['tokens'])},
     ).routing
     return routed.depth_BT, _scores(config, routed)
 
@@ -94,9 +95,11 @@ def route_rows(
 
 
 def _scores(config: Config, routed: router.RoutingOutput) -> jax.Array:
-  """Activated logits (R, B, T); nan where a token did not reach the step."""
+  """Activated logits (R, B, T), what a random router drew; nan where a token did not reach the step."""
   logits = jax.numpy.moveaxis(routed.logits_RBT, 0, -1)
-  gates = jax.numpy.moveaxis(router.activate(config.model, logits), -1, 0)
+  random = config.model.random_router
+  gates = jax.nn.sigmoid(logits) if random else router.activate(config.model, logits)
+  gates = jax.numpy.moveaxis(gates, -1, 0)
   return jax.numpy.where(routed.entered_RBT, gates, jax.numpy.nan)
 
 

@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from mor_jax.config import Config
+from mor_jax.model import router
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import rules
@@ -43,6 +44,7 @@ def make_nll_step(
       segment_ids=batch['segment_ids'],
       positions=batch['positions'],
       max_recursions=max_recursions,
+      rngs={'routing': router.evaluation_key(batch['tokens'])},
       method=Transformer.states_and_head,
     )
     sums = {'targets': loss_lib.predicted(batch['segment_ids']).sum()}

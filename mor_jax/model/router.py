@@ -67,8 +67,18 @@ def random_logits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return jax.scipy.special.logit(jax.random.uniform(key, shape, minval=1e-6, maxval=1 - 1e-6))
 
 
+def evaluation_key(tokens_BT: jax.Array) -> jax.Array:
+  """The key with which a random router draws for a batch that is evaluated: its own, and the same each time."""
+  weights_T = jnp.arange(1, 2 * tokens_BT.shape[1], 2, dtype=jnp.uint32)
+  return jax.random.fold_in(
+    jax.random.key(0), (tokens_BT.astype(jnp.uint32) * weights_T).sum(dtype=jnp.uint32)
+  )
+
+
 def activate(config: ModelConfig, logits: jax.Array) -> jax.Array:
-  """Gate: alpha * activation(logits); softmax acts on the last axis."""
+  """Gate: alpha * activation(logits); softmax acts on the last axis. A random router's is the same for all."""
+  if config.random_router:
+    return jnp.full(logits.shape, config.constant_gate, jnp.float32)
   functions = {
     'sigmoid': jax.nn.sigmoid,
     'tanh': jnp.tanh,

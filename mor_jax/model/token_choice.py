@@ -76,7 +76,8 @@ def choose(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Gates (B, T, R), the depth chosen minus 1 (B, T), and its gate (B, T, 1)."""
   gates_BTR = router.activate(config, logits_BTR)
-  choice_BT = (gates_BTR + bias_R).argmax(axis=-1)
+  preferred_BTR = logits_BTR if config.random_router else gates_BTR
+  choice_BT = (preferred_BTR + bias_R).argmax(axis=-1)
   gate_BT1 = jnp.take_along_axis(gates_BTR, choice_BT[..., None], axis=-1)
   return gates_BTR, choice_BT, gate_BT1
 
