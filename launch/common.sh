@@ -85,6 +85,18 @@ check_training() {
   ((configs)) || die '--config is missing: name a file of settings, for example --config=configs/tiny.py'
 }
 
+# settings_of ROOT: a --config that is not in this folder, but in ROOT, is that one.
+settings_of() {
+  local number path
+  for number in "${!training[@]}"; do
+    path=${training[number]#--config=}
+    path=${path%%:*}
+    if [[ ${training[number]} == --config=* && ! -e $path && -e $1/$path ]]; then
+      training[number]="--config=$1/${training[number]#--config=}"
+    fi
+  done
+}
+
 # is_over CODE: whether a run that ended so is not to be started again: finished, wrong settings, Ctrl-C, Ctrl-\,
 # output that nobody reads any more.
 is_over() { [[ $1 -eq 0 || $1 -eq 2 || $1 -eq 130 || $1 -eq 131 || $1 -eq 141 ]]; }

@@ -15,9 +15,8 @@
 # flags or settings, 130 and 143 stopped by a signal to this script, others failed.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-cd "$root"
 # shellcheck source=launch/common.sh
-source launch/common.sh
+source "$root/launch/common.sh"
 
 processes=2 port='' restarts=3
 take_flags 'processes port restarts' '' "$@"
@@ -25,6 +24,12 @@ check_number processes "$processes"
 check_count restarts "$restarts"
 [[ -z $port ]] || check_number port "$port"
 check_training ${training[@]+"${training[@]}"}
+environment=("JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}")
+# Paths are those of the folder in which this script was called; settings may be those of the repository.
+if [[ $PWD != "$root" ]]; then
+  environment+=("PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}")
+  settings_of "$root"
+fi
 
 # free_port: one that nobody listens at.
 free_port() {
@@ -33,7 +38,7 @@ free_port() {
 
 # command_of NUMBER ADDRESS: sets `command` to the command line of a process.
 command_of() {
-  command=(env "JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}" python -m mor_jax.train "${training[@]}")
+  command=(env "${environment[@]}" python -m mor_jax.train "${training[@]}")
   if ((processes > 1)); then
     command+=("--coordinator=$2" "--num_processes=$processes" "--process_id=$1")
   fi

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 from unittest import mock
@@ -23,7 +24,8 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractMesh
 
 from mor_jax import cli, train
-from mor_jax.config import Config, ConfigError, DataConfig, resolve, with_changes
+from mor_jax.checkpoints.checkpoint import Checkpoints
+from mor_jax.config import CheckpointConfig, Config, ConfigError, DataConfig, resolve, with_changes
 from mor_jax.console import Output
 from mor_jax.data import corpus, dataset, revisions, tokenizer
 from mor_jax.data.token_texts import token_texts
@@ -607,3 +609,62 @@ def test_text_that_a_tokenizer_cannot_say_is_counted_and_refused_above_a_share(t
     (tmp_path / f'{number}.txt').write_text('\u0416\u4e2d' * 30 + ' abcdefgh' * number)
   with pytest.raises(ConfigError, match=r'has no token for 2,400 .*data\.max_unknown_fraction=0\.05; use'):
     dataset.prepare(data)
+
+
+# ---- files of settings ----
+
+
+def test_a_config_may_import_its_neighbour_and_have_a_colon_in_its_path(tmp_path):
+  for name, steps in (('a:b', 3), ('c', 4)):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'shared_by_them.py').write_text(f'STEPS = {steps}')
+    (tmp_path / name / 'run.py').write_text(
+      'from mor_jax import config\nfrom shared_by_them import STEPS\n\n\n'
+      'def get_config(variant="one"):\n  made = config.default()\n  made.name = variant\n'
+      '  made.train.warmup_steps, made.train.steps = 0, STEPS\n  return made\n'
+    )
+  for name, steps in (('a:b', 3), ('c', 4)):
+    assert cli.load_config(str(tmp_path / name / 'run.py'), {}).train.steps == steps
+    made = cli.load_config(f'{tmp_path / name / "run.py"}:other', {})
+    assert (made.name, made.train.steps) == ('other', steps)
+  assert str(tmp_path / 'c') not in sys.path
+
+
+# ---- starting among others ----
+
+
+LONELY = """
+import sys
+from mor_jax.parallel import runtime
+
+runtime.PATIENCE = 2
+runtime.initialize(runtime.Processes(sys.argv[1], 2, 0))
+"""
+
+
+def test_a_first_process_without_its_peers_ends_with_a_sentence():
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  command = [sys.executable, '-c', LONELY, f'localhost:{port}']
+  done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+  assert done.returncode == 1
+  assert 'the processes did not find each other through localhost' in done.stderr
+
+
+def test_a_disk_that_stays_full_does_not_end_the_training(tmp_path, monkeypatch):
+  told = []
+  checkpoints = Checkpoints(tmp_path, CheckpointConfig(), report=told.append)
+  checkpoints._note_failure(1, OSError(errno.ENOSPC, 'full'))
+
+  def full():
+    raise OSError(errno.ENOSPC, 'full')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoints, '_open', full)
+    checkpoints.save(2, {'a': np.zeros(3)})
+    checkpoints.save(3, {'a': np.zeros(3)})
+  checkpoints.save(4, {'a': np.zeros(3)})
+  checkpoints.wait()
+  assert checkpoints.latest_step == 4
+  checkpoints.__exit__()

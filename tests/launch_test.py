@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -47,6 +48,21 @@ def test_dry_run_prints_all_that_would_be_done(golden, script, arguments):
   if 'MOR_JAX_WRITE_GOLDEN' in os.environ:
     path.write_text(text)
   assert text == path.read_text()
+
+
+def test_local_takes_paths_from_where_it_is_called(tmp_path):
+  """Settings of the repository included, and with spaces in all of them."""
+  folder = tmp_path / 'my runs'
+  folder.mkdir()
+  words = ('--dry_run', '--processes=1', '--config=configs/tiny.py', '--workdir=a run')
+  command = ['bash', str(ROOT / 'launch' / 'local.sh'), *words]
+  done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+  assert f'--config={ROOT}/configs/tiny.py' in done.stdout
+  assert "'--workdir=a run'" in done.stdout
+  show = 'from mor_jax import __file__ as at; import os; print(os.getcwd(), at)'
+  line = done.stdout.splitlines()[0].rstrip('&').replace('-m mor_jax.train', f'-c {shlex.quote(show)}')
+  where = subprocess.check_output(['bash', '-c', line], cwd=folder, text=True).strip()
+  assert where == f'{folder} {ROOT}/mor_jax/__init__.py'
 
 
 def test_a_dry_run_is_a_script(tmp_path):

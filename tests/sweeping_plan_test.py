@@ -118,6 +118,10 @@ def test_overrides_of_all_forms_arrive_and_pass_the_command_line(read):
       "[{'train.seed': 0}, {'model.num_recursions': 4}]",
       r'run num_recursions=4: model\.num_recursions=4 does not',
     ),
+    (
+      "[{'train.sample_prompt': 'a b'}, {'train.sample_prompt': 'a/b'}]",
+      r'2 runs would be called sample_prompt=a_b, since .* characters .*; give each a "name"',
+    ),
     ("[{'train.seed': 1}, {'train.seed': 1}]", r'2 runs are called base and have the same overrides'),
     ("[{'train.seed': 0}, {'train.seed': 1, 'name': 'a'}, {'name': 'b'}]", r'have the same settings'),
     ("[{'train.flops_budget': 1e9}]", r'train\.warmup_steps=50 is more than the \d+ steps'),

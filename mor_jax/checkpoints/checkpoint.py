@@ -306,8 +306,9 @@ class Checkpoints:
       # Replaced once and no more: a new one clears away what is half-written, and two would do so at a time.
       with contextlib.suppress(Exception):
         self._checkpointer.close()
-      self._open()
-      self._holds_failure = False
+      with contextlib.suppress(Exception):  # a disk that is still full; the next call tries again
+        self._open()
+        self._holds_failure = False
 
   def wait(self) -> None:
     """Returns when everything saved is complete on disk.

@@ -4,12 +4,14 @@ So every form that absl knows works: `--flag=value`, `--flag value`, `--noflag`.
 have are defined and checked here.
 """
 
+import contextlib
 import difflib
 import inspect
 import os
 import runpy
+import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import flags, logging
@@ -222,22 +224,49 @@ def call_file(flag: str, spec: str, function: str, *arguments: Any) -> Any:
   Raises:
     ConfigError: there is no such file or function, or it raised something.
   """
-  path, _, variant = spec.partition(':')
+  path, variant = _path_and_variant(spec)
   given = [*arguments, variant] if variant else list(arguments)
   if not os.path.isfile(path):
     raise ConfigError(f'--{flag}={spec}: there is no file {path}')
   try:
-    called = runpy.run_path(path).get(function)
-    if called is None:
-      raise ConfigError(f'the file defines no function {function}')
-    _check_arguments(called, given, bool(variant))
-    return called(*given)
+    with _neighbours_importable(path):
+      called = runpy.run_path(path).get(function)
+      if called is None:
+        raise ConfigError(f'the file defines no function {function}')
+      _check_arguments(called, given, bool(variant))
+      return called(*given)
   except ConfigError as error:
     raise ConfigError(f'--{flag}={spec}: {error}') from None
   except Exception as error:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     where = f', line {lines[-1]}' if lines else ''
     raise ConfigError(f'--{flag}={spec}: {path}{where} raised {type(error).__name__}: {error}') from None
+
+
+def _path_and_variant(spec: str) -> tuple[str, str]:
+  """The parts of `PATH:VARIANT`; a path may have colons of its own."""
+  if os.path.isfile(spec):
+    return spec, ''
+  path, _, variant = spec.rpartition(':')
+  if os.path.isfile(path):
+    return path, variant
+  path, _, variant = spec.partition(':')
+  return path, variant
+
+
+@contextlib.contextmanager
+def _neighbours_importable(path: str) -> Iterator[None]:
+  """Within, the file may import modules beside it, as a script may; another file gets its own neighbours."""
+  folder, before = os.path.dirname(os.path.abspath(path)), set(sys.modules)
+  sys.path.insert(0, folder)
+  try:
+    yield
+  finally:
+    sys.path.remove(folder)
+    for name in set(sys.modules) - before:
+      file = getattr(sys.modules[name], '__file__', None)
+      if file and os.path.dirname(os.path.abspath(file)) == folder:
+        del sys.modules[name]
 
 
 def _check_arguments(called: Callable, arguments: list[Any], has_variant: bool) -> None:

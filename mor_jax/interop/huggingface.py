@@ -1,5 +1,6 @@
 """Llama-type checkpoints of Hugging Face, in and out: safetensors, config.json and tokenizer.json; no torch needed."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,11 +61,10 @@ def open_folder(folder: str | Path, separator: str | None = None, tokenizer: Pat
   folder = Path(folder)
   raw = folders.read_config(folder)
   config = model_config(raw, str(folder))
-  table = names.with_tied_head(config, names.llama(config))
   opened: list[Any] = []
   problems = []
   for part in (
-    lambda: NamedWeights(config, table, tensors.open_tensors(folder)),
+    lambda: _open_weights(config, tensors.open_tensors(folder)),
     lambda: vocabulary.read(folder, raw, config, separator, tokenizer),
   ):
     try:
@@ -74,6 +74,18 @@ def open_folder(folder: str | Path, separator: str | None = None, tokenizer: Pat
   if problems:
     raise ConfigError('; '.join(problems))
   return Opened(opened[0], *opened[1])
+
+
+def _open_weights(config: ModelConfig, held: tensors.Tensors) -> Weights:
+  """The weights by our names. A head that differs from the embedding is one of its own, as `transformers` takes it."""
+  tied = names.with_tied_head(config, names.llama(config))
+  opened = NamedWeights(config, tied, held)
+  if not config.tie_embeddings or names.HEAD not in held.specs:
+    return opened
+  if held.read(names.HEAD).tobytes() == held.read(names.EMBEDDING).tobytes():
+    return opened
+  config = dataclasses.replace(config, tie_embeddings=False)
+  return NamedWeights(config, names.llama(config), held)
 
 
 def save(

@@ -142,7 +142,7 @@ def make(
         f'leave out the flag or change the sweep'
       )
   names, groups = _names(entries), _names(entries, without=SEEDS)
-  _refuse_repeated(names, sweep_spec)
+  _refuse_repeated(names, entries, sweep_spec)
   runs = []
   for name, group, entry in zip(names, groups, entries, strict=True):
     try:
@@ -216,9 +216,15 @@ def _names(entries: list[dict[str, Any]], without: tuple[str, ...] = ()) -> list
   return names
 
 
-def _refuse_repeated(names: list[str], spec: str) -> None:
+def _refuse_repeated(names: list[str], entries: list[dict[str, Any]], spec: str) -> None:
   repeated = [name for name, count in collections.Counter(names).items() if count > 1]
   if repeated:
+    alike = [entry for name, entry in zip(names, entries, strict=True) if name == repeated[0]]
+    if any(entry != alike[0] for entry in alike):
+      raise ConfigError(
+        f'--sweep={spec}: {len(alike)} runs would be called {repeated[0]}, since their values differ only in '
+        f'characters that names of folders do without; give each a "name" of its own'
+      )
     raise ConfigError(
       f'--sweep={spec}: {names.count(repeated[0])} runs are called {repeated[0]} and have the same overrides; '
       f'every run must differ from the others'
