@@ -30,6 +30,7 @@ from mor_jax.console import Output
 from mor_jax.data import corpus, dataset, revisions, tokenizer
 from mor_jax.data.token_texts import token_texts
 from mor_jax.errors import RunError
+from mor_jax.evaluation import calibration
 from mor_jax.inference.requests import Request, Result
 from mor_jax.inference.scheduler import Scheduler
 from mor_jax.interop import folders, official
@@ -38,6 +39,7 @@ from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.runs import metrics, summary
 from mor_jax.runs.run_folder import RunFolder
 from mor_jax.training import loss as loss_lib
+from mor_jax.training.watch import goodput
 
 # ---- sums in bfloat16 ----
 
@@ -485,6 +487,47 @@ def test_any_json_of_a_run_gives_a_config_or_a_sentence(tmp_path_factory, conten
   for read in (RunFolder(folder).read_config, lambda: folders.read_config(folder)):
     with contextlib.suppress(ConfigError):
       read()
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+  name=st.sampled_from(['summary', 'data', 'conventions', 'calibrations', 'metrics', 'goodput']),
+  content=st.one_of(ANYTHING.map(json.dumps), st.text(max_size=30), st.just('[' * 200_000)),
+)
+def test_any_file_in_a_run_folder_is_read_or_named(tmp_path_factory, name, content):
+  folder = tmp_path_factory.getbasetemp() / 'run of any'
+  folder.mkdir(exist_ok=True)
+  for path in folder.iterdir():
+    path.unlink()
+  run, made = RunFolder(folder), tokenizer.build(DataConfig(tokenizer='bytes'))
+  path = folder / f'{name}.json{"l" if name == "metrics" else ""}'
+  path.write_text(content, encoding='utf-8')
+  reader = {
+    'summary': lambda: run.is_finished(Config()),
+    'data': run.read_data,
+    'conventions': lambda: run.conventions(Config(), made),
+    'calibrations': lambda: calibration.read(run.calibrations),
+    'metrics': lambda: metrics.read(run.metrics),
+    'goodput': lambda: goodput.Ledger(run.goodput).seconds(),
+  }[name]
+  with contextlib.suppress(ConfigError):
+    reader()
+
+
+TOKENIZER = json.loads(tokenizer.build(DataConfig(tokenizer='bytes'))._backend.to_str())
+
+
+@settings(deadline=None, max_examples=150)
+@given(part=st.sampled_from([*TOKENIZER, 'vocab', 'merges', 'type']), value=ANYTHING)
+def test_any_tokenizer_is_used_or_named(tmp_path_factory, part, value):
+  path = tmp_path_factory.getbasetemp() / 'any tokenizer.json'
+  inner = {**TOKENIZER['model'], part: value}
+  path.write_text(json.dumps({**TOKENIZER, **({part: value} if part in TOKENIZER else {'model': inner})}))
+  try:
+    made = tokenizer.build(DataConfig(tokenizer=str(path)))
+  except ConfigError:
+    return
+  made.encode('any text')
 
 
 def test_a_vocabulary_that_cannot_say_unknown_words_is_refused(tmp_path):

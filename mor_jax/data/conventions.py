@@ -32,5 +32,10 @@ class Conventions:
 
   @classmethod
   def from_json(cls, fields: dict[str, Any]) -> 'Conventions':
-    """Raises TypeError or KeyError for other fields."""
-    return cls(tuple(fields['ends']), fields['max_positions'], dict(fields['files']))
+    """Raises TypeError, ValueError or KeyError for other fields."""
+    ends, longest, files = tuple(fields['ends']), fields['max_positions'], dict(fields['files'])
+    if not all(type(end) is int for end in ends) or type(longest) not in (int, type(None)):
+      raise TypeError('its ends and its longest text must be whole numbers')
+    if not all(name in SIDE_FILES and isinstance(text, str) for name, text in files.items()):
+      raise ValueError(f'its files must be among {", ".join(SIDE_FILES)}')
+    return cls(ends, longest, files)

@@ -56,7 +56,9 @@ class Tokenizer:
       raise ValueError(f'the tokenizer has no token {separator}, which separates documents (data.separator)')
     try:
       unknown = backend.encode(_UNHEARD_OF, add_special_tokens=False).ids
-    except Exception as error:  # the library raises nothing more specific
+    except (KeyboardInterrupt, SystemExit):
+      raise
+    except BaseException as error:  # as in `read_backend`
       raise ValueError(f'the tokenizer cannot encode words that it does not know ({error})') from None
     # A document that contains the characters '<|endoftext|>' must not end there.
     backend.encode_special_tokens = True
@@ -175,7 +177,9 @@ def read_backend(path: str | os.PathLike) -> tokenizers.Tokenizer:
   text = pathlib.Path(path).read_text(encoding='utf-8')
   try:
     return tokenizers.Tokenizer.from_str(text)
-  except Exception as error:  # the library raises nothing more specific
+  except (KeyboardInterrupt, SystemExit):
+    raise
+  except BaseException as error:  # the library raises nothing more specific, and its panics are no Exceptions
     raise ValueError(f'{path} is not a tokenizer.json: {error}') from error
 
 

@@ -71,11 +71,14 @@ def apply(config: Config, variables: Any, calibration: Calibration) -> tuple[Con
 
 
 def read(path: Path) -> list[Calibration]:
-  """The calibrations stored with a run, in the order they were made."""
+  """The calibrations stored with a run, in the order they were made. Raises ConfigError if they cannot be read."""
   if not path.exists():
     return []
-  fields = ({**entry, **_tuples(entry)} for entry in parse_json(path.read_text()))
-  return [Calibration(**entry) for entry in fields]
+  try:
+    fields = ({**entry, **_tuples(entry)} for entry in parse_json(path.read_text(encoding='utf-8')))
+    return [Calibration(**entry) for entry in fields]
+  except (OSError, ValueError, TypeError, KeyError) as error:
+    raise ConfigError(f'{path} cannot be read ({error}); remove it, and calibrate again') from None
 
 
 def store(path: Path, calibration: Calibration) -> None:

@@ -44,10 +44,12 @@ def exclusive(folder: Path, flag: str) -> Iterator[None]:
 
 def _locked(path: Path, flag: str) -> IO[str]:
   while True:
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+      path.parent.mkdir(parents=True, exist_ok=True)
       file = path.open('a+')
-    except FileNotFoundError:
+    except (FileNotFoundError, FileExistsError):
+      if path.parent.is_file():
+        raise
       continue  # its owner has just removed the folder
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

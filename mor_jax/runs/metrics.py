@@ -100,7 +100,10 @@ def read(path: Path) -> list[dict[str, Any]]:
   records = []
   for line in path.read_text(errors='replace').splitlines():
     try:
-      records.append(parse_json(line))
+      record = parse_json(line)
     except ValueError:
       break
+    if not isinstance(record, dict) or type(record.get('step')) is not int:
+      break
+    records.append(record)
   return records

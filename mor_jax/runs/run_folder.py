@@ -216,8 +216,17 @@ class RunFolder:
     return Checkpoints(where, config.checkpoint, read_only=True, mirror=mirror)
 
   def read_data(self) -> dict[str, Any]:
-    """Counts, tokenizer and source of the training data, as in the dataset's manifest."""
-    return parse_json(self._data.read_text())
+    """Counts, tokenizer and source of the training data, as in the dataset's manifest. Raises ConfigError."""
+    return self._read_object(self._data, 'restore it from a copy, or begin a new run')
+
+  def _read_object(self, path: Path, remedy: str) -> dict[str, Any]:
+    try:
+      found = parse_json(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
+      raise ConfigError(f'{path} cannot be read ({error}); {remedy}') from None
+    if not isinstance(found, dict):
+      raise ConfigError(f'{path} holds no JSON object; {remedy}')
+    return found
 
   def conventions(self, config: Config, tokenizer: tokenizers.Tokenizer) -> Conventions:
     """What is known of the texts of this model. Raises ConfigError if it cannot be read."""
@@ -246,7 +255,7 @@ class RunFolder:
     manifest = dataclasses.replace(dataset.manifest, files={})  # sizes of files may differ for equal rows
     data = _to_json(dataclasses.asdict(manifest))
     if self._config.exists():
-      stored = parse_json(self._data.read_text())
+      stored = self.read_data()
       if stored['tokenizer_digest'] != manifest.tokenizer_digest:
         raise ConfigError(
           f'workdir={self.path} holds a run with another vocabulary: its tokenizer had {stored["vocab_size"]} '
@@ -278,16 +287,21 @@ class RunFolder:
 
   def _identity(self) -> str | None:
     """What tells this run from another of the same settings; None where there is none yet."""
-    return parse_json(self._config.read_text()).get(_IDENTITY) if self._config.exists() else None
+    return self._read_object(self._config, 'remove it').get(_IDENTITY) if self._config.exists() else None
 
   def read_summary(self) -> dict[str, Any] | None:
     """The result of the run, or None if it has not finished."""
-    return parse_json(self._summary.read_text()) if self._summary.exists() else None
+    if not self._summary.exists():
+      return None
+    return self._read_object(self._summary, 'remove it, and the run makes it again from its last checkpoint')
 
   def is_finished(self, config: Config) -> bool:
     """Whether the run has a result, and of as many steps as the config asks for."""
     summary = self.read_summary()
-    return summary is not None and summary.get('steps', config.train.steps) >= config.train.steps
+    if summary is None:
+      return False
+    steps = summary.get('steps')
+    return steps >= config.train.steps if type(steps) is int else True
 
   def write_summary(self, summary: dict[str, Any]) -> None:
     """Stores the result, which marks the run as finished."""
@@ -329,10 +343,9 @@ def _check_writable(folder: Path) -> None:
     try:
       with made_for_now(folder), tempfile.TemporaryFile(dir=folder):
         return
-    except FileNotFoundError as error:  # another start has just removed the folder, as this one would
-      problem = error.strerror
-      time.sleep(0.01 * attempt)
     except OSError as error:
       problem = error.strerror
-      break
+      if not isinstance(error, (FileNotFoundError, FileExistsError)) or folder.is_file():
+        break
+      time.sleep(0.01 * attempt)  # another start has just removed the folder, as this one would
   raise ConfigError(f'workdir={folder} cannot be written ({problem}); choose another with --workdir')

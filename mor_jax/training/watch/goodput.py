@@ -99,9 +99,14 @@ class Ledger:
 
 def _read(path: Path) -> list[dict[str, Any]]:
   try:
-    return parse_json(path.read_text())
-  except (OSError, ValueError):  # missing or damaged: train without it
+    notes = parse_json(path.read_text(encoding='utf-8'))
+    for note in notes:
+      sum([note['seconds'][kind] for kind in KINDS], 0.0)
+      for _, seconds in note['saved']:
+        sum([seconds[kind] for kind in KINDS], 0.0)
+  except (OSError, ValueError, TypeError, KeyError, IndexError):  # missing or damaged: train without it
     return []
+  return notes if isinstance(notes, list) else []
 
 
 def _lose_after(note: dict[str, Any], step: int) -> None:
