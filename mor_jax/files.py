@@ -9,6 +9,8 @@ from typing import Any
 
 from mor_jax.errors import ConfigError
 
+ATTEMPTS = 20
+
 
 def write_atomically(path: Path, text: str) -> None:
   """Writes a file, which has its old content or the new one. `path` may be an `etils.epath.Path`."""
@@ -29,7 +31,13 @@ def parse_json(text: str | bytes) -> Any:
 def made_for_now(folder: Path) -> Iterator[None]:
   """The folder exists inside; afterwards it and the parents made for it are gone again if nothing is in them."""
   missing = [path for path in (folder, *folder.parents) if not path.exists()]
-  folder.mkdir(parents=True, exist_ok=True)
+  for attempt in range(ATTEMPTS):
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+      break
+    except (FileExistsError, FileNotFoundError):  # another process removes what it has made in this way
+      if folder.is_file() or attempt == ATTEMPTS - 1:
+        raise
   try:
     yield
   finally:

@@ -111,7 +111,7 @@ def test_many_starts_at_once_are_checked_without_an_error(config, tmp_path):
 
   def check():
     try:
-      for _ in range(50):
+      for _ in range(10):
         RunFolder(tmp_path / 'a' / 'b').check(config)
     except BaseException as error:
       errors.append(error)
