@@ -6,6 +6,7 @@ import entry_points
 import numpy as np
 import pytest
 import tiny
+import tiny_engine
 import tokenizers
 from absl import flags
 from absl.testing import flagsaver
@@ -13,8 +14,11 @@ from absl.testing import flagsaver
 from mor_jax.config import Config, ConfigError, DataConfig, with_changes
 from mor_jax.data import dataset, tokenizer
 from mor_jax.data.conventions import Conventions
+from mor_jax.inference.requests import Request
+from mor_jax.inference.scheduler import Scheduler
 from mor_jax.interop import huggingface
 from mor_jax.runs import stored
+from mor_jax.runs.restore import load_run
 
 WORDS = {name: i for i, name in enumerate(['<s>', '</s>', '<|im_end|>', '<unk>', 'one', 'two', 'three'])}
 TEMPLATE = '{% for m in messages %}{{ m.content }}{% endfor %}'
@@ -37,8 +41,9 @@ def source(tmp_path):
   config |= {'bos_token_id': 0, 'eos_token_id': 1, 'max_position_embeddings': 64}
   (folder / 'config.json').write_text(json.dumps(config))
   (folder / 'generation_config.json').write_text('{"eos_token_id": [1, 6]}')
-  about = {'eos_token': {'content': '<|im_end|>'}, 'bos_token': '<s>', 'chat_template': TEMPLATE}
-  (folder / 'tokenizer_config.json').write_text(json.dumps(about))
+  end = {'__type': 'AddedToken', 'content': '<|im_end|>', 'special': True}
+  about = {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': end, 'bos_token': '<s>'}
+  (folder / 'tokenizer_config.json').write_text(json.dumps(about | {'chat_template': TEMPLATE}))
   (folder / 'chat_template.jinja').write_text(TEMPLATE)
   return folder
 
@@ -142,3 +147,28 @@ def test_a_run_of_its_own_exports_its_own_ends(tmp_path):
     128,
   )
   assert 'bos_token' not in about
+
+
+@pytest.mark.torch
+def test_greedy_text_after_a_prompt_is_that_of_transformers(source, tmp_path):
+  """The prompt begins with <s> on both sides, and any of the ends ends the text."""
+  import torch
+  import transformers
+
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(source).float().eval()
+  vocabulary = transformers.AutoTokenizer.from_pretrained(source)
+  convert(checkpoint=source, output=tmp_path / 'run')
+  run = load_run(tmp_path / 'run')
+  made = stored.open_run(tmp_path / 'run').tokenizer()
+  ends = run.folder.conventions(run.config, made).ends
+  for prompt in ('one two', 'three', 'two three one'):
+    ids = vocabulary(prompt)['input_ids']
+    assert made.encode_text(prompt) == ids
+    with torch.no_grad():
+      expected = theirs.generate(
+        torch.tensor([ids]), do_sample=False, max_new_tokens=12, eos_token_id=list(ends), pad_token_id=1
+      )[0, len(ids) :].tolist()
+    engine = tiny_engine.engine(run.model, run.variables, slots=1, max_len=32)
+    request = Request(tuple(ids), max_new_tokens=12, stop_tokens=ends)
+    result = Scheduler(engine, made).run([request])[0]
+    assert result.tokens == [token for token in expected if token not in ends]

@@ -155,6 +155,25 @@ def test_missing_file_and_function_are_told(tmp_path):
       plan.read(TINY, {}, str(tmp_path / file), None)
 
 
+def test_a_finished_sweep_can_be_extended(read, tmp_path):
+  run = read("[{'train.seed': 1, 'name': 'a'}]").runs[0]
+  run.folder.path.mkdir(parents=True)
+  run.folder.write_config(run.config)
+  (run.folder.path / 'data.json').write_text('{}')
+  run.folder.write_summary({'steps': run.config.train.steps})
+  steps = run.config.train.steps + 100
+  with pytest.raises(ConfigError, match=r'--allow_change=train\.steps'):
+    read("[{'train.seed': 1, 'name': 'a'}]", **{'train.steps': steps})
+  flags = {'train.steps': steps}
+  spec = str(tmp_path / 'sweep.py')
+  longer = plan.make(
+    TINY, flags, [{'train.seed': 1, 'name': 'a'}], spec, run.folder.path.parents[1], ['train.steps']
+  )
+  assert longer.runs[0].words[-1] == '--allow_change=train.steps'
+  assert run.folder.is_finished(run.config)
+  assert not longer.runs[0].folder.is_finished(longer.runs[0].config)
+
+
 def test_folder_with_other_settings_is_refused(read, tmp_path):
   made = read("[{'train.seed': 1, 'name': 'a'}]")
   folder = RunFolder(made.runs[0].folder.path)
