@@ -39,9 +39,16 @@ runpy.run_module('mor_jax.train', run_name='__main__')
 
 
 def start(
-  count: int, folder, config_file, accident: str = '', step: int = 0, process: int = 1, steps: int = 20
+  count: int,
+  folder,
+  config_file,
+  accident: str = '',
+  step: int = 0,
+  process: int = 1,
+  steps: int = 20,
+  flags: dict[int, str] | None = None,
 ):
-  """So many processes of one training; in one of them an accident happens at a step."""
+  """So many processes of one training; in one of them an accident happens at a step; some have flags of their own."""
   with socket.socket() as free:
     free.bind(('localhost', 0))
     address = f'localhost:{free.getsockname()[1]}'
@@ -51,6 +58,7 @@ def start(
   for number in range(count):
     happening = [str(number), str(step), accident if number == process else '']
     command = [sys.executable, '-c', PROGRAM, *happening, *run, *several, f'--process_id={number}']
+    command += [flags[number]] if flags and number in flags else []
     pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
     started.append(subprocess.Popen(command, env=os.environ | {'JAX_PLATFORMS': 'cpu'}, **pipes))
   return started
@@ -93,6 +101,16 @@ def assert_same_metrics(folder, expected):
     pairs = [(a[name], b[name]) for a, b in zip(ours, theirs, strict=True) if name in a or name in b]
     assert pairs, name
     np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=2e-4, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_processes_that_disagree_end_before_anything_is_written(tmp_path, config_file):
+  ended = finish(start(2, tmp_path / 'run', config_file, flags={1: '--config.train.learning_rate=0.5'}))
+  for code, _, errors in ended:
+    assert code == 2, errors
+    assert 'train.learning_rate is' in errors
+    assert 'on process 0 and 0.5 on process 1; start all of them with the same command' in errors
+  assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.slow
