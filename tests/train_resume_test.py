@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mor_jax import train
+from mor_jax.checkpoints import integrity
 from mor_jax.config import ConfigError, resolve, with_changes
 from mor_jax.parallel import runtime
 from mor_jax.runs import lock, metrics
@@ -176,3 +177,23 @@ def test_more_steps_and_larger_batches_go_on_where_the_run_has_ended(config, cop
   stored = json.loads((copy / 'config.json').read_text())
   stored = resolve({name: value for name, value in stored.items() if name not in ('format', 'run')})
   assert stored.train == with_changes(more, model={'vocab_size': 257}).train
+
+
+def test_a_run_of_an_earlier_version_goes_on(config, copy, capsys):
+  """Its files lack what has been added since: an identity, the first token of texts, rows read."""
+  for name, added in (('config', ['run']), ('data', ['begin', 'unsaid'])):
+    path = copy / f'{name}.json'
+    content = json.loads(path.read_text())
+    for key in added:
+      del content[key]
+    content.get('data', {}).pop('begin', None)
+    content['format_version'] = 2 if name == 'data' else None
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+  manifest = copy / 'checkpoints' / '20' / 'manifest.json'
+  body = json.loads(json.loads(manifest.read_text())['manifest'])
+  del body['run'], body['rows_read'], body['config']['data']['begin']
+  text = json.dumps(body)
+  manifest.write_text(json.dumps({'digest': integrity._digest(text.encode()), 'manifest': text}))
+  (copy / 'summary.json').unlink()
+  assert train.main(with_changes(config, train={'sample_tokens': 0}), str(copy)) == 0
+  assert 'resuming after step 20' in capsys.readouterr().out

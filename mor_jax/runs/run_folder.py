@@ -327,10 +327,12 @@ def code_version() -> str:
 
 
 def _content(data: dict[str, Any]) -> dict[str, Any]:
-  """Of a description of data what says which rows they are; the rest says what files are called."""
-  return {
-    name: value for name, value in data.items() if name not in ('format_version', 'source', 'tokenizer')
-  }
+  """Of a description of data what says which rows they are.
+
+  The rest says what files are called. Fields that an earlier version did not have are empty where it could be read.
+  """
+  named = ('format_version', 'source', 'tokenizer')
+  return {name: value for name, value in data.items() if name not in named and value not in (None, 0)}
 
 
 def _to_json(value: Any) -> str:
