@@ -100,7 +100,7 @@ class RunFolder:
     if manifest.get('run') and manifest['run'] == self._identity():
       return
     try:
-      theirs = resolve(manifest['config'])
+      theirs = _resolve_stored(manifest['config'])
     except (KeyError, ConfigError) as error:
       raise ConfigError(
         f'{where} holds a checkpoint of unknown settings ({error}); name another checkpoint.folder'
@@ -154,12 +154,8 @@ class RunFolder:
         f'{self.path} holds a run of format {found}, made by an earlier mor_jax; this one reads format {FORMAT}: '
         f'convert it with python -m mor_jax.convert --checkpoint={self.path} --output=NEW_FOLDER'
       )
-    if isinstance(settings.get('data'), dict):
-      settings['data'].setdefault(
-        'begin', None
-      )  # a run of an earlier version put nothing before its documents
     try:
-      return resolve(settings)
+      return _resolve_stored(settings)
     except ConfigError as error:
       raise self._unreadable(error) from None
 
@@ -324,6 +320,16 @@ def code_version() -> str:
     with contextlib.suppress(metadata.PackageNotFoundError):
       return metadata.version('mor_jax')
   return 'unknown'
+
+
+def _resolve_stored(settings: dict[str, Any]) -> Config:
+  """The config of a run, which may be of an earlier version. Raises ConfigError."""
+  if isinstance(settings.get('data'), dict):
+    settings = {
+      **settings,
+      'data': {'begin': None, **settings['data']},
+    }  # nothing was put before documents then
+  return resolve(settings)
 
 
 def _content(data: dict[str, Any]) -> dict[str, Any]:
