@@ -10,9 +10,12 @@ from pathlib import Path
 def measure(name: str, cases: list[dict]) -> list[dict]:
   """What tests/NAME.py prints for the cases, a line of JSON for each."""
   program = Path(__file__).with_name(f'{name}.py')
+  # Threads of XLA's pool on CPU. A device that waits in a collective holds one, and a program may wait in two at a
+  # time: as many as devices, the default on few cores, can all be taken.
+  threads = {'NPROC': '32'}
   result = subprocess.run(
     [sys.executable, program, json.dumps(cases)],
-    env=os.environ | {'PYTHONPATH': str(program.parents[1])},
+    env=os.environ | threads | {'PYTHONPATH': str(program.parents[1])},
     capture_output=True,
     text=True,
     check=False,
