@@ -21,7 +21,7 @@ import tiny
 import tokenizers as hugging_face
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 from mor_jax import cli, train
 from mor_jax.checkpoints.checkpoint import Checkpoints
@@ -78,7 +78,7 @@ def equations(jaxpr):
 def test_no_gradient_is_summed_up_in_bfloat16(change, shape):
   """A sum of many terms kept in bfloat16 stops growing once it is 256 times its terms."""
   model, variables = tiny.model(dtype='bfloat16', vocab_size=64, **change)
-  mesh = AbstractMesh(shape, mesh_lib.AXES)
+  mesh = AbstractMesh(shape, mesh_lib.AXES, axis_types=(AxisType.Auto,) * len(shape))
   loss = loss_lib.make_loss(model.apply, model.config, 0, mesh)
   zeros_BT = np.zeros((4, 8), np.int32)
   batch = {'tokens': zeros_BT, 'segment_ids': zeros_BT + 1, 'positions': zeros_BT}
