@@ -12,7 +12,7 @@
 #   --chips_per_host=N   (4)
 #   --slices=N           (1)
 #   --restarts=N         restarts of the JobSet after failures (100): Kubernetes does not tell a machine that was
-#                        taken away from a failure, so all count; exit codes 2 and 130 end it at once
+#                        taken away from a failure, so all count; exit codes 2, 130, 131 and 141 end it
 #   --namespace=NAME     (that of the current context of kubectl)
 #   --dry_run            prints the commands, and what they apply, instead of running them
 #   --help               prints this

@@ -7,7 +7,7 @@
 #   --processes=N   how many processes (2)
 #   --port=PORT     where they meet on this machine (one that is free)
 #   --restarts=N    starts the run again after so many failures in a row (3); a process that was
-#                   told to end (code 143) or hung (70) is always started again
+#                   told to end (code 129 or 143) or hung (70) is always started again
 #   --dry_run       prints the commands instead of running them
 #   --help          prints this
 #

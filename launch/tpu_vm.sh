@@ -15,7 +15,7 @@
 #   --queued          asks for it by a queued resource of the same name, and waits for its turn
 #   --spot            asks for capacity that is cheaper and may be taken away
 #   --restarts=N      starts the training again after so many failures in a row (3); a machine that was taken
-#                     away, a process that was told to end (143) or hung (70) do not count
+#                     away, a process that was told to end (129, 143) or hung (70) do not count
 #   --delete          gives the machine back when the training has ended
 #   --dry_run         prints the commands instead of running them
 #   --help            prints this
@@ -169,7 +169,7 @@ judge() {
 
 keep_trying "$restarts"
 if [[ -n $dry_run ]]; then
-  say "exit code 0, 2 or 130: the end; 70, 143 or a machine taken away: all of it again; others: $restarts times"
+  say "exit code 0, 2, 130, 131 or 141: the end; 70, 129, 143 or a machine taken away: all of it again; others: $restarts times"
 fi
 [[ -z $delete ]] || remove
 exit "$code"

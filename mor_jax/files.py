@@ -3,6 +3,8 @@
 import contextlib
 import json
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,24 @@ def made_for_now(folder: Path) -> Iterator[None]:
     for path in missing:
       with contextlib.suppress(OSError):
         path.rmdir()
+
+
+def require_writable(folder: Path, flag: str) -> None:
+  """Creates a file in a folder and leaves all as it was. Permissions alone are not reliable (root, read-only disks).
+
+  Raises:
+    ConfigError: that is not possible; names the flag.
+  """
+  for attempt in range(ATTEMPTS):
+    try:
+      with made_for_now(folder), tempfile.TemporaryFile(dir=folder):
+        return
+    except OSError as error:
+      problem = error.strerror
+      if not isinstance(error, (FileNotFoundError, FileExistsError)) or folder.is_file():
+        break
+      time.sleep(0.01 * attempt)  # another process has just removed the folder that it had made in this way
+  raise ConfigError(f'{flag}={folder} cannot be written ({problem}); choose another folder')
 
 
 def require_new(folder: Path) -> None:

@@ -6,7 +6,6 @@ checkpoints from the mirror.
 """
 
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator
 from concurrent import futures
@@ -17,7 +16,7 @@ from etils import epath
 from mor_jax.checkpoints import integrity
 from mor_jax.config import ConfigError
 from mor_jax.errors import RunError
-from mor_jax.files import made_for_now
+from mor_jax.files import require_writable
 
 AT_ONCE = 16  # files copied; object stores answer slowly, and many at a time
 PIECE = 2**24  # bytes in memory for each of them
@@ -138,11 +137,11 @@ def check_folder(folder: str | None, writes: bool) -> None:
     RunError: remote storage does not respond, or its folder is not writable.
   """
   name = scheme(folder)
-  flag = f'checkpoint.folder={folder}'
   if name is None:
     if folder is not None and writes:
-      _try_writing_here(Path(folder), flag)
+      require_writable(Path(folder), 'checkpoint.folder')
     return
+  flag = f'checkpoint.folder={folder}'
   try:
     path = epath.Path(folder)
   except KeyError:
@@ -164,15 +163,6 @@ def check_folder(folder: str | None, writes: bool) -> None:
       f'{flag} cannot be reached ({type(error).__name__}: {error}); check the bucket, the credentials '
       f'and the network'
     ) from None
-
-
-def _try_writing_here(folder: Path, flag: str) -> None:
-  """Raises ConfigError unless a file can be made in a local folder, which is left as it was."""
-  try:
-    with made_for_now(folder), tempfile.TemporaryFile(dir=folder):
-      pass
-  except OSError as error:
-    raise ConfigError(f'{flag} cannot be written ({error.strerror}); choose another folder') from None
 
 
 def _try_writing(folder: epath.Path) -> None:

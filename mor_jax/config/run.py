@@ -14,8 +14,9 @@ class DataConfig:
   source: str = setting(
     'embedded',
     "documents: embedded, the running Python's documentation and sources; files:PATTERN (.txt .md .jsonl .json "
-    '.ndjson, also .gz .zst .bz2 .xz, and .parquet; a file, a folder or a glob, several separated by commas); tfds:NAME/SPLIT/KEY or tfds:FOLDER/SPLIT/KEY; '
-    'hf:DATASET:CONFIG:SPLIT (DATASET@REVISION keeps to one); prepared:FOLDER, a dataset made before; a mixture as 0.7*SOURCE;0.3*SOURCE',
+    '.ndjson, also .gz .zst .bz2 .xz, and .parquet; a file, a folder or a glob, several separated by commas); '
+    'tfds:NAME/SPLIT/KEY or tfds:FOLDER/SPLIT/KEY; hf:DATASET:CONFIG:SPLIT (DATASET@REVISION keeps to one); '
+    'prepared:FOLDER, a dataset made before; a mixture as 0.7*SOURCE;0.3*SOURCE',
   )
   text_key: str = setting(
     'text', 'key of the text in JSON, .parquet files and hf: datasets; meta.text leads into nested ones'

@@ -3,6 +3,7 @@
 The two kinds built here are byte-level: they encode every text, and decoding restores it exactly.
 """
 
+import functools
 import hashlib
 import itertools
 import os
@@ -84,7 +85,7 @@ class Tokenizer:
     """The token before every text."""
     return None if self.begin_of_text is None else self._backend.id_to_token(self.begin_of_text)
 
-  @property
+  @functools.cached_property
   def vocab_size(self) -> int:
     """Largest token id + 1: the embeddings that a model needs, more than there are entries if ids have gaps."""
     return max(self._backend.get_vocab().values()) + 1

@@ -5,8 +5,6 @@ import dataclasses
 import json
 import secrets
 import subprocess
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +18,7 @@ from mor_jax.config import Config, ConfigError, resolve, with_changes
 from mor_jax.data import tokenizer as tokenizers
 from mor_jax.data.conventions import Conventions
 from mor_jax.data.loader import Dataset
-from mor_jax.files import made_for_now, parse_json, write_atomically
+from mor_jax.files import parse_json, require_writable, write_atomically
 from mor_jax.runs import changes
 
 OLDEST_FORMAT = 1
@@ -29,7 +27,6 @@ FORMAT = 2
 
 
 _IDENTITY = 'run'  # in config.json and in the manifests of checkpoints
-_ATTEMPTS = 20
 
 
 class RunFolder:
@@ -62,7 +59,7 @@ class RunFolder:
     """
     changes.require_known(allowed)
     if writes:
-      _check_writable(self.path)
+      require_writable(self.path, 'workdir')
     check_folder(config.checkpoint.folder, writes)
     if not self._config.exists():
       if self._checkpoints.exists():
@@ -343,17 +340,3 @@ def _content(data: dict[str, Any]) -> dict[str, Any]:
 
 def _to_json(value: Any) -> str:
   return json.dumps(value, indent=2) + '\n'
-
-
-def _check_writable(folder: Path) -> None:
-  """Creates a file and deletes it again. Permissions alone are not reliable (root, read-only disks)."""
-  for attempt in range(_ATTEMPTS):
-    try:
-      with made_for_now(folder), tempfile.TemporaryFile(dir=folder):
-        return
-    except OSError as error:
-      problem = error.strerror
-      if not isinstance(error, (FileNotFoundError, FileExistsError)) or folder.is_file():
-        break
-      time.sleep(0.01 * attempt)  # another start has just removed the folder, as this one would
-  raise ConfigError(f'workdir={folder} cannot be written ({problem}); choose another with --workdir')

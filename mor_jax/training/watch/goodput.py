@@ -100,13 +100,21 @@ class Ledger:
 def _read(path: Path) -> list[dict[str, Any]]:
   try:
     notes = parse_json(path.read_text(encoding='utf-8'))
-    for note in notes:
-      sum([note['seconds'][kind] for kind in KINDS], 0.0)
-      for _, seconds in note['saved']:
-        sum([seconds[kind] for kind in KINDS], 0.0)
-  except (OSError, ValueError, TypeError, KeyError, IndexError):  # missing or damaged: train without it
+  except (OSError, ValueError):  # missing or damaged: train without it
     return []
-  return notes if isinstance(notes, list) else []
+  return notes if isinstance(notes, list) and all(map(_is_note, notes)) else []
+
+
+def _is_note(note: Any) -> bool:
+  """Whether this is what a process left."""
+
+  def has_all_kinds(seconds: Any) -> bool:
+    return isinstance(seconds, dict) and all(type(seconds.get(kind)) in (int, float) for kind in KINDS)
+
+  if not isinstance(note, dict) or not isinstance(note.get('saved'), list):
+    return False
+  saves = (isinstance(save, list) and len(save) == 2 and has_all_kinds(save[1]) for save in note['saved'])
+  return has_all_kinds(note.get('seconds')) and all(saves)
 
 
 def _lose_after(note: dict[str, Any], step: int) -> None:
