@@ -1,6 +1,5 @@
 """Faults that use brought to light, by kind: what was once silently wrong."""
 
-import contextlib
 import dataclasses
 import errno
 import io
@@ -14,14 +13,9 @@ import sys
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 import tokenizers as hugging_face
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from jax.sharding import AbstractMesh, AxisType
 
 from mor_jax import cli, train
 from mor_jax.checkpoints.checkpoint import Checkpoints
@@ -30,98 +24,11 @@ from mor_jax.console import Output
 from mor_jax.data import corpus, dataset, revisions, tokenizer
 from mor_jax.data.token_texts import token_texts
 from mor_jax.errors import RunError
-from mor_jax.evaluation import calibration
 from mor_jax.inference.requests import Request, Result
 from mor_jax.inference.scheduler import Scheduler
-from mor_jax.interop import folders, official
-from mor_jax.parallel import device_memory, rules, runtime
-from mor_jax.parallel import mesh as mesh_lib
+from mor_jax.parallel import device_memory, runtime
 from mor_jax.runs import metrics, summary
 from mor_jax.runs.run_folder import RunFolder
-from mor_jax.training import loss as loss_lib
-from mor_jax.training.watch import goodput
-
-# ---- sums in bfloat16 ----
-
-REDUCTIONS = {
-  'scatter-add',
-  'scatter_add',
-  'reduce_sum',
-  'psum',
-  'psum_invariant',
-  'reduce_scatter',
-  'cumsum',
-}
-
-
-def equations(jaxpr):
-  """All equations of a jaxpr, at any depth."""
-  for equation in jaxpr.eqns:
-    yield equation
-    for value in equation.params.values():
-      for inner in value if isinstance(value, (list, tuple)) else [value]:
-        inner = getattr(inner, 'jaxpr', inner)
-        if hasattr(inner, 'eqns'):
-          yield from equations(inner)
-
-
-@pytest.mark.parametrize(
-  'change',
-  [
-    {'recursion_encoding': True, 'lora_rank': 2, 'share_norms': False, 'tie_embeddings': False},
-    {'kind': 'recursive', 'recursion_encoding': True},
-    {'router': 'token_choice', 'kv': 'shared', 'router_alpha': None},
-    {'kv': 'hybrid', 'dispatch': 'mask', 'causality': 'aux_router'},
-  ],
-)
-@pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 1)])
-def test_no_gradient_is_summed_up_in_bfloat16(change, shape):
-  """A sum of many terms kept in bfloat16 stops growing once it is 256 times its terms."""
-  model, variables = tiny.model(dtype='bfloat16', vocab_size=64, **change)
-  mesh = AbstractMesh(shape, mesh_lib.AXES, axis_types=(AxisType.Auto,) * len(shape))
-  loss = loss_lib.make_loss(model.apply, model.config, 0, mesh)
-  zeros_BT = np.zeros((4, 8), np.int32)
-  batch = {'tokens': zeros_BT, 'segment_ids': zeros_BT + 1, 'positions': zeros_BT}
-  whole = loss_lib.normalizers(model.config, batch['segment_ids'][None])
-
-  def gradient(params):
-    return jax.grad(lambda params: loss(params, batch, whole, {}, jax.random.key(0))[0])(params)
-
-  with jax.sharding.use_abstract_mesh(mesh):
-    jaxpr = jax.make_jaxpr(rules.on_mesh(mesh, gradient))(variables['params'])
-  totals = [
-    (equation.primitive.name, variable.aval.shape)
-    for equation in equations(jaxpr.jaxpr)
-    for variable in equation.outvars
-    if equation.primitive.name in REDUCTIONS and variable.aval.dtype == jnp.bfloat16
-  ]
-  assert not totals
-
-
-def test_the_gradient_of_a_frequent_token_has_all_its_terms():
-  model, variables = tiny.model(kind='vanilla', dtype='bfloat16')
-  tokens_BT = jnp.zeros((4, 512), jnp.int32)
-  weights_BTD = jax.random.uniform(jax.random.key(1), (4, 512, model.config.d_model)).astype(jnp.bfloat16)
-
-  def total(params):
-    x_BTD = model.apply({'params': params}, tokens_BT, method='embedded')
-    return (x_BTD * weights_BTD).astype(jnp.float32).sum()
-
-  found_D = jax.grad(total)(variables['params'])['embed']['embedding'][0]
-  np.testing.assert_allclose(found_D, np.asarray(weights_BTD, np.float64).sum((0, 1)), rtol=1e-5)
-
-
-def test_routers_multiply_in_float32_on_every_device():
-  model, variables = tiny.model(dtype='bfloat16', router_head='mlp')
-  rows_BT = jnp.zeros((1, 8), jnp.int32)
-  jaxpr = jax.make_jaxpr(lambda tokens_BT: model.apply(variables, tokens_BT))(rows_BT)
-  precisions = [
-    equation.params['precision']
-    for equation in equations(jaxpr.jaxpr)
-    if equation.primitive.name == 'dot_general' and all(v.aval.dtype == jnp.float32 for v in equation.invars)
-  ]
-  assert precisions == [(jax.lax.Precision.HIGHEST,) * 2] * 2 * model.config.recursions
-
 
 # ---- vocabularies with holes ----
 
@@ -443,91 +350,6 @@ def test_text_that_a_terminal_cannot_show_is_shown_as_it_can(encoding):
 
 
 # ---- a sentence instead of a traceback ----
-
-
-ANYTHING = st.recursive(
-  st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
-  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
-  max_leaves=5,
-)
-THEIRS = {'vocab': 300, 'd': 32, 'ff': 48, 'L': 6, 'h': 4, 'kv': 2, 'Nr': 2, 'sharing': 'cycle'}
-ROUTED = [
-  'type',
-  'router',
-  'gating',
-  'temp',
-  'z',
-  'cap',
-  'func',
-  'alpha',
-  'sampling',
-  'tfunc',
-  'bal',
-  'tie',
-  'theta',
-]
-
-
-@settings(deadline=None, max_examples=200)
-@given(
-  change=st.dictionaries(st.sampled_from([*THEIRS, *ROUTED]), ANYTHING, max_size=4),
-  kind=st.sampled_from(['expert', 'token', 'none']),
-)
-def test_any_settings_of_the_authors_give_a_model_or_a_sentence(change, kind):
-  with contextlib.suppress(ConfigError):
-    official.model_config({**THEIRS, 'type': kind, **change})
-
-
-@settings(deadline=None, max_examples=200)
-@given(content=st.one_of(ANYTHING.map(json.dumps), st.text(max_size=30), st.just('[' * 200_000)))
-def test_any_json_of_a_run_gives_a_config_or_a_sentence(tmp_path_factory, content):
-  folder = tmp_path_factory.getbasetemp() / 'any'
-  folder.mkdir(exist_ok=True)
-  (folder / 'config.json').write_text(content, encoding='utf-8')
-  for read in (RunFolder(folder).read_config, lambda: folders.read_config(folder)):
-    with contextlib.suppress(ConfigError):
-      read()
-
-
-@settings(deadline=None, max_examples=150)
-@given(
-  name=st.sampled_from(['summary', 'data', 'conventions', 'calibrations', 'metrics', 'goodput']),
-  content=st.one_of(ANYTHING.map(json.dumps), st.text(max_size=30), st.just('[' * 200_000)),
-)
-def test_any_file_in_a_run_folder_is_read_or_named(tmp_path_factory, name, content):
-  folder = tmp_path_factory.getbasetemp() / 'run of any'
-  folder.mkdir(exist_ok=True)
-  for path in folder.iterdir():
-    path.unlink()
-  run, made = RunFolder(folder), tokenizer.build(DataConfig(tokenizer='bytes'))
-  path = folder / f'{name}.json{"l" if name == "metrics" else ""}'
-  path.write_text(content, encoding='utf-8')
-  reader = {
-    'summary': lambda: run.is_finished(Config()),
-    'data': run.read_data,
-    'conventions': lambda: run.conventions(Config(), made),
-    'calibrations': lambda: calibration.read(run.calibrations),
-    'metrics': lambda: metrics.read(run.metrics),
-    'goodput': lambda: goodput.Ledger(run.goodput).seconds(),
-  }[name]
-  with contextlib.suppress(ConfigError):
-    reader()
-
-
-TOKENIZER = json.loads(tokenizer.build(DataConfig(tokenizer='bytes'))._backend.to_str())
-
-
-@settings(deadline=None, max_examples=150)
-@given(part=st.sampled_from([*TOKENIZER, 'vocab', 'merges', 'type']), value=ANYTHING)
-def test_any_tokenizer_is_used_or_named(tmp_path_factory, part, value):
-  path = tmp_path_factory.getbasetemp() / 'any tokenizer.json'
-  inner = {**TOKENIZER['model'], part: value}
-  path.write_text(json.dumps({**TOKENIZER, **({part: value} if part in TOKENIZER else {'model': inner})}))
-  try:
-    made = tokenizer.build(DataConfig(tokenizer=str(path)))
-  except ConfigError:
-    return
-  made.encode('any text')
 
 
 def test_a_vocabulary_that_cannot_say_unknown_words_is_refused(tmp_path):

@@ -1,6 +1,7 @@
-"""Checkpoints, datasets and configs from elsewhere are data: opening them runs none of their code."""
+"""Checkpoints, datasets and configs from elsewhere are data: they run no code, and what they hold is read or named."""
 
 import ast
+import contextlib
 import json
 import pathlib
 import pickle
@@ -8,10 +9,17 @@ import shutil
 import sys
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mor_jax.config import ConfigError
-from mor_jax.data import dataset, foreign, shards
+from mor_jax.config import Config, ConfigError, DataConfig
+from mor_jax.data import dataset, foreign, shards, tokenizer
+from mor_jax.evaluation import calibration
+from mor_jax.interop import folders, official
+from mor_jax.runs import metrics
 from mor_jax.runs.restore import load_run
+from mor_jax.runs.run_folder import RunFolder
+from mor_jax.training.watch import goodput
 
 PACKAGE = pathlib.Path(__file__).parents[1] / 'mor_jax'
 RUNS_CODE = {'pickle', 'cloudpickle', 'dill', 'joblib', 'shelve', 'marshal', 'runpy'}
@@ -154,3 +162,90 @@ def test_a_stored_config_is_data(finished_run, tmp_path):
   with pytest.raises(ConfigError, match=r'config\.json cannot be read'):
     load_run(run)
   assert not (tmp_path / 'ran').exists()
+
+
+# ---- files that may hold anything: read, or refused in a sentence ----
+
+ANYTHING = st.recursive(
+  st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
+  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+  max_leaves=5,
+)
+THEIRS = {'vocab': 300, 'd': 32, 'ff': 48, 'L': 6, 'h': 4, 'kv': 2, 'Nr': 2, 'sharing': 'cycle'}
+ROUTED = [
+  'type',
+  'router',
+  'gating',
+  'temp',
+  'z',
+  'cap',
+  'func',
+  'alpha',
+  'sampling',
+  'tfunc',
+  'bal',
+  'tie',
+  'theta',
+]
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+  change=st.dictionaries(st.sampled_from([*THEIRS, *ROUTED]), ANYTHING, max_size=4),
+  kind=st.sampled_from(['expert', 'token', 'none']),
+)
+def test_any_settings_of_the_authors_give_a_model_or_a_sentence(change, kind):
+  with contextlib.suppress(ConfigError):
+    official.model_config({**THEIRS, 'type': kind, **change})
+
+
+@settings(deadline=None, max_examples=200)
+@given(content=st.one_of(ANYTHING.map(json.dumps), st.text(max_size=30), st.just('[' * 200_000)))
+def test_any_json_of_a_run_gives_a_config_or_a_sentence(tmp_path_factory, content):
+  folder = tmp_path_factory.getbasetemp() / 'any'
+  folder.mkdir(exist_ok=True)
+  (folder / 'config.json').write_text(content, encoding='utf-8')
+  for read in (RunFolder(folder).read_config, lambda: folders.read_config(folder)):
+    with contextlib.suppress(ConfigError):
+      read()
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+  name=st.sampled_from(['summary', 'data', 'conventions', 'calibrations', 'metrics', 'goodput']),
+  content=st.one_of(ANYTHING.map(json.dumps), st.text(max_size=30), st.just('[' * 200_000)),
+)
+def test_any_file_in_a_run_folder_is_read_or_named(tmp_path_factory, name, content):
+  folder = tmp_path_factory.getbasetemp() / 'run of any'
+  folder.mkdir(exist_ok=True)
+  for path in folder.iterdir():
+    path.unlink()
+  run, made = RunFolder(folder), tokenizer.build(DataConfig(tokenizer='bytes'))
+  path = folder / f'{name}.json{"l" if name == "metrics" else ""}'
+  path.write_text(content, encoding='utf-8')
+  reader = {
+    'summary': lambda: run.is_finished(Config()),
+    'data': run.read_data,
+    'conventions': lambda: run.conventions(Config(), made),
+    'calibrations': lambda: calibration.read(run.calibrations),
+    'metrics': lambda: metrics.read(run.metrics),
+    'goodput': lambda: goodput.Ledger(run.goodput).seconds(),
+  }[name]
+  with contextlib.suppress(ConfigError):
+    reader()
+
+
+TOKENIZER = json.loads(tokenizer.build(DataConfig(tokenizer='bytes'))._backend.to_str())
+
+
+@settings(deadline=None, max_examples=150)
+@given(part=st.sampled_from([*TOKENIZER, 'vocab', 'merges', 'type']), value=ANYTHING)
+def test_any_tokenizer_is_used_or_named(tmp_path_factory, part, value):
+  path = tmp_path_factory.getbasetemp() / 'any tokenizer.json'
+  inner = {**TOKENIZER['model'], part: value}
+  path.write_text(json.dumps({**TOKENIZER, **({part: value} if part in TOKENIZER else {'model': inner})}))
+  try:
+    made = tokenizer.build(DataConfig(tokenizer=str(path)))
+  except ConfigError:
+    return
+  made.encode('any text')
