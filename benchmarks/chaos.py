@@ -180,7 +180,7 @@ class Run:
 @functools.cache
 def shapes(model: ModelConfig, train: TrainConfig, seq_len: int) -> TrainState:
   """What the state of a run looks like."""
-  mesh, optimizer = mesh_lib.make_mesh(), make_optimizer(train, model.has_aux_router)
+  mesh, optimizer = mesh_lib.make_mesh(), make_optimizer(train, model)
   return abstract_state(initializer(Transformer(model), optimizer, mesh, seq_len))
 
 

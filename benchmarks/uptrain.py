@@ -58,7 +58,7 @@ class Setup:
 
   def __post_init__(self):
     self.model = Transformer(self.config.model)
-    optimizer = make_optimizer(self.config.train, self.config.model.has_aux_router)
+    optimizer = make_optimizer(self.config.train, self.config.model)
     self.initialize = initializer(self.model, optimizer, self.mesh, self.config.data.seq_len)
     self.step = make_train_step(self.model, self.config, optimizer, self.mesh, self.teacher)
     self.nll_step = nll.make_nll_step(self.model, self.config, self.mesh)

@@ -4,6 +4,12 @@ Loss, perplexity and bits per byte under top-k routing, as in training, and unde
 causal, and the gap between them; by recursion limit; by position; and what the routers did. The result is
 also written to RUN/evaluation.json.
 
+--exits looks at the recursions one by one: what the model says after each of them, with controls and a temperature
+(docs/evaluation.md), what routers thought of going on against what it was worth, and how much of their scores token and
+position explain. --contrast=0.5 adds contrast decoding, --router=random|all|confidence|oracle evaluates the same weights
+with depths that are chosen otherwise. Of data that know how hard their tokens are (data.source=synthetic:...) all is
+also told by difficulty.
+
 With --tasks=lambada_openai,hellaswag the tasks of lm-evaluation-harness are run instead, or those that YAML
 files in a folder of your own describe (--include_path): python -m mor_jax.evaluate --checkpoint=runs/tiny-mor
 --tasks=my_task --include_path=tasks --num_fewshot=5. The result is in the harness's own form, RUN/few_shot.json.
@@ -22,7 +28,8 @@ from rich.console import Console
 from mor_jax import cli
 from mor_jax.config import ConfigError, with_changes
 from mor_jax.console import open_console, print_line
-from mor_jax.evaluation import few_shot, held_out, tables
+from mor_jax.data import loader
+from mor_jax.evaluation import choosers, exits, few_shot, held_out, tables
 from mor_jax.evaluation.follow import Follow
 from mor_jax.files import write_atomically
 from mor_jax.model.transformer import Transformer
@@ -31,7 +38,7 @@ from mor_jax.runs.restore import LoadedRun, load_run
 
 FLAGS = flags.FLAGS
 ONLY_TASKS = ('include_path', 'num_fewshot', 'limit', 'routing', 'max_len', 'prefix_token', 'use_cache')
-NOT_TASKS = ('data', 'rows')
+NOT_TASKS = ('data', 'rows', 'exits', 'contrast', 'router')
 
 
 def define_flags() -> None:
@@ -47,6 +54,15 @@ def define_flags() -> None:
   flags.DEFINE_integer('batch_size', None, 'rows computed together; default: 8 for each device')
   flags.DEFINE_enum(
     'dtype', None, ['float32', 'bfloat16'], 'of activations and matrix products; default: as trained'
+  )
+  flags.DEFINE_boolean('exits', None, 'look at the recursions one by one')
+  flags.DEFINE_list('contrast', None, '--exits: weights w of contrast decoding, z_R + w (z_R - z_1)')
+  flags.DEFINE_enum(
+    'router',
+    None,
+    choosers.CHOOSERS,
+    "how depths are chosen in place of the model's own ways: by lot, all recursions, by the confidence of the readout "
+    '(fitted on half of the rows), or by hindsight (optimistic)',
   )
   flags.DEFINE_boolean('json', False, 'print the result as JSON, everything else to stderr')
   flags.DEFINE_string(
@@ -96,6 +112,8 @@ def main() -> None:
 def _check_flags() -> None:
   cli.require_checkpoint()
   cli.check_least(rows=0, batch_size=1, step=0, num_fewshot=0, max_len=2)
+  if FLAGS.contrast and not FLAGS.exits:
+    raise ConfigError(f'--contrast={",".join(FLAGS.contrast)} is for --exits, which is not given')
   for name in NOT_TASKS if FLAGS.tasks else ONLY_TASKS:
     if FLAGS[name].value is not None:
       given = 'is not used with --tasks' if FLAGS.tasks else 'is for --tasks, which is not given'
@@ -123,10 +141,22 @@ def _held_out(console: Console, run: LoadedRun) -> dict:
   dataset = held_out.open_data(run, FLAGS.data, partial(print_line, console))
   rows = run.config.train.eval_rows if FLAGS.rows is None else FLAGS.rows or None
   batch_size = FLAGS.batch_size or 8 * len(jax.devices())
-  with Follow(console, run.config.model, dataset, rows) as follow:
-    return held_out.evaluate(
-      run, dataset, mesh_lib.make_mesh(), batch_size, rows, follow.begin, follow.advance
-    )
+  mesh, chooser = mesh_lib.make_mesh(), FLAGS.router
+  weights = _weights()
+  with Follow(console, run.config.model, dataset, rows, chooser) as follow:
+    result = held_out.evaluate(run, dataset, mesh, batch_size, rows, follow.begin, follow.advance, chooser)
+  if FLAGS.exits:
+    print_line(console, 'the recursions one by one')
+    batches = loader.validation_batches(dataset, batch_size, rows)
+    result['exits'] = exits.measure(run.model, run.config, mesh, run.variables, batches, weights)
+  return result
+
+
+def _weights() -> list[float]:
+  try:
+    return [float(weight) for weight in FLAGS.contrast or ()]
+  except ValueError:
+    raise ConfigError(f'--contrast={",".join(FLAGS.contrast)} must be numbers, such as 0.25,0.5') from None
 
 
 def _few_shot(run: LoadedRun, tasks: Any) -> dict:

@@ -50,7 +50,7 @@ def loss_and_gradient(
   loss, names = loss_lib.make_loss(made.apply, made.config, chunk, mesh), parameter_axes(made.config)
 
   def compute(params, batch):
-    whole = loss_lib.normalizers(made.config, batch['segment_ids'][None])
+    whole = loss_lib.normalizers(made.config, {'segment_ids': batch['segment_ids'][None]})
     routing, key = variables.get('routing', {}), jax.random.key(0)
     (value, _), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, whole, routing, key)
     return value, rules.laid_out(mesh, grads, names)

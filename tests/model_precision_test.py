@@ -50,7 +50,7 @@ def test_no_gradient_is_summed_up_in_bfloat16(change, shape):
   loss = loss_lib.make_loss(model.apply, model.config, 0, mesh)
   zeros_BT = np.zeros((4, 8), np.int32)
   batch = {'tokens': zeros_BT, 'segment_ids': zeros_BT + 1, 'positions': zeros_BT}
-  whole = loss_lib.normalizers(model.config, batch['segment_ids'][None])
+  whole = loss_lib.normalizers(model.config, {'segment_ids': batch['segment_ids'][None]})
 
   def gradient(params):
     return jax.grad(lambda params: loss(params, batch, whole, {}, jax.random.key(0))[0])(params)

@@ -37,12 +37,12 @@ def on_all_meshes(name: str) -> list[dict]:
   return programs.measure('mesh_check', [*cases, cases[MESHES.index(SPLIT)] | {'local': False, 'init': True}])
 
 
-def state_shapes(model, aux_router: bool = False) -> TrainState:
+def state_shapes(model) -> TrainState:
   """Shapes of a training's whole state."""
 
   def make():
     variables = nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))
-    opt_state = make_optimizer(Config().train, aux_router).init(variables['params'])
+    opt_state = make_optimizer(Config().train, model.config).init(variables['params'])
     return TrainState(jnp.int32(0), variables['params'], opt_state, variables.get('routing', {}))
 
   return jax.eval_shape(make)
@@ -53,6 +53,7 @@ STATES = [
   {'causality': 'aux_router', 'router_head': 'mlp', 'lora_rank': 8, 'share_norms': False},
   {'router': 'token_choice', 'balancing': 'loss_free', 'recursion_encoding': True},
   {'selection': 'ema_threshold'},
+  {'router_target': 'benefit'},
 ]
 
 
@@ -60,7 +61,7 @@ STATES = [
 def test_state_is_split_like_the_parameters_with_little_left_whole(change):
   made = Transformer(tiny.config(**{'vocab_size': 64, 'd_model': 64, **change}))
   mesh = AbstractMesh((2, 4, 2), mesh_lib.AXES)
-  shapes = state_shapes(made, aux_router='causality' in change)
+  shapes = state_shapes(made)
   names = parameter_axes(made.config)
   laid_out = rules.shardings(mesh, shapes, names)
   rules.check_split(mesh, shapes.params, names)

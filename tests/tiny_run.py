@@ -78,7 +78,7 @@ class Run:
   def step(self):
     """(state, batch of rows) -> (state, metrics)."""
     compiled = make_train_step(
-      self.model, self.config, make_optimizer(self.config.train, self.config.model.has_aux_router), MESH
+      self.model, self.config, make_optimizer(self.config.train, self.config.model), MESH
     )
     return lambda state, batch: compiled(state, self.put(batch))
 
@@ -97,9 +97,7 @@ class Run:
 
   @functools.cached_property
   def _initialize(self):
-    return initializer(
-      self.model, make_optimizer(self.config.train, self.config.model.has_aux_router), MESH, SEQ_LEN
-    )
+    return initializer(self.model, make_optimizer(self.config.train, self.config.model), MESH, SEQ_LEN)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from mor_jax.data import tokenizer as tokenizer_lib
 from mor_jax.interop import huggingface, pretrained
 from mor_jax.model import flops
 from mor_jax.runs import metrics, stored
-from mor_jax.training import loss as loss_lib
+from mor_jax.training import targets as targets_lib
 
 
 @pytest.fixture(scope='module')
@@ -61,11 +61,11 @@ def test_begins_with_the_loss_of_the_original_and_resumes_without_it(config, lla
   dataset = loader.open_dataset(config.data)
   batch = next(loader.train_batches(dataset, config.data, schedule.of(config.train)))
   model, variables, _ = huggingface.load(source)
-  seen = loss_lib.visible_batch(batch, config.data.segment_mask)
+  seen = targets_lib.visible_batch(batch, config.data.segment_mask)
   logits = tiny.apply(model)(variables, batch['tokens'], segment_ids=seen['segment_ids']).logits
   logprobs = jax.nn.log_softmax(logits[:, :-1])
   nll = -np.take_along_axis(np.asarray(logprobs), batch['tokens'][:, 1:, None], axis=-1)[..., 0]
-  expected = nll[np.asarray(loss_lib.predicted(seen['segment_ids']))].mean()
+  expected = nll[np.asarray(targets_lib.predicted(seen))].mean()
   first, second = metrics.read(tmp_path / 'run' / 'metrics.jsonl')
   np.testing.assert_allclose(first['train/loss'], expected, rtol=1e-5)
   assert second['train/loss'] != first['train/loss']

@@ -18,6 +18,7 @@ from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.training import distillation
 from mor_jax.training import loss as loss_lib
+from mor_jax.training import targets as targets_lib
 from mor_jax.training.optimizer import make_optimizer
 from mor_jax.training.state import initializer
 from mor_jax.training.step import make_train_step, split_batch
@@ -67,7 +68,7 @@ def test_loss_and_gradient_are_those_written_out(chunk, top_k):
   (teacher, theirs), model = teacher_of(config), Transformer(config.model)
   params = nn.unbox(model.init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32)))['params']
   batch = next(tiny_run.batches())
-  whole = loss_lib.normalizers(config.model, batch['segment_ids'][None])
+  whole = loss_lib.normalizers(config.model, {'segment_ids': batch['segment_ids'][None]})
   loss = loss_lib.make_loss(model.apply, config.model, chunk, teacher=teacher)
 
   def written_out(params):
@@ -76,7 +77,7 @@ def test_loss_and_gradient_are_those_written_out(chunk, top_k):
       module.apply({'params': leaves}, batch['tokens'], **seen).logits[:, :-1]
       for module, leaves in ((model, params), (teacher.model, theirs))
     )
-    mask = loss_lib.predicted(batch['segment_ids'])
+    mask = targets_lib.predicted(batch)
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch['tokens'][:, 1:, None], -1)[..., 0]
     kl = distillation.divergence(logits.reshape(-1, 257), wanted.reshape(-1, 257), 2.0, top_k).reshape(
       nll.shape
@@ -98,7 +99,7 @@ def test_a_teacher_that_is_the_student_adds_nothing():
   teacher = distillation.make_teacher(config.distill, config.model, config.model)
   params = nn.unbox(model.init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32)))['params']
   batch = next(tiny_run.batches())
-  whole = loss_lib.normalizers(config.model, batch['segment_ids'][None])
+  whole = loss_lib.normalizers(config.model, {'segment_ids': batch['segment_ids'][None]})
   loss = loss_lib.make_loss(model.apply, config.model, teacher=teacher)
   total, parts = loss(params, batch, whole, {}, jax.random.key(0), params)
   np.testing.assert_allclose(parts['distill_loss'], 0, atol=1e-6)

@@ -8,6 +8,7 @@ import pytest
 import tiny_run
 
 from mor_jax.training import loss as loss_lib
+from mor_jax.training import targets as targets_lib
 
 
 def _batch(rows: slice = slice(0, 8)) -> dict[str, np.ndarray]:
@@ -28,7 +29,7 @@ def test_nll_is_that_of_a_loop_over_documents():
         targets += 1
   found = loss_lib.next_token_nll(jnp.asarray(logits_BTV), jnp.eye(257), batch)  # the head does nothing
   assert float(found) == pytest.approx(expected, rel=1e-6)
-  assert int(loss_lib.predicted(batch['segment_ids']).sum()) == targets
+  assert int(targets_lib.predicted(batch).sum()) == targets
   assert targets < 4 * (tiny_run.SEQ_LEN - 1), 'the rows must have padding or several documents'
 
 
@@ -50,11 +51,11 @@ def test_without_segment_mask_a_row_is_one_document():
     for row, segments in enumerate(tiny_run.rows()['segment_ids'])
     if segments.max() > 1
   )
-  seen = loss_lib.visible_batch(batch, segment_mask=False)
+  seen = targets_lib.visible_batch(batch, segment_mask=False)
   length = int((batch['segment_ids'] > 0).sum())
-  assert int(loss_lib.predicted(seen['segment_ids']).sum()) == length - 1
+  assert int(targets_lib.predicted(seen).sum()) == length - 1
   np.testing.assert_array_equal(seen['positions'][0], np.arange(tiny_run.SEQ_LEN))
-  assert loss_lib.visible_batch(batch, segment_mask=True) == batch
+  assert targets_lib.visible_batch(batch, segment_mask=True) == batch
 
 
 @functools.cache
@@ -69,7 +70,7 @@ def _loss_and_gradient(batch, micro_batches):
   config, gradient = _gradient()
   params = tiny_run.run().initial().params
   batch_ABT = {name: rows.reshape(micro_batches, -1, rows.shape[-1]) for name, rows in batch.items()}
-  whole = loss_lib.normalizers(config, jnp.asarray(batch_ABT['segment_ids']))
+  whole = loss_lib.normalizers(config, jax.tree.map(jnp.asarray, batch_ABT))
   total = None
   for index in range(micro_batches):
     rows = {name: values[index] for name, values in batch_ABT.items()}

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import tiny_run
 
 from mor_jax.config import with_changes
@@ -92,19 +93,23 @@ def test_moving_threshold_is_updated_once_a_step_whatever_the_micro_batches():
   assert abs(whole[1].routing['threshold'][1]) > 1e-4
 
 
-def test_auxiliary_routers_are_a_group_of_their_own():
-  """Ten times the learning rate, and a clipping that the rest of the model neither feels nor causes."""
-  params = {'block': {'kernel': jnp.ones(3)}, 'aux_router': {'output': {'kernel': jnp.ones(3)}}}
-  grads = {'block': {'kernel': jnp.full(3, 0.1)}, 'aux_router': {'output': {'kernel': jnp.full(3, 1e6)}}}
+@pytest.mark.parametrize(
+  ('name', 'model', 'rate'),
+  [('aux_router', {'causality': 'aux_router'}, 10.0), ('router', {'router_target': 'benefit'}, 1.0)],
+)
+def test_routers_that_learn_apart_are_a_group_of_their_own(name, model, rate):
+  """With a learning rate, and a clipping that the rest of the model neither feels nor causes."""
+  params = {'block': {'kernel': jnp.ones(3)}, name: {'output': {'kernel': jnp.ones(3)}}}
+  grads = {'block': {'kernel': jnp.full(3, 0.1)}, name: {'output': {'kernel': jnp.full(3, 1e6)}}}
   train_config = with_changes(CONFIG, train={'weight_decay': 0.0, 'clip_norm': 1e3}).train
-  both = optimizer.make_optimizer(train_config, aux_router=True)
+  both = optimizer.make_optimizer(train_config, tiny.config(**model))
   updates, _ = both.update(grads, both.init(params), params)
   alone = optimizer.make_optimizer(train_config)
   main = {'block': params['block']}
   expected, _ = alone.update({'block': grads['block']}, alone.init(main), main)
   np.testing.assert_allclose(updates['block']['kernel'], expected['block']['kernel'], rtol=1e-6)
-  ratio = updates['aux_router']['output']['kernel'] / updates['block']['kernel']
-  np.testing.assert_allclose(ratio, 10.0, rtol=1e-5)
+  ratio = updates[name]['output']['kernel'] / updates['block']['kernel']
+  np.testing.assert_allclose(ratio, rate, rtol=1e-5)
 
 
 @pytest.mark.parametrize('change', [{'causality': 'none'}, {'router': 'token_choice', 'balancing': 'none'}])

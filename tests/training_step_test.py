@@ -13,8 +13,8 @@ import tiny_run
 
 from mor_jax.config import Config, with_changes
 from mor_jax.model import flops
-from mor_jax.training.loss import predicted
 from mor_jax.training.meter import add_up, router_metrics
+from mor_jax.training.targets import predicted
 
 LAYER = ('attention', 'attention_norm', 'mlp', 'mlp_norm')
 GOLDEN = pathlib.Path(__file__).parent / 'fixtures' / 'golden_loss.json'
@@ -66,7 +66,7 @@ def test_accumulation_makes_the_same_update():
   """
   config = tiny_run.CONFIG
   batch = {name: values[-config.train.global_batch :] for name, values in tiny_run.rows().items()}
-  targets = predicted(batch['segment_ids']).reshape(4, -1).sum(axis=1)
+  targets = predicted(batch).reshape(4, -1).sum(axis=1)
   assert len(set(targets.tolist())) > 1
   results = []
   for accumulation in (1, 4):

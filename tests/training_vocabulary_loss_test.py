@@ -77,7 +77,7 @@ def test_chunks_change_no_gradient_of_a_training_step(tied):
   run = tiny_run.run(config)
   params = run.initial().params
   batch_ABT = {name: jnp.asarray(rows[-8:].reshape(2, 4, -1)) for name, rows in tiny_run.rows().items()}
-  whole = loss_lib.normalizers(config.model, batch_ABT['segment_ids'])
+  whole = loss_lib.normalizers(config.model, batch_ABT)
 
   @functools.partial(jax.jit, static_argnums=0)
   def gradient(chunk, params):

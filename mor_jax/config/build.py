@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
+from mor_jax.config.model import AUTO
 from mor_jax.config.run import Config
 from mor_jax.config.typed import describe_field, from_dict, to_config_dict
 from mor_jax.config.validation import validate
@@ -23,7 +24,9 @@ PATHS = (
 
 def default() -> config_dict.ConfigDict:
   """A locked ConfigDict with every setting at its default, for config files to start from."""
-  return to_config_dict(Config())
+  made = to_config_dict(Config())
+  made.model.update(dict.fromkeys(AUTO, 'auto'))  # what it stands for depends on what a config file sets
+  return made
 
 
 def resolve(settings: config_dict.ConfigDict | dict[str, Any]) -> Config:
@@ -52,9 +55,16 @@ def _at_home(config: Config) -> Config:
 def with_changes(config: Config, **sections: dict[str, Any]) -> Config:
   """Returns a validated copy with some settings changed: `with_changes(config, model={'dtype': 'float32'})`.
 
+  Settings of the model that have the value which auto stands for follow those that decide on it.
+
   Raises:
     ConfigError: a value that cannot work, by itself or in combination with others.
   """
+  if 'model' in sections:
+    left = {
+      name: 'auto' for name, value in config.model.auto().items() if getattr(config.model, name) == value
+    }
+    sections = {**sections, 'model': {**left, **sections['model']}}
   changed = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
   config = dataclasses.replace(config, **changed)
   validate(config)
@@ -74,7 +84,7 @@ def describe(sections: Sequence[str] | None = None) -> str:
     title = (type(value).__doc__ or '').partition('\n')[0]
     lines.append(f'\n  {title}')
     for field in dataclasses.fields(value):
-      text = describe_field(type(value), field, getattr(value, field.name), f'config.{section.name}')
+      text = describe_field(type(value), field, field.default, f'config.{section.name}')
       lines.append(text)
   return '\n'.join(lines)
 

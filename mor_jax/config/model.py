@@ -6,6 +6,11 @@ import math
 from mor_jax.config.typed import setting
 
 SHARING_SCHEMES = ('cycle', 'sequence', 'middle_cycle', 'middle_sequence')
+AUTO = {  # what auto stands for, with router_target=benefit and without
+  'gating': ('residual', 'weighted'),
+  'causality': ('none', 'aux_loss'),
+  'kv': ('shared', 'recursion_wise'),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +41,19 @@ class ModelConfig:
   rope_original_length: int = setting(8192, 'llama3: longest text that the model saw before')
   norm_epsilon: float = setting(1e-5, 'epsilon of RMSNorm')
   tie_embeddings: bool = setting(True, 'use the embedding matrix as output head')
+  embed_factor: int | None = setting(
+    None,
+    'embeddings as sums of two rows that tokens share, i // embed_factor of one table and i modulo embed_factor '
+    'of another, for vocabularies of pairs; none: a row for each token',
+  )
   init_std: float = setting(0.02, 'standard deviation of initial weights')
+  init: str = setting(
+    'plain',
+    'plain: all weights alike, as the authors; scaled: kernels that write to the residual stream smaller, by '
+    '1 / sqrt(2 * num_layers * uses), where a shared layer is used once in every recursion',
+    ('plain', 'scaled'),
+  )
+  embed_std: float | None = setting(None, 'standard deviation of initial embeddings; none: init_std')
 
   num_recursions: int = setting(
     2, 'times R the shared block is applied (recursive and mor); passes that share keys and values (vanilla)'
@@ -61,21 +78,44 @@ class ModelConfig:
   router_head: str = setting(
     'linear', 'scores by a linear map, or an MLP of 2 or 4 times the width', ('linear', 'mlp', 'wide_mlp')
   )
+  router_target: str = setting(
+    'gate',
+    "what routers learn from: gate, the loss's gradient through the gate, as in the paper; benefit, whether "
+    'a later exit lowers the loss of the token by more than benefit_margin, told by a pass without gradient in which '
+    'tokens take all recursions (expert_choice)',
+    ('gate', 'benefit'),
+  )
+  benefit_margin: float = setting(
+    0.05, 'benefit: nats by which a later exit must be better for a token to go on'
+  )
+  benefit_rows: float = setting(0.125, 'benefit: share of the rows of a micro-batch that labels are made for')
+  depth_prior_weight: float = setting(
+    0.0,
+    'benefit: weight of the squared difference between the mean depth that routers expect and that of the capacities',
+  )
+  router_noise: float | None = setting(
+    None,
+    'scale of the logistic noise that is added to logits for the choice in training (expert_choice); none: 1 with '
+    'router_target=benefit, else 0',
+  )
   router_activation: str = setting(
     'auto',
     'activation of the scores; auto: sigmoid for expert_choice, softmax for token_choice; identity: none',
     ('auto', 'sigmoid', 'tanh', 'softmax', 'identity'),
   )
   router_alpha: float | None = setting(
-    None, 'scale of the gate, alpha * activation(score); none: 0.1 with sigmoid and tanh, else 1'
+    None,
+    'scale of the gate, alpha * activation(score), alpha alone with router_target=benefit; none: 0.1 with sigmoid '
+    'and tanh, else 1',
   )
   router_temperature: float = setting(1.0, 'divides the router input')
   router_z_loss_weight: float = setting(0.0, 'weight of the squared log-partition of the scores')
   gating: str = setting(
-    'weighted',
+    'auto',
     "update of a token, w its gate: weighted x + w*f(x), the authors' code, where f has residuals of its "
-    'own; additive x + f(x); residual x + w*(f(x) - x), the paper (expert_choice)',
-    ('weighted', 'additive', 'residual'),
+    'own; additive x + f(x); residual x + w*(f(x) - x), the paper (expert_choice); auto: residual with '
+    'router_target=benefit, else weighted',
+    ('auto', 'weighted', 'additive', 'residual'),
   )
   capacities: tuple[float, ...] | None = setting(
     None, 'fraction of tokens that enter each recursion, not rising; none: (R - r) / R'
@@ -100,10 +140,11 @@ class ModelConfig:
     0, 'optimiser steps in which capacities fall from 1 to their values, in at most 8 sizes (expert_choice)'
   )
   causality: str = setting(
-    'aux_loss',
+    'auto',
     'what teaches routers to decide without the future (expert_choice): aux_loss, a loss on their own '
-    'scores; aux_router, a second router on stopped gradients; none',
-    ('aux_loss', 'aux_router', 'none'),
+    'scores; aux_router, a second router on stopped gradients; none; auto: none with router_target=benefit, else '
+    'aux_loss',
+    ('auto', 'aux_loss', 'aux_router', 'none'),
   )
   aux_loss_weight: float = setting(0.001, 'aux_loss: its weight (expert_choice)')
   token_gating: str = setting(
@@ -138,10 +179,11 @@ class ModelConfig:
     1.25, 'places of a step under threshold routing: ceil(capacity * max_len * slack)'
   )
   kv: str = setting(
-    'recursion_wise',
-    'keys and values of a recursion step: recursion_wise, those of its own tokens; shared, those of all '
-    'tokens at the first step; hybrid, shared ones overwritten by the tokens that go on',
-    ('recursion_wise', 'shared', 'hybrid'),
+    'auto',
+    'keys and values of a recursion step: recursion_wise, those of its own tokens, which hides tokens that left; '
+    'shared, those of all tokens at the first step; hybrid, shared ones overwritten by the tokens that go on; auto: '
+    'shared with router_target=benefit, else recursion_wise',
+    ('auto', 'recursion_wise', 'shared', 'hybrid'),
   )
 
   dtype: str = setting('bfloat16', 'activations and matrix products', ('bfloat16', 'float32'))
@@ -161,6 +203,33 @@ class ModelConfig:
   unroll_layers: bool = setting(
     False, 'compile every layer separately instead of scanning (exact XLA FLOP counts, slow compile)'
   )
+
+  def __post_init__(self) -> None:
+    for name, value in self.auto().items():
+      if getattr(self, name) == 'auto':
+        object.__setattr__(self, name, value)
+
+  def auto(self) -> dict[str, str]:
+    """What auto stands for, by setting."""
+    return {
+      name: with_benefit if self.learns_benefit else without for name, (with_benefit, without) in AUTO.items()
+    }
+
+  @property
+  def embedding_std(self) -> float:
+    """Standard deviation of initial embeddings."""
+    return self.init_std if self.embed_std is None else self.embed_std
+
+  def output_std(self, uses: int) -> float:
+    """Standard deviation of initial kernels that write to the residual stream.
+
+    Under `scaled`, so that all layers together add as much as one pair of plain ones: independent updates add up in
+    their squares (GPT-2), and those of a layer that is used again and again in one direction, by their number.
+
+    Args:
+      uses: how often a token passes the layer.
+    """
+    return self.init_std if self.init == 'plain' else self.init_std / math.sqrt(2 * self.num_layers * uses)
 
   @property
   def head_width(self) -> int:
@@ -233,8 +302,22 @@ class ModelConfig:
     return 'sigmoid' if self.router == 'expert_choice' else 'softmax'
 
   @property
-  def constant_gate(self) -> float:
-    """The gate of a random router."""
+  def learns_benefit(self) -> bool:
+    """Whether routers learn which tokens gain by going on."""
+    return self.kind == 'mor' and self.router_target == 'benefit'
+
+  @property
+  def noise_scale(self) -> float:
+    """Scale of the noise on the choice in training."""
+    return float(self.learns_benefit) if self.router_noise is None else self.router_noise
+
+  @property
+  def constant_gate(self) -> float | None:
+    """The gate of routers that only choose, random ones and those that learn the benefit; None: it is learned."""
+    if self.learns_benefit:
+      return self.gate_scale
+    if not self.random_router:
+      return None
     if self.random_gate is not None:
       return self.random_gate
     return self.gate_scale * {'sigmoid': 0.5, 'softmax': 1 / self.recursions}.get(self.squash, 1.0)
@@ -244,6 +327,8 @@ class ModelConfig:
     """The gate's alpha, with the default resolved."""
     if self.router_alpha is not None:
       return self.router_alpha
+    if self.learns_benefit:
+      return 1.0
     return 0.1 if self.squash in ('sigmoid', 'tanh') else 1.0
 
   def selected_tokens(self, seq_len: int) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ from typing import Any
 from mor_jax.config.model import ModelConfig
 from mor_jax.errors import ConfigError
 
+_ONLY_BENEFIT = {'benefit_margin': 0.05, 'benefit_rows': 0.125, 'depth_prior_weight': 0.0}  # and defaults
 MOST_LAYERS, LARGEST = 10_000, 2**24  # what lies above was not meant, and would take a machine down
 
 
@@ -42,9 +43,17 @@ def validate_model(model: ModelConfig) -> None:
     'bias_update_rate',
     'capacity_warmup_steps',
     'balance_warmup_steps',
+    'benefit_margin',
+    'depth_prior_weight',
   ):
     require(getattr(model, name) >= 0, f'model.{name}', getattr(model, name), '>= 0')
+  factor = model.embed_factor
+  require(factor is None or 1 < factor < LARGEST, 'model.embed_factor', factor, 'at least 2, or none')
+  for name in ('embed_std', 'router_noise'):
+    value = getattr(model, name)
+    require(value is None or value >= 0, f'model.{name}', value, '>= 0, or none')
   require(0 <= model.ema_decay < 1, 'model.ema_decay', model.ema_decay, 'in [0, 1)')
+  require(0 < model.benefit_rows <= 1, 'model.benefit_rows', model.benefit_rows, 'in (0, 1]')
   _validate_heads(model)
   low, high = model.rope_low_frequency_factor, model.rope_high_frequency_factor
   require(
@@ -65,6 +74,7 @@ def validate_model(model: ModelConfig) -> None:
     raise ConfigError(
       f'model.random_gate={model.random_gate} is for model.random_router=True; leave it unset, or set that too'
     )
+  _refuse_idle_benefit(model)
   if model.kind != 'vanilla' or model.kv == 'shared':
     _validate_sharing(model)
   if model.kind == 'mor':
@@ -119,8 +129,54 @@ def _validate_routing(model: ModelConfig) -> None:
   (_validate_expert_choice if model.router == 'expert_choice' else _validate_token_choice)(model)
 
 
+def _refuse_idle_benefit(model: ModelConfig) -> None:
+  """Settings of a router that learns the benefit, in a model that has none."""
+  if model.learns_benefit and model.router == 'expert_choice':
+    return
+  idle = [
+    f'model.{name}={getattr(model, name)}'
+    for name, default in _ONLY_BENEFIT.items()
+    if getattr(model, name) != default
+  ]
+  if model.router_target == 'benefit' and model.kind == 'mor':
+    raise ConfigError(
+      f'model.router_target=benefit asks at every recursion whether to go on, which is for '
+      f'model.router=expert_choice; with model.router={model.router} use gate'
+    )
+  if idle and model.kind == 'mor':
+    raise ConfigError(f'{", ".join(idle)} has no effect without model.router_target=benefit; set that too')
+
+
+def _validate_benefit(model: ModelConfig) -> None:
+  if model.causality != 'none':
+    raise ConfigError(
+      f'model.causality={model.causality} has nothing to teach with model.router_target=benefit, whose routers decide '
+      f'without the future anyway; use auto or none'
+    )
+  if model.random_router:
+    raise ConfigError(
+      'model.random_router=True learns nothing; with model.router_target=benefit leave it at False'
+    )
+  if model.num_recursions < 2:
+    raise ConfigError(
+      'model.router_target=benefit compares exits after different recursions and needs model.num_recursions >= 2'
+    )
+  if model.step_capacities[0] != 1.0:
+    raise ConfigError(
+      f'model.capacities={model.capacities} begins below 1, and model.router_target=benefit compares exits from the '
+      f'first recursion on; set the first capacity to 1.0'
+    )
+  if model.router_z_loss_weight:
+    raise ConfigError(
+      f'model.router_z_loss_weight={model.router_z_loss_weight} is a loss on scores as gates; with '
+      f'model.router_target=benefit set it to 0'
+    )
+
+
 def _validate_expert_choice(model: ModelConfig) -> None:
   _refuse_activation(model, ('sigmoid', 'tanh', 'identity'))
+  if model.learns_benefit:
+    _validate_benefit(model)
   if model.balance_warmup_steps:
     raise ConfigError(
       f'model.balance_warmup_steps={model.balance_warmup_steps} is for model.router=token_choice; '
@@ -135,6 +191,10 @@ def _validate_expert_choice(model: ModelConfig) -> None:
     raise ConfigError(
       'model.selection=ema_threshold and model.causality=aux_router both decide which tokens enter when the '
       'future is unknown; use causality=aux_loss or none, or selection=top_k'
+    )
+  if model.random_router and model.router_noise:
+    raise ConfigError(
+      f'model.router_noise={model.router_noise} adds noise to noise with model.random_router=True; leave it unset'
     )
   if model.random_router and (model.causality != 'none' or model.selection == 'ema_threshold'):
     raise ConfigError(
@@ -160,6 +220,10 @@ def _validate_expert_choice(model: ModelConfig) -> None:
 
 def _validate_token_choice(model: ModelConfig) -> None:
   _refuse_activation(model, ('softmax', 'sigmoid'))
+  if model.router_noise:
+    raise ConfigError(
+      f'model.router_noise={model.router_noise} is for model.router=expert_choice; with token_choice leave it unset'
+    )
   if model.capacity_warmup_steps:
     raise ConfigError(
       f'model.capacity_warmup_steps={model.capacity_warmup_steps} is for model.router=expert_choice; '

@@ -89,6 +89,19 @@ class TrainConfig:
     'micro-batches: a multiple of train.global_batch / train.accumulation; none: the full batch at once',
   )
   ramp_steps: int = setting(0, 'optimiser steps until the full batch, shared equally by the smaller sizes')
+  recursions: int | None = setting(
+    None, 'recursions that tokens take at most in training (recursive and mor); none: all'
+  )
+  growth: tuple[float, ...] | None = setting(
+    None,
+    'growing recursions: begin with one, and add one after each of these shares of the steps, rising; none: all from '
+    'the start',
+  )
+  readout_rows: float = setting(
+    0.0,
+    'share of the rows whose tokens stop after a number of recursions that is drawn for the row, so that a model learns '
+    'to be read out after each and may be cut anywhere (recursive and mor)',
+  )
   learning_rate: float = setting(3e-3, 'peak learning rate')
   schedule: str = setting('wsd', 'wsd: warm-up, stable, linear decay; cosine', ('wsd', 'cosine'))
   warmup_steps: int = setting(500, 'steps of linear warm-up')

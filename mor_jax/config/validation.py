@@ -24,6 +24,7 @@ def validate(config: Config) -> None:
   _validate_data(config.data)
   _validate_train(config.train)
   _validate_ramp(config)
+  _validate_recursions(config)
   _validate_distill(config.distill)
   _validate_checkpoint(config.checkpoint)
   _validate_parallel(config.parallel)
@@ -169,6 +170,37 @@ def _validate_train(train: TrainConfig) -> None:
       raise ConfigError(
         f'train.{name}={getattr(train, name)} is more than train.steps={train.steps}; lower it'
       )
+
+
+def _validate_recursions(config: Config) -> None:
+  """Training with fewer recursions than the model has."""
+  train, model = config.train, config.model
+  require(0 <= train.readout_rows <= 1, 'train.readout_rows', train.readout_rows, 'in [0, 1]')
+  given = {'recursions': train.recursions, 'growth': train.growth, 'readout_rows': train.readout_rows or None}
+  for name, value in given.items():
+    if value is not None and not model.can_stop_early:
+      raise ConfigError(
+        f'train.{name}={value} stops tokens after some recursions, which a model of model.kind={model.kind}, '
+        f'model.sharing={model.sharing} cannot; use recursive or mor, and cycle or middle_cycle, or leave it unset'
+      )
+  if train.recursions is not None:
+    most = model.num_recursions
+    require(1 <= train.recursions <= most, 'train.recursions', train.recursions, f'from 1 to {most}')
+  if train.growth is None:
+    return
+  if train.recursions is not None:
+    raise ConfigError(
+      f'train.recursions={train.recursions} and train.growth={train.growth} both say how many recursions there are; '
+      f'leave one of them unset'
+    )
+  shares = train.growth
+  if len(shares) != model.num_recursions - 1 or list(shares) != sorted(set(shares)) or not shares[0] > 0:
+    raise ConfigError(
+      f'train.growth={shares} must be {model.num_recursions - 1} rising shares of the steps, above 0: one for each of '
+      f'the model.num_recursions={model.num_recursions} after the first'
+    )
+  if shares[-1] >= 1:
+    raise ConfigError(f'train.growth={shares} adds the last recursion when the training is over; end below 1')
 
 
 def _validate_ramp(config: Config) -> None:

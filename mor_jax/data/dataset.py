@@ -67,13 +67,14 @@ class Manifest:
   files: dict[str, int]  # size in bytes of every file that is needed to read the dataset
   begin: str | None = None  # token before every document
   unsaid: int = 0  # characters or words that the tokenizer has no token for
+  extras: tuple[str, ...] = ()  # arrays of every row beside its tokens and segments
 
   @classmethod
   def from_json(cls, text: str) -> 'Manifest':
     """Reads what `json.dumps(dataclasses.asdict(manifest))` wrote."""
     fields = parse_json(text)
     splits = {name: SplitCounts(**counts) for name, counts in fields.pop('splits').items()}
-    return cls(splits=splits, **fields)
+    return cls(splits=splits, **fields | {'extras': tuple(fields.get('extras', ()))})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,11 @@ class PreparedDataset:
   folder: pathlib.Path
   tokenizer: tokenizers.Tokenizer
   manifest: Manifest
+
+  @property
+  def extras(self) -> tuple[str, ...]:
+    """Arrays that rows have beside tokens, segments and positions."""
+    return self.manifest.extras
 
   def identity(self) -> dict[str, Any]:
     """What all processes of a training must find alike."""

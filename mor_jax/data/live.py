@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import grain
 import numpy as np
@@ -54,6 +54,7 @@ class LiveDataset:
   tokenizer: tokenizers.Tokenizer
   manifest: Manifest
   validation: list[Row]
+  extras: ClassVar[tuple[str, ...]] = ()
 
   def identity(self) -> dict[str, Any]:
     """What all processes of a training must find alike; copies of files may have other times."""

@@ -13,15 +13,18 @@ from grain.experimental import index_shuffle
 
 from mor_jax.config import ConfigError, DataConfig
 from mor_jax.data import dataset as dataset_lib
-from mor_jax.data import live, packing
+from mor_jax.data import live, packing, synthetic
 from mor_jax.data.dataset import PreparedDataset
 from mor_jax.data.schedule import BatchSchedule
 
 _ENDLESS = 2**62
 _ROWS_NAMED = 64  # of a batch, in a message
-Dataset = PreparedDataset | live.LiveDataset
+Dataset = PreparedDataset | live.LiveDataset | synthetic.SyntheticDataset
 
-Batch = dict[str, np.ndarray]  # 'tokens', 'segment_ids', 'positions', each int32 (B, T)
+Batch = dict[str, np.ndarray]
+"""'tokens', 'segment_ids' and 'positions', each int32 (B, T); of some data also 'loss_mask', of which tokens are
+scored, and for evaluation 'difficulty'."""
+_ONLY_EVALUATED = ('difficulty',)
 
 
 def open_dataset(data: DataConfig, report: Callable[[str], None] = lambda line: None) -> Dataset:
@@ -30,7 +33,14 @@ def open_dataset(data: DataConfig, report: Callable[[str], None] = lambda line: 
   Raises:
     ConfigError: see `dataset.prepare` and `live.open_dataset`.
   """
+  if data.source.startswith(synthetic.PREFIX):
+    return synthetic.open_dataset(data)
   return live.open_dataset(data, report) if data.live else dataset_lib.prepare(data, report)
+
+
+def train_arrays(dataset: Dataset) -> tuple[str, ...]:
+  """Names of the arrays that training batches have."""
+  return tuple(name for name in (*packing.ROW_ARRAYS, *dataset.extras) if name not in _ONLY_EVALUATED)
 
 
 def batch_rows(num_rows: int, first: int, count: int, seed: int) -> np.ndarray:
@@ -102,11 +112,11 @@ def train_batches(
 
   if isinstance(dataset, live.LiveDataset):
     return live.LiveBatches(dataset, schedule, start_step, position, host, num_hosts)
-  rows = dataset.rows('train')
+  rows, arrays = dataset.rows('train'), train_arrays(dataset)
 
   def load(step: int) -> Batch:
     order = batch_rows(len(rows), schedule.rows_before(step), schedule.rows(step), data.seed)
-    return _stack([rows[i] for i in host_rows(order, schedule.micro_batches(step), host, num_hosts)])
+    return _stack([rows[i] for i in host_rows(order, schedule.micro_batches(step), host, num_hosts)], arrays)
 
   steps = grain.MapDataset.range(start_step, _ENDLESS).map(load)
   options = grain.ReadOptions(num_threads=data.prefetch, prefetch_buffer_size=data.prefetch)
@@ -123,11 +133,11 @@ def validation_batches(
   """
   rows = dataset.rows('validation')
   count = len(rows) if max_rows is None else min(max_rows, len(rows))
-  padding = packing.padding_row(dataset.manifest.seq_len, dataset.tokenizer.end_of_text)
+  padding = packing.padding_row(rows[0], dataset.tokenizer.end_of_text) if count else {}
   for first in range(0, count, batch_size):
     own = host_rows(np.arange(first, first + batch_size), 1, host, num_hosts)
-    yield _stack([rows[i] if i < count else padding for i in own])
+    yield _stack([rows[i] if i < count else padding for i in own], tuple(padding))
 
 
-def _stack(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
-  return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+def _stack(rows: Sequence[dict[str, np.ndarray]], arrays: Sequence[str]) -> Batch:
+  return {name: np.stack([row[name] for row in rows]) for name in arrays}

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+ROW_ARRAYS = ('tokens', 'segment_ids', 'positions')  # what every row has
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -109,6 +111,6 @@ def unpack(row: Row) -> dict[str, np.ndarray]:
   return {'tokens': row.tokens_T.astype(np.int32), 'segment_ids': segment_ids_T, 'positions': positions_T}
 
 
-def padding_row(seq_len: int, end_of_text: int) -> dict[str, np.ndarray]:
-  """A row of padding only, in the format of `unpack`."""
-  return unpack(Row(np.full(seq_len, end_of_text), np.zeros(0, np.int32)))
+def padding_row(like: dict[str, np.ndarray], end_of_text: int) -> dict[str, np.ndarray]:
+  """A row of padding only, with the arrays of another row."""
+  return {name: np.full_like(row_T, end_of_text if name == 'tokens' else 0) for name, row_T in like.items()}

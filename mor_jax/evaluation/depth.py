@@ -14,7 +14,7 @@ from mor_jax.data.token_texts import token_texts
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.model import router
 from mor_jax.model.transformer import Transformer
-from mor_jax.training import loss as loss_lib
+from mor_jax.training import targets as targets_lib
 
 # Closed-class words of English: articles, pronouns, prepositions, conjunctions, auxiliaries, particles.
 _CLOSED_CLASS = """
@@ -73,7 +73,7 @@ def route_rows(
 
   @jax.jit
   def route(variables, batch):
-    batch = loss_lib.visible_batch(batch, config.data.segment_mask)
+    batch = targets_lib.visible_batch(batch, config.data.segment_mask)
     routed = model.apply(
       variables,
       batch['tokens'],

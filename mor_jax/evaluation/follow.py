@@ -12,10 +12,18 @@ from mor_jax.evaluation import held_out
 class Follow:
   """Which way of running the model is being measured, and how far it is: a bar on a terminal, else lines."""
 
-  def __init__(self, console: Console, model: ModelConfig, dataset: loader.Dataset, max_rows: int | None):
+  def __init__(
+    self,
+    console: Console,
+    model: ModelConfig,
+    dataset: loader.Dataset,
+    max_rows: int | None,
+    chooser: str | None,
+  ):
     rows = dataset.manifest.splits['validation'].rows
     self._rows = rows if max_rows is None else min(max_rows, rows)
-    self._ways, self._routed = held_out.ways(model), model.kind == 'mor'
+    self._ways, self._routed = held_out.ways(model, chooser), model.kind == 'mor'
+    self._chooser = chooser
     self._done, self._console = 0, console
     columns = ('{task.description}', BarColumn(bar_width=None), TimeRemainingColumn())
     total = self._rows * len(self._ways)
@@ -33,6 +41,8 @@ class Follow:
     self._done += 1
     modes = {'topk': 'top-k routing, ', 'threshold': 'threshold routing, '}
     mode = modes[way.routing] if self._routed else ''
+    if self._chooser is not None:
+      mode = f'depths by {self._chooser}, '
     limit = 'recursion' if way.max_recursions == 1 else 'recursions'
     text = f'{self._done}/{len(self._ways)}: {mode}{way.max_recursions} {limit}'
     self._bar.update(description=text)

@@ -14,7 +14,7 @@ from mor_jax.config import ConfigError, ModelConfig
 from mor_jax.data import dataset as dataset_lib
 from mor_jax.data import loader
 from mor_jax.data.tokenizer import MADE_HERE, Tokenizer
-from mor_jax.evaluation import nll
+from mor_jax.evaluation import choosers, difficulty, nll
 from mor_jax.runs.restore import LoadedRun
 from mor_jax.training.meter import router_metrics
 
@@ -31,12 +31,14 @@ class Way:
   max_recursions: int
 
 
-def ways(model: ModelConfig) -> list[Way]:
-  """All ways to run a model: for each routing mode the recursion limits in ascending order, the last being none.
+def ways(model: ModelConfig, chooser: str | None = None) -> list[Way]:
+  """All ways to run a model, with a chooser one: for each routing mode the recursion limits in ascending order, the last being none.
 
   A model without router has one mode. Vanilla models and `sequence` sharing, which repeats single layers,
   have no limit.
   """
+  if chooser is not None:
+    return [Way('threshold' if model.kind == 'mor' else 'topk', model.recursions)]
   routings = ('topk', 'threshold') if model.kind == 'mor' else ('topk',)
   limits = range(1 if model.can_stop_early else model.recursions, model.recursions + 1)
   return [Way(routing, limit) for routing in routings for limit in limits]
@@ -82,6 +84,7 @@ def evaluate(
   max_rows: int | None = None,
   begin: Callable[[Way], None] = lambda way: None,
   advance: Advance = lambda rows: None,
+  chooser: str | None = None,
 ) -> dict[str, Any]:
   """Returns all results of `python -m mor_jax.evaluate` as JSON.
 
@@ -90,23 +93,34 @@ def evaluate(
     max_rows: validation rows to use; None: all.
     begin: called before each of `ways`.
     advance: called with the number of rows after every batch.
+    chooser: one of `choosers.CHOOSERS`: depths are then chosen so, in place of all ways of the model.
 
   Returns:
     'routing': for each mode ('topk' and 'threshold', or 'none' for models without router) the `summarize` of
-    the whole model, with 'recursion_limits', the same for every limit, and 'positions', from `by_position`;
+    the whole model, with 'recursion_limits', the same for every limit, and 'positions', from `by_position`, and of
+    data that know how hard their tokens are `difficulty.summarize`; under the chooser's name what it leads to, and
+    beside it the number of 'rows', which for a fitted one is half of them;
     'gap': threshold minus top-k for loss, perplexity and bits per byte.
   """
   split = dataset.manifest.splits['validation']
   model = run.config.model
+  kinds = difficulty.kinds(dataset, max_rows)
   found: dict[str, Any] = {}
-  for way in ways(model):
+  for way in ways(model, chooser):
     begin(way)
     full = way.max_recursions == model.recursions
-    step = nll.make_nll_step(run.model, run.config, mesh, way.routing, way.max_recursions, by_position=full)
-    batches = _followed(loader.validation_batches(dataset, batch_size, max_rows), advance)
-    sums = nll.totals(step, run.variables, batches, mesh)
+    batches = loader.validation_batches(dataset, batch_size, max_rows)
+    choose = None
+    if chooser is not None:
+      fitted_on, batches = _halves(batches) if chooser == 'confidence' else ([], batches)
+      choose = choosers.make(chooser, run.model, run.config, mesh, run.variables, fitted_on)
+    step = nll.make_nll_step(
+      run.model, run.config, mesh, way.routing, way.max_recursions, full, kinds, choose=choose
+    )
+    sums = nll.totals(step, run.variables, _followed(iter(batches), advance), mesh)
     summary = {'max_recursions': way.max_recursions, **summarize(sums, split)}
-    mode = found.setdefault(way.routing if model.kind == 'mor' else 'none', {'recursion_limits': []})
+    name = chooser or (way.routing if model.kind == 'mor' else 'none')
+    mode = found.setdefault(name, {'recursion_limits': []})
     mode['recursion_limits'].append(summary)
     if full:
       mode |= {**summary, 'positions': by_position(sums['position'])}
@@ -125,10 +139,20 @@ def evaluate(
     },
     'routing': found,
   }
-  if 'threshold' in found:
+  if 'threshold' in found and 'topk' in found:
     shown = ('nll', 'perplexity', 'bits_per_byte')
     result['gap'] = {name: found['threshold'][name] - found['topk'][name] for name in shown}
   return result
+
+
+def _halves(batches: Iterator[loader.Batch]) -> tuple[list[loader.Batch], list[loader.Batch]]:
+  """Every second batch, and the others."""
+  every = list(batches)
+  if len(every) < 2:
+    raise ConfigError(
+      '--router=confidence is fitted on every second batch of rows, and there is only one; lower --batch_size'
+    )
+  return every[::2], every[1::2]
 
 
 def _followed(batches: Iterator[loader.Batch], advance: Advance) -> Iterator[loader.Batch]:
@@ -150,6 +174,9 @@ def summarize(sums: dict[str, Any], split: dataset_lib.SplitCounts) -> dict[str,
     'bits_per_byte': nll.bits_per_byte(loss, split.tokens, split.bytes),
     'predicted_tokens': int(sums['targets']),
   }
+  if 'difficulty' in sums:
+    result['accuracy'] = float(sums['correct'] / sums['targets'])
+    result |= difficulty.summarize(sums['difficulty'])
   if 'counts' in sums:
     counts = sums['counts']
     result |= router_metrics(counts)

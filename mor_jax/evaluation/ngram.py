@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from mor_jax.training.targets import predicted
+
 
 def ngram_entropies(rows: Iterable[dict[str, np.ndarray]], vocab_size: int) -> tuple[float, float]:
   """Empirical entropies of the tokens of `rows`, in nats per predicted token.
@@ -22,16 +24,16 @@ def ngram_entropies(rows: Iterable[dict[str, np.ndarray]], vocab_size: int) -> t
   Raises:
     ValueError: no row has two tokens in the same segment.
   """
-  pairs = np.concatenate([_pairs(row['tokens'], row['segment_ids'], vocab_size) for row in rows])
+  pairs = np.concatenate([_pairs(row, vocab_size) for row in rows])
   if not pairs.size:
     raise ValueError('no row has two tokens in the same segment, so nothing is predicted')
   joint = _entropy(pairs)
   return _entropy(pairs % vocab_size), joint - _entropy(pairs // vocab_size)
 
 
-def _pairs(tokens_T: np.ndarray, segments_T: np.ndarray, vocab_size: int) -> np.ndarray:
+def _pairs(row: dict[str, np.ndarray], vocab_size: int) -> np.ndarray:
   """(previous token) * V + target for every predicted token."""
-  counted = (segments_T[..., 1:] == segments_T[..., :-1]) & (segments_T[..., 1:] > 0)
+  tokens_T, counted = row['tokens'], predicted(row)
   before, target = tokens_T[..., :-1][counted], tokens_T[..., 1:][counted]
   return before.astype(np.int64) * vocab_size + target
 

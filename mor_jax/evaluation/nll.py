@@ -12,10 +12,12 @@ from jax.sharding import Mesh
 
 from mor_jax.config import Config
 from mor_jax.model import router
+from mor_jax.model.recursion import Given
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import rules
 from mor_jax.training import loss as loss_lib
+from mor_jax.training import targets as targets_lib
 from mor_jax.training import vocabulary_loss
 from mor_jax.training.meter import add_up, router_metrics
 
@@ -27,16 +29,24 @@ def make_nll_step(
   routing: str = 'topk',
   max_recursions: int | None = None,
   by_position: bool = False,
-) -> Callable[[Any, loss_lib.Batch], dict[str, Any]]:
+  difficulties: int = 0,
+  choose: Callable[[Any, targets_lib.Batch], jax.Array] | None = None,
+) -> Callable[[Any, targets_lib.Batch], dict[str, Any]]:
   """Returns the jitted function (variables, batch (B, T)) -> sums 'nll' in nats, 'targets', router 'counts'.
 
   With `by_position`, there is also 'position': sums (T,) by the number of preceding tokens in the document.
   These are 'nll' and 'targets' of predicted tokens and, if the model has a router, 'tokens', 'depth' and
   'overflow' of all tokens.
+
+  Args:
+    difficulties: of data that know how hard their tokens are, how many kinds there are. Then there are also 'correct',
+      how many tokens are predicted right, and 'difficulty': sums (K,) of 'nll', 'targets' and 'correct', and
+      'depth_KR1', how many tokens of a difficulty took 0 to R recursions where they were predicted.
+    choose: (variables, batch) -> depths (B, T) in place of those that the model would choose.
   """
 
-  def nll_step(variables, batch: loss_lib.Batch):
-    batch = loss_lib.visible_batch(batch, config.data.segment_mask)
+  def nll_step(variables, batch: targets_lib.Batch):
+    batch = targets_lib.visible_batch(batch, config.data.segment_mask)
     x_BTD, kernel_DV, routed = model.apply(
       variables,
       batch['tokens'],
@@ -44,33 +54,57 @@ def make_nll_step(
       segment_ids=batch['segment_ids'],
       positions=batch['positions'],
       max_recursions=max_recursions,
+      given=Given(depths_BT=choose(variables, batch)) if choose else None,
       rngs={'routing': router.evaluation_key(batch['tokens'])},
       method=Transformer.states_and_head,
     )
-    sums = {'targets': loss_lib.predicted(batch['segment_ids']).sum()}
+    sums = {'targets': targets_lib.predicted(batch).sum()}
+    groups = {'position': (batch['positions'] + 1, batch['tokens'].shape[1])} if by_position else {}
+    if difficulties:
+      groups['difficulty'] = (jnp.roll(batch['difficulty'], -1, axis=1), difficulties)
+    sums['nll'], found = _nll_by_group(x_BTD, kernel_DV, batch, groups, config.train.loss_chunk, mesh)
+    sums |= found
     if by_position:
-      sums['nll'], of_predicted = _nll_by_position(x_BTD, kernel_DV, batch, config.train.loss_chunk, mesh)
-      sums['position'] = of_predicted | _routing_by_position(batch, routed)
-    else:
-      sums['nll'] = loss_lib.next_token_nll(x_BTD, kernel_DV, batch, config.train.loss_chunk, mesh)
+      sums['position'] |= _routing_by_position(batch, routed)
+    if difficulties:
+      sums['difficulty']['depth_KR1'] = _depth_by_difficulty(
+        batch, routed, config.model.recursions, difficulties
+      )
     return sums if routed is None else sums | {'counts': routed.counts}
 
   return jax.jit(rules.on_mesh(mesh, nll_step), out_shardings=mesh_lib.replicated(mesh))
 
 
-def _nll_by_position(x_BTD, kernel_DV, batch, chunk, mesh):
-  """Sums over the predicted tokens, in total and by position."""
-  length = x_BTD.shape[1]
+def _nll_by_group(x_BTD, kernel_DV, batch, groups, chunk, mesh):
+  """Sums over the predicted tokens, in total and by group.
 
-  def token_loss(logits_NV, targets_mask_positions_N):
-    targets_N, mask_N, positions_N = targets_mask_positions_N
+  Args:
+    groups: by name the group (B, T) of the token that is predicted from each, and how many groups there are.
+  """
+
+  def token_loss(logits_NV, targets_mask_groups_N):
+    targets_N, mask_N, groups_N = targets_mask_groups_N
     nll_N = jnp.where(mask_N, vocabulary_loss.token_nll(logits_NV, targets_N), 0)
     counted = {'nll': nll_N, 'targets': mask_N.astype(nll_N.dtype)}
-    return nll_N.sum(), {name: _by_position(value, positions_N, length) for name, value in counted.items()}
+    found = {}
+    if 'difficulty' in groups:
+      counted['correct'] = (mask_N & (logits_NV.argmax(axis=-1) == targets_N)).astype(nll_N.dtype)
+      found['correct'] = counted['correct'].sum()
+    for name, (_, count) in groups.items():
+      found[name] = {key: _by_group(value, groups_N[name], count) for key, value in counted.items()}
+    return nll_N.sum(), found
 
-  predicted_at_BT = batch['positions'] + 1  # tokens of the document before the one that is predicted
-  args = (x_BTD, kernel_DV, batch, chunk, mesh, predicted_at_BT, None)
-  return loss_lib.sum_over_predicted(token_loss, *args)
+  groups_BT = {name: group_BT for name, (group_BT, _) in groups.items()}
+  return loss_lib.sum_over_predicted(token_loss, x_BTD, kernel_DV, batch, chunk, mesh, groups_BT, None)
+
+
+def _depth_by_difficulty(batch, routed, recursions, difficulties):
+  """Numbers of scored tokens (K, R + 1) by difficulty and the recursions taken where they are predicted."""
+  depth_BT = jnp.full(batch['tokens'].shape, recursions) if routed is None else routed.depth_BT
+  scored_BT = targets_lib.predicted(batch)
+  cell_BT = batch['difficulty'][:, 1:] * (recursions + 1) + depth_BT[:, :-1]
+  counts = _by_group(scored_BT, jnp.where(scored_BT, cell_BT, 0), difficulties * (recursions + 1))
+  return counts.reshape(difficulties, recursions + 1)
 
 
 def _routing_by_position(batch, routed):
@@ -79,13 +113,13 @@ def _routing_by_position(batch, routed):
   real_BT, length = batch['segment_ids'] > 0, batch['tokens'].shape[1]
   counted = {'tokens': real_BT, 'depth': routed.depth_BT, 'overflow': routed.overflow_RBT.any(axis=0)}
   return {
-    name: _by_position(jnp.where(real_BT, value_BT, 0), batch['positions'], length)
+    name: _by_group(jnp.where(real_BT, value_BT, 0), batch['positions'], length)
     for name, value_BT in counted.items()
   }
 
 
-def _by_position(values, positions, length):
-  return jax.ops.segment_sum(values.astype(jnp.float32).ravel(), positions.ravel(), num_segments=length)
+def _by_group(values, group, count):
+  return jax.ops.segment_sum(values.astype(jnp.float32).ravel(), group.ravel(), num_segments=count)
 
 
 def run(nll_step: Callable, variables: Any, batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from mor_jax.inference.text import complete
 from mor_jax.model import flops
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import runtime
-from mor_jax.training.loss import visible_segments
+from mor_jax.training import budget
+from mor_jax.training.targets import visible_segments
 from mor_jax.training.watch.goodput import Ledger
 
 
@@ -41,7 +42,7 @@ def of_run(
     'seconds': last.get('train/seconds', 0.0),
     'parameters': parameters.total,
     'non_embedding_parameters': parameters.non_embedding,
-    'train_flops': tokens * flops.train_flops_per_token(model, config.data.seq_len),
+    'train_flops': tokens * budget.train_flops_per_token(config),
     **{name: value for name, value in last.items() if name.startswith('validation/')},
     'validation/unigram_entropy': unigram,
     'validation/bigram_entropy': bigram,

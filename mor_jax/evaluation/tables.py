@@ -29,7 +29,7 @@ BENCHMARKS = (
   ('ARC', 'arc_', True),
   ('MMLU', 'mmlu', False),
 )
-TITLES = {'topk': 'top-k', 'threshold': 'threshold', 'none': ''}
+TITLES = {'topk': 'top-k', 'threshold': 'threshold', 'none': '', 'oracle': 'oracle (optimistic)'}
 
 
 def print_held_out(console: Console, result: dict[str, Any]) -> None:
@@ -45,7 +45,68 @@ def print_held_out(console: Console, result: dict[str, Any]) -> None:
   _print(console, 'Whole model', _whole(result))
   if len(first['recursion_limits']) > 1:
     _print(console, 'By recursion limit', _limits(modes))
+  if 'by_difficulty' in first:
+    _print(console, 'By difficulty', _difficulties(modes))
   _print(console, 'By position: tokens of the document before', _positions(modes))
+
+  if exits := result.get('exits'):
+    _print_exits(console, exits)
+
+
+def _print_exits(console: Console, exits: dict[str, Any]) -> None:
+  table = Table('readout', 'recursions k')
+  for column in ('loss', 'on every second row', 'temperature fitted on the others', 'loss with it'):
+    table.add_column(column, justify='right')
+  for entry in exits['readouts']:
+    losses = (f'{entry[name]:.4f}' for name in ('nll', 'nll_other_rows'))
+    table.add_row(
+      entry['control'],
+      str(entry['k']),
+      *losses,
+      f'{entry["temperature"]:.2f}',
+      f'{entry["nll_at_temperature"]:.4f}',
+    )
+  _print(console, 'What recursions are worth: readouts of one forward pass', table)
+  if 'contrast' in exits:
+    table = Table('weight w', 'loss')
+    for entry in exits['contrast']:
+      table.add_row(f'{entry["weight"]:g}', f'{entry["nll"]:.4f}')
+    _print(console, 'Contrast decoding: z_R + w (z_R - z_1)', table)
+  if 'calibration' in exits:
+    table = Table('recursion', 'probability')
+    for column in ('tokens', 'better served later', 'gain of the next, nats'):
+      table.add_column(column, justify='right')
+    for entry in exits['calibration']:
+      bounds = f'{entry["from"]:.1f} to {entry["to"]:.1f}'
+      values = (f'{entry["tokens"]:,}', f'{entry["better"]:.1%}', f'{entry["gain"]:+.4f}')
+      table.add_row(str(entry['recursion']), bounds, *values)
+    _print(console, 'What routers thought of going on, and what it was worth', table)
+    table = Table('recursion', 'token identity', 'position')
+    for entry in exits['explained']:
+      shares = ('-' if entry[name] is None else f'{entry[name]:.1%}' for name in ('token', 'position'))
+      table.add_row(str(entry['recursion']), *shares)
+    _print(console, "Share of the variance of routers' scores that is explained by", table)
+
+
+def _difficulties(modes: dict[str, Any]) -> Table:
+  table = _table('difficulty', modes, ['accuracy', 'loss', 'depth'])
+  table.add_column('tokens', justify='right')
+  for entries in zip(*(mode['by_difficulty'] for mode in modes.values()), strict=True):
+    row = [str(entries[0]['difficulty'])]
+    for entry in entries:
+      row += [f'{entry["accuracy"]:.1%}', f'{entry["nll"]:.4f}', f'{entry["mean_depth"]:.2f}']
+    table.add_row(*row, f'{entries[0]["predicted_tokens"]:,}')
+  cells = []
+  for mode in modes.values():
+    correlation = mode['rank_correlation']
+    cells += [
+      f'{mode["accuracy"]:.1%}',
+      f'{mode["nll"]:.4f}',
+      '' if correlation is None else f'r = {correlation:.2f}',
+    ]
+  first = next(iter(modes.values()))
+  table.add_row('all', *cells, f'{first["predicted_tokens"]:,}', style='bold')
+  return table
 
 
 def _print(console: Console, title: str, table: Table) -> None:
@@ -57,7 +118,7 @@ def _table(first: str, modes: dict[str, Any], columns: list[str]) -> Table:
   table = Table(first)
   for mode in modes:
     for column in columns:
-      table.add_column(f'{TITLES[mode]} {column}'.strip(), justify='right')
+      table.add_column(f'{TITLES.get(mode, mode)} {column}'.strip(), justify='right')
   return table
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from flax import struct
 
 from mor_jax.config import ModelConfig
-from mor_jax.model import cached_attention, relaxation, sharing
+from mor_jax.model import cached_attention, embedding, relaxation, sharing
 from mor_jax.model.cache import Layout, Pool, num_steps
 from mor_jax.model.cached_attention import View
 from mor_jax.model.layers import DecoderLayer, PerLayer, RMSNorm
@@ -123,7 +123,7 @@ def prepare(cached: CachedModel, variables: dict) -> DecodeParams:
   if config.kind == 'mor' and config.random_router:
     router['noise'] = router_noise(config, cached.layout.max_len)
   head = None if config.tie_embeddings else params['head']['kernel'].astype(dtype)
-  embed = params['embed']['embedding'].astype(dtype)
+  embed = embedding.table(config, params['embed']).astype(dtype)
   first, block, last = layers.get('first'), layers['block'], layers.get('last')
   return DecodeParams(embed, head, params['final_norm'], first, block, last, params.get('steps', {}), router)
 

@@ -19,7 +19,7 @@ from flax import linen as nn
 from mor_jax.config import ModelConfig
 from mor_jax.model import recursion, router, tokens
 from mor_jax.model.context import TokenContext
-from mor_jax.model.recursion import Rule
+from mor_jax.model.recursion import Given, Rule
 
 
 def top_k(logits_BT: jax.Array, active_BT: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -62,9 +62,13 @@ def admit(
   return wants_BT & fits_BT, wants_BT & ~fits_BT
 
 
+Routed = tuple[jax.Array, router.RoutingOutput, jax.Array | None]
+"""Residual stream, what routers did, and the streams after each recursion (R, B, T, D) if the rule keeps them."""
+
+
 def route_gathered(
-  block: nn.Module, steps_R: dict, x_BTD: jax.Array, context: TokenContext
-) -> tuple[jax.Array, router.RoutingOutput]:
+  block: nn.Module, steps_R: dict, x_BTD: jax.Array, context: TokenContext, rule: Rule, given: Given
+) -> Routed:
   """Top-k routing in which a step computes on its selected tokens only.
 
   Args:
@@ -72,22 +76,24 @@ def route_gathered(
     steps_R: what each step to be taken, R or fewer, has of its own, leaves with a leading R axis: 'router', with
       `causality=aux_router` also 'aux_router', their parameters; 'own', relaxed parameters
       (`relaxation.Steps`); 'threshold', logits above it enter under threshold routing;
-      with `random_router`, 'key', the step's random key.
+      with `random_router`, 'key', the step's random key; in training with noise on the choice, 'noise', its key.
     x_BTD: residual stream; tokens of segment 0 are padding and never selected.
     context: positions and segments of the tokens.
+    rule: 'topk'.
+    given: `most_B` at most.
   """
   config, length = block.config, x_BTD.shape[1]
   active_BT = context.segments_BC > 0
-  remembered, decisions, indices = None, [], []
-  for step, count in enumerate(config.selected_tokens(length)[: _count(steps_R)]):
+  remembered, decisions, indices, states = None, [], [], []
+  for step, count in enumerate(config.selected_tokens(length)[: rule.steps]):
     params = jax.tree.map(lambda leaf, r=step: leaf[r], steps_R)
     logits_BT, causal_BT = scores(config, params, x_BTD)
-    entered_BT = active_BT
+    active_BT = entered_BT = given.may_go_on(active_BT, step)
     if count == length:  # nothing to leave out: no need to move tokens
       indices_BC = jnp.broadcast_to(jnp.arange(length), active_BT.shape)
       x_BTD, remembered = _step_on_all(block, params['own'], x_BTD, context, logits_BT, active_BT, remembered)
     else:
-      indices_BC, chosen_BC = top_k(logits_BT, active_BT, count)
+      indices_BC, chosen_BC = top_k(with_noise(config, params, logits_BT), active_BT, count)
       x_BCD = tokens.take(x_BTD, indices_BC)
       y_BCD, remembered = recursion.run_step(
         block, params['own'], x_BCD, context.take(indices_BC), indices_BC, chosen_BC, remembered
@@ -97,15 +103,20 @@ def route_gathered(
       x_BTD = tokens.add(x_BTD, indices_BC, change_BCD)
       active_BT = tokens.mask(indices_BC, chosen_BC, length)
     indices.append(indices_BC)
+    states.append(x_BTD)
     decisions.append((logits_BT, causal_BT, entered_BT, active_BT, jnp.zeros_like(active_BT)))
   stacked = jax.tree.map(lambda *steps: jnp.stack(steps), *decisions)
-  return x_BTD, _record(config, steps_R, stacked, tuple(indices), 'topk')
+  states_RBTD = jnp.stack(states) if rule.keeps_states else None
+  return x_BTD, _record(config, steps_R, stacked, tuple(indices), 'topk'), states_RBTD
 
 
 def route_masked(
-  block: nn.Module, steps_R: dict, x_BTD: jax.Array, context: TokenContext, rule: Rule
-) -> tuple[jax.Array, router.RoutingOutput]:
-  """Routing by top-k or threshold in which every step computes on all tokens; arguments as in `route_gathered`."""
+  block: nn.Module, steps_R: dict, x_BTD: jax.Array, context: TokenContext, rule: Rule, given: Given
+) -> Routed:
+  """Routing in which every step computes on all tokens: top-k, threshold, or given depths.
+
+  Arguments as in `route_gathered`.
+  """
   config, steps = block.config, rule.steps
   starts_BT = context.positions_BC == 0
   always_R = jnp.array([capacity == 1.0 for capacity in config.step_capacities])
@@ -113,24 +124,24 @@ def route_masked(
 
   def step(block, carry, params_and_limits):
     x_BTD, active_BT, remembered = carry
-    params, limit, always = params_and_limits
+    params, limit, always, index = params_and_limits
     logits_BT, causal_BT = scores(config, params, x_BTD)
-    if rule.routing == 'topk':
-      selected_BT = top_k_mask(logits_BT, active_BT, limit)
+    active_BT = given.may_go_on(active_BT, index)
+    if given.depths_BT is not None:
+      selected_BT, overflow_BT = active_BT & (given.depths_BT > index), jnp.zeros_like(active_BT)
+    elif rule.routing == 'topk':
+      selected_BT = top_k_mask(with_noise(config, params, logits_BT), active_BT, limit)
       overflow_BT = jnp.zeros_like(selected_BT)
     else:
       selected_BT, overflow_BT = admit(causal_BT, active_BT, starts_BT, limit, always, params['threshold'])
     x_BTD, remembered = _step_on_all(block, params['own'], x_BTD, context, logits_BT, selected_BT, remembered)
-    return (x_BTD, selected_BT, remembered), (logits_BT, causal_BT, active_BT, selected_BT, overflow_BT)
+    decisions = logits_BT, causal_BT, active_BT, selected_BT, overflow_BT
+    return (x_BTD, selected_BT, remembered), (decisions, x_BTD if rule.keeps_states else None)
 
   start = x_BTD, context.segments_BC > 0, None
-  per_step = steps_R, limit_R[:steps], always_R[:steps]
-  (x_BTD, _, _), decisions = recursion.scan_steps(block, step, start, per_step, steps)
-  return x_BTD, _record(config, steps_R, decisions, None, rule.routing)
-
-
-def _count(steps_R: dict) -> int:
-  return steps_R['threshold'].shape[0]
+  per_step = steps_R, limit_R[:steps], always_R[:steps], jnp.arange(steps)
+  (x_BTD, _, _), (decisions, states_RBTD) = recursion.scan_steps(block, step, start, per_step, steps)
+  return x_BTD, _record(config, steps_R, decisions, None, rule.routing), states_RBTD
 
 
 def scores(config: ModelConfig, params: dict, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -138,12 +149,21 @@ def scores(config: ModelConfig, params: dict, x_BTD: jax.Array) -> tuple[jax.Arr
   if config.random_router:
     logits_BT = router.random_logits(params['key'], x_BTD.shape[:2])
     return logits_BT, logits_BT
+  if config.learns_benefit:
+    x_BTD = jax.lax.stop_gradient(x_BTD)
   scaled_BTD = x_BTD.astype(jnp.float32) / config.router_temperature
   logits_BT = router.score(config, params['router'], scaled_BTD, 1)[..., 0]
   if config.causality != 'aux_router':
     return logits_BT, logits_BT
   aux_BT1 = router.score(config, params['aux_router'], jax.lax.stop_gradient(x_BTD), 1)
   return logits_BT, aux_BT1[..., 0]
+
+
+def with_noise(config: ModelConfig, params: dict, logits_BT: jax.Array) -> jax.Array:
+  """The logits that the choice is made by: in training, those of the router plus logistic noise."""
+  if 'noise' not in params:
+    return logits_BT
+  return logits_BT + config.noise_scale * router.random_logits(params['noise'], logits_BT.shape)
 
 
 def _step_on_all(block, own, x_BTD, context, logits_BT, selected_BT, remembered):

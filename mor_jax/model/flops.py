@@ -7,6 +7,7 @@ import dataclasses
 import functools
 
 from mor_jax.config import ModelConfig
+from mor_jax.model.embedding import rows_of
 from mor_jax.model.layers import projections
 from mor_jax.model.relaxation import LORA_TARGETS
 from mor_jax.model.router import HIDDEN_FACTOR
@@ -59,8 +60,8 @@ def relaxation_parameters(config: ModelConfig) -> int:
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
   """Closed-form parameter counts; equal to the sizes of the initialised tree."""
-  matrices = 1 if config.tie_embeddings else 2
-  embedding = matrices * config.vocab_size * config.d_model
+  head = 0 if config.tie_embeddings else config.vocab_size * config.d_model
+  embedding = sum(rows_of(config).values()) * config.d_model + head
   outside_layers = config.d_model  # final norm
   if config.kind == 'mor':
     outside_layers += router_parameters(config)
@@ -71,13 +72,16 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
   return ParameterCount(embedding + non_embedding, embedding, non_embedding, unrolled)
 
 
-def paper_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+def paper_flops_per_token(config: ModelConfig, seq_len: int, recursions: int | None = None) -> float:
   """Forward FLOPs per token as the paper's tables count them (docs/model.md).
 
   Sum over unrolled layers at capacity c of c * 2(4D^2 + 3DF) + c^2 * 2TD: all projections
   as D x D, causal half of the attention, no embedding, head, router or backward pass. Where
   keys and values are shared, steps after the first attend to all tokens, c * 2TD, and, unless
   they overwrite (hybrid), save the two projections, c * 4D^2. Token-choice counts as balanced.
+
+  Args:
+    recursions: that tokens take at most; None: all.
   """
   d_model = config.d_model
   matrices = 2 * (4 * d_model**2 + 3 * d_model * config.mlp_dim)
@@ -85,7 +89,7 @@ def paper_flops_per_token(config: ModelConfig, seq_len: int) -> float:
   balanced = config.kind == 'mor' and config.router == 'token_choice'
   capacities = config.balanced_capacities if balanced else _pass_capacities(config)
   total = 2 * config.unique_ends * (matrices + attention)
-  for step, c in enumerate(capacities):
+  for step, c in enumerate(capacities[:recursions]):
     if config.kv == 'recursion_wise' or step == 0:
       layer = c * matrices + c**2 * attention
     else:
@@ -95,7 +99,9 @@ def paper_flops_per_token(config: ModelConfig, seq_len: int) -> float:
   return total
 
 
-def forward_flops_per_token(config: ModelConfig, seq_len: int, attention: float = 1.0) -> float:
+def forward_flops_per_token(
+  config: ModelConfig, seq_len: int, attention: float = 1.0, recursions: int | None = None
+) -> float:
   """FLOPs of the matrix products of a training forward pass, per token of a full row.
 
   With grouped-query projections, attention, routers and output head; a step computes on the C_r tokens
@@ -103,12 +109,13 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int, attention: float 
 
   Args:
     attention: share of all pairs of queries and keys that counts: 1, or 0.5 for those that causality leaves.
+    recursions: that tokens take at most; None: all.
   """
   layer_flops = functools.partial(_layer_forward_flops, config, attention=attention)
   everywhere = config.kind == 'vanilla' or config.dispatch == 'mask'
   per_step = (seq_len,) * config.passes if everywhere else config.selected_tokens(seq_len)
   per_row = 2 * config.unique_ends * layer_flops(seq_len, seq_len)
-  for step, count in enumerate(per_step):
+  for step, count in enumerate(per_step[:recursions]):
     if config.kv == 'recursion_wise' or step == 0:
       layer = layer_flops(count, count)
     else:
@@ -119,13 +126,46 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int, attention: float 
   return per_row / seq_len + 2 * config.d_model * config.vocab_size
 
 
-def train_flops_per_token(config: ModelConfig, seq_len: int, attention: float = 1.0) -> float:
-  """FLOPs of matrix products per token of a training step: forward, and twice that backward.
+def train_flops_per_token(
+  config: ModelConfig, seq_len: int, attention: float = 1.0, recursions: int | None = None
+) -> float:
+  """FLOPs of matrix products per token of a training step: forward, and twice that backward; labels of routers.
 
-  What remat computes a second time is not counted: it is the price, not the work. `attention` as in
+  What remat computes a second time is not counted: it is the price, not the work. Arguments as in
   `forward_flops_per_token`.
   """
-  return 3 * forward_flops_per_token(config, seq_len, attention)
+  labels = label_flops_per_token(config, seq_len, attention, recursions)
+  return 3 * forward_flops_per_token(config, seq_len, attention, recursions) + labels
+
+
+def label_flops_per_token(
+  config: ModelConfig, seq_len: int, attention: float = 1.0, recursions: int | None = None
+) -> float:
+  """FLOPs, per token of a training step, of the forward pass that makes labels for `router_target=benefit`.
+
+  `benefit_rows` of the rows take all recursions and are read out after each, by last layer and head.
+  """
+  if not config.learns_benefit or recursions == 1:
+    return 0.0
+  head = 2 * config.d_model * config.vocab_size
+  exits = (recursions or config.recursions) - 1  # beside the one that a forward pass has
+  last = config.unique_ends * _layer_forward_flops(config, seq_len, seq_len, attention=attention) / seq_len
+  everything = forward_flops_per_token(_all_tokens(config), seq_len, attention, recursions)
+  return config.benefit_rows * (everything + exits * (head + last))
+
+
+def paper_label_flops_per_token(config: ModelConfig, seq_len: int, recursions: int | None = None) -> float:
+  """`label_flops_per_token` as `paper_flops_per_token` counts."""
+  if not config.learns_benefit or recursions == 1:
+    return 0.0
+  exits = (recursions or config.recursions) - 1
+  last = 2 * (4 * config.d_model**2 + 3 * config.d_model * config.mlp_dim) + 2 * seq_len * config.d_model
+  everything = paper_flops_per_token(_all_tokens(config), seq_len, recursions)
+  return config.benefit_rows * (everything + exits * config.unique_ends * last)
+
+
+def _all_tokens(config: ModelConfig) -> ModelConfig:
+  return dataclasses.replace(config, capacities=(1.0,) * config.recursions)
 
 
 def vanilla_of(config: ModelConfig) -> ModelConfig:

@@ -83,13 +83,14 @@ class Linear(nn.Module):
 
   config: ModelConfig
   projection: Projection
+  std: float
 
   @nn.compact
   def __call__(self, x: jax.Array, factors: dict | None = None) -> jax.Array:
     """x (B, C, I) -> (B, C, O); `factors` of a low-rank change, of each lane: down (B, I, r), up (B, r, O)."""
     cfg, names = self.config, self.projection.axes
     chex.assert_axis_dimension(x, -1, self.projection.inputs)
-    init = nn.with_logical_partitioning(nn.initializers.normal(cfg.init_std), names)
+    init = nn.with_logical_partitioning(nn.initializers.normal(self.std), names)
     kernel_IO = self.param('kernel', init, (self.projection.inputs, self.projection.outputs), jnp.float32)
     dtype = jnp.dtype(cfg.dtype)
     kernel_IO = axes.gather_parameter(kernel_IO.astype(dtype), names)
@@ -105,6 +106,7 @@ class Attention(nn.Module):
   """Grouped-query attention from the layer's tokens to what the memory gives them."""
 
   config: ModelConfig
+  uses: int = 1
 
   @nn.compact
   def __call__(
@@ -115,7 +117,8 @@ class Attention(nn.Module):
     kernels, lora = projections(cfg), layer.own.get('lora', {})
 
     def linear(name, x):
-      made = Linear(cfg, kernels[f'attention/{name}'], name=name)
+      std = cfg.output_std(self.uses) if name == 'output' else cfg.init_std
+      made = Linear(cfg, kernels[f'attention/{name}'], std, name=name)
       return made(x, lora.get(f'attention_{name}'))
 
     def heads(name, count):
@@ -134,6 +137,7 @@ class MLP(nn.Module):
   """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
 
   config: ModelConfig
+  uses: int = 1
 
   @nn.compact
   def __call__(self, x_BCD: jax.Array, layer: PerLayer) -> jax.Array:
@@ -141,7 +145,8 @@ class MLP(nn.Module):
     kernels, lora = projections(cfg), layer.own.get('lora', {})
 
     def linear(name):
-      return Linear(cfg, kernels[f'mlp/{name}'], name=name)
+      std = cfg.output_std(self.uses) if name == 'down' else cfg.init_std
+      return Linear(cfg, kernels[f'mlp/{name}'], std, name=name)
 
     gate_BCF = linear('gate')(x_BCD, lora.get('mlp_gate'))
     up_BCF = linear('up')(x_BCD, lora.get('mlp_up'))
@@ -156,9 +161,14 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x)); also returns what the memory keeps of the layer."""
+  """x + attention(norm(x)), then x + mlp(norm(x)); also returns what the memory keeps of the layer.
+
+  Attributes:
+    uses: how often a token passes the layer, for its initial weights.
+  """
 
   config: ModelConfig
+  uses: int = 1
 
   @nn.compact
   def __call__(
@@ -180,7 +190,7 @@ class DecoderLayer(nn.Module):
     def normed(name, x_BCD):
       return RMSNorm(cfg, name=name)(x_BCD, norms[name]['scale'] if name in norms else None)
 
-    attention = Attention(cfg, name='attention')
+    attention = Attention(cfg, self.uses, name='attention')
     attended_BCD, kept = attention(normed('attention_norm', x_BCD), layer, memory, rotation)
     x_BCD = x_BCD + attended_BCD
-    return x_BCD + MLP(cfg, name='mlp')(normed('mlp_norm', x_BCD), layer), kept
+    return x_BCD + MLP(cfg, self.uses, name='mlp')(normed('mlp_norm', x_BCD), layer), kept

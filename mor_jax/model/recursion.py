@@ -30,12 +30,31 @@ class Rule(NamedTuple):
     max_len: under threshold routing, the longest sequence that places are counted for.
     slack: under threshold routing, places of a step per token expected (`ModelConfig.step_places`).
     steps: recursions that a token may take, at most R.
+    keeps_states: return the residual stream after every recursion, too.
   """
 
   routing: str
   max_len: int
   slack: float
   steps: int
+  keeps_states: bool = False
+
+
+@struct.dataclass
+class Given:
+  """Depths that tokens are given in a call; None: the rule decides.
+
+  Attributes:
+    depths_BT: recursions that each token takes, whatever routers say and however many others do.
+    most_B: recursions that the tokens of a row take at most.
+  """
+
+  depths_BT: jax.Array | None = None
+  most_B: jax.Array | None = None
+
+  def may_go_on(self, active_BT: jax.Array, step: int | jax.Array) -> jax.Array:
+    """Which of the active tokens their row lets take this step, counted from 0."""
+    return active_BT if self.most_B is None else active_BT & (self.most_B > step)[:, None]
 
 
 def make_rule(
@@ -45,6 +64,7 @@ def make_rule(
   max_len: int | None,
   slack: float | None,
   max_recursions: int | None,
+  keeps_states: bool = False,
 ) -> Rule:
   """The rule for rows of `length` tokens, with the defaults and errors that `Transformer` documents."""
   if routing not in ('topk', 'threshold'):
@@ -57,7 +77,7 @@ def make_rule(
     raise ValueError(
       f'max_recursions={steps} is not possible with {config.recursions} recursions and sharing={config.sharing}'
     )
-  return Rule(routing, max_len, config.threshold_slack if slack is None else slack, steps)
+  return Rule(routing, max_len, config.threshold_slack if slack is None else slack, steps, keeps_states)
 
 
 def limits(config: ModelConfig, rule: Rule, length: int) -> tuple[int, ...]:
@@ -75,35 +95,48 @@ class Remembered:
   context: TokenContext
 
 
-def repeat(block: nn.Module, own_R: dict, x_BTD: jax.Array, context: TokenContext, steps: int) -> jax.Array:
-  """Applies the block `steps` times, or under `sequence` sharing each of its layers R times.
+def repeat(
+  block: nn.Module, own_R: dict, x_BTD: jax.Array, context: TokenContext, rule: Rule, given: Given
+) -> tuple[jax.Array, jax.Array | None]:
+  """Applies the block `rule.steps` times, or under `sequence` sharing each of its layers R times.
 
   Args:
     own_R: what each step has of its own (`relaxation.Steps`).
-    steps: at most R.
+    given: where tokens stop.
+
+  Returns:
+    The residual stream, and those after each recursion (R, B, T, D) if the rule keeps them.
   """
   config = block.config
   if config.sharing.endswith('cycle'):
-    own_steps = jax.tree.map(lambda leaf_R: leaf_R[:steps], own_R)
-    return _repeat_layers(block, own_steps, x_BTD, context, config.shared_depth, steps)
+    own_steps = jax.tree.map(lambda leaf_R: leaf_R[: rule.steps], own_R)
+    return _repeat_layers(block, own_steps, x_BTD, context, config.shared_depth, rule, given)
 
   def repeat_layer(layer, x_BTD, own_R):
     own_R = jax.tree.map(lambda leaf_R: leaf_R[:, None], own_R)
-    return _repeat_layers(layer, own_R, x_BTD, context, 1, config.recursions), None
+    return _repeat_layers(layer, own_R, x_BTD, context, 1, rule, given)
 
   own_N = jax.tree.map(lambda leaf_RN: leaf_RN.swapaxes(0, 1), own_R)
   layer_by_layer = _scan_parts(config, repeat_layer, config.shared_depth)
-  return _with_parameters(lambda leaf_N: leaf_N[:, None], layer_by_layer)(block, x_BTD, own_N)[0]
+  return _with_parameters(lambda leaf_N: leaf_N[:, None], layer_by_layer)(block, x_BTD, own_N)[0], None
 
 
-def _repeat_layers(layers, own_R, x_BTD, context, count, steps):
+def _repeat_layers(layers, own_R, x_BTD, context, count, rule, given):
   """Passes over the same `count` layers."""
 
-  def one_pass(layers, carry, own):
+  def one_pass(layers, carry, own_and_step):
     x_BTD, remembered = carry
-    return run_pass(layers, own, relaxation.encode(x_BTD, own), context, remembered, count), None
+    own, step = own_and_step
+    y_BTD, remembered = run_pass(layers, own, relaxation.encode(x_BTD, own), context, remembered, count)
+    if given.depths_BT is not None:  # who left keeps its stream, of which others still read keys and values
+      y_BTD = jnp.where((given.depths_BT > step)[..., None], y_BTD, x_BTD)
+    if given.most_B is not None:
+      y_BTD = jnp.where((given.most_B > step)[:, None, None], y_BTD, x_BTD)
+    return (y_BTD, remembered), y_BTD if rule.keeps_states else None
 
-  return scan_steps(layers, one_pass, (x_BTD, None), own_R, steps)[0][0]
+  per_step = own_R, jnp.arange(rule.steps)
+  (x_BTD, _), states = scan_steps(layers, one_pass, (x_BTD, None), per_step, rule.steps)
+  return x_BTD, states
 
 
 def share_memory(block: nn.Module, x_BTD: jax.Array, context: TokenContext) -> jax.Array:

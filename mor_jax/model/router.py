@@ -76,8 +76,8 @@ def evaluation_key(tokens_BT: jax.Array) -> jax.Array:
 
 
 def activate(config: ModelConfig, logits: jax.Array) -> jax.Array:
-  """Gate: alpha * activation(logits); softmax acts on the last axis. A random router's is the same for all."""
-  if config.random_router:
+  """Gate: alpha * activation(logits); softmax acts on the last axis. Routers that only choose have one for all."""
+  if config.constant_gate is not None:
     return jnp.full(logits.shape, config.constant_gate, jnp.float32)
   functions = {
     'sigmoid': jax.nn.sigmoid,
@@ -188,8 +188,12 @@ def update_state(
   if 'bias' in state:
     return {'bias': _next_bias(config, state['bias'], counts['chosen_R'], step)}
   if 'threshold' in state:
-    seen_R = counts['border_rows_R'] > 0
-    border_R = counts['border_R'] / jnp.maximum(counts['border_rows_R'], 1)
+    # A training that grows, or stops short, takes fewer recursions than there are.
+    rows_R, border_R = (
+      jnp.zeros_like(state['updates']).at[: counts[name].shape[0]].set(counts[name])
+      for name in ('border_rows_R', 'border_R')
+    )
+    seen_R, border_R = rows_R > 0, border_R / jnp.maximum(rows_R, 1)
     decay_R = jnp.where(state['updates'] > 0, config.ema_decay, 0.0)
     moved_R = decay_R * state['threshold'] + (1 - decay_R) * border_R
     return {
@@ -216,16 +220,22 @@ def loss_weights(config: ModelConfig) -> dict[str, float]:
   }
 
 
-def entrants(config: ModelConfig, segment_ids_BT: jax.Array) -> jax.Array:
+def entrants(config: ModelConfig, segment_ids_BT: jax.Array, most_B: jax.Array | None = None) -> jax.Array:
   """Tokens (R,) that enter each step under top-k, known before the forward pass.
 
   Step 0 is offered every token that is not padding, step r those that step r - 1 took.
   What token-choice does later than step 0 is not known in advance, nor needed.
+
+  Args:
+    most_B: recursions that the tokens of each row take at most; None: all.
   """
   length = segment_ids_BT.shape[1]
   offered_R = jnp.array((length, *config.selected_tokens(length)[:-1]))
   real_B = (segment_ids_BT > 0).sum(axis=1)
-  return jnp.minimum(offered_R[:, None], real_B[None, :]).sum(axis=1).astype(jnp.float32)
+  entered_RB = jnp.minimum(offered_R[:, None], real_B[None, :])
+  if most_B is not None:
+    entered_RB = jnp.where(jnp.arange(config.recursions)[:, None] < most_B, entered_RB, 0)
+  return entered_RB.sum(axis=1).astype(jnp.float32)
 
 
 def summarize(counts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

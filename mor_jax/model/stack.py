@@ -53,7 +53,7 @@ def stacked_layers(config: ModelConfig) -> nn.Module:
     metadata_params={nn.PARTITION_NAME: 'layers'},
     check_constancy_invariants=False,  # the check would trace every layer once more
   )
-  return scanned(config)
+  return scanned(config, config.recursions)
 
 
 def _rematerialized(config: ModelConfig, in_loop: bool) -> type[DecoderLayer]:

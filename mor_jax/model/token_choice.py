@@ -14,7 +14,7 @@ from flax import linen as nn
 from mor_jax.config import ModelConfig
 from mor_jax.model import recursion, router, tokens
 from mor_jax.model.context import TokenContext
-from mor_jax.model.recursion import Rule
+from mor_jax.model.recursion import Given, Rule
 
 
 def route(
@@ -25,7 +25,8 @@ def route(
   x_BTD: jax.Array,
   context: TokenContext,
   rule: Rule,
-) -> tuple[jax.Array, router.RoutingOutput]:
+  given: Given,
+) -> tuple[jax.Array, router.RoutingOutput, jax.Array | None]:
   """The recursions of a token-choice model.
 
   Under gather dispatch with top-k routing, steps of limited size compute on gathered tokens;
@@ -40,17 +41,32 @@ def route(
     context: positions and segments of the tokens.
     rule: under 'topk' places are counted over the row, as in training; under 'threshold' over each document. A
       token that chose more than `rule.steps` recursions stops there.
+    given: depths in place of the tokens' choice, and the most that rows allow.
+
+  Returns:
+    Residual stream, what the router did, and, if the rule keeps them, what the stream would be if it ended after
+    each recursion (R, B, T, D).
   """
   config, real_BT = block.config, context.segments_BC > 0
   logits_BTR = scores(config, params, x_BTD)
   gates_BTR, choice_BT, gate_BT1 = choose(config, logits_BTR, bias_R)
-  run = _run_gathered if config.dispatch == 'gather' and rule.routing == 'topk' else _run_masked
-  h_BTD, (entered_RBT, selected_RBT, overflow_RBT), indices = run(
-    block, own_R, x_BTD, context, choice_BT, gate_BT1, rule
+  if given.depths_BT is not None:
+    choice_BT = jnp.clip(given.depths_BT - 1, 0, config.recursions - 1)
+    gate_BT1 = jnp.take_along_axis(gates_BTR, choice_BT[..., None], axis=-1)
+  free = given.depths_BT is None
+  run = _run_gathered if config.dispatch == 'gather' and rule.routing == 'topk' and free else _run_masked
+  h_BTD, (entered_RBT, selected_RBT, overflow_RBT), indices, states_RBTD = run(
+    block, own_R, x_BTD, context, choice_BT, gate_BT1, rule, given
   )
-  x_BTD = jnp.where(real_BT[..., None], finish(config, x_BTD, h_BTD, gate_BT1), x_BTD)
+
+  def ended(h_BTD):
+    return jnp.where(real_BT[..., None], finish(config, x_BTD, h_BTD, gate_BT1), x_BTD)
+
+  if states_RBTD is not None:
+    states_RBTD = jax.vmap(ended)(states_RBTD)
+  y_BTD = ended(h_BTD)
   depths_R11 = jnp.arange(config.recursions)[:, None, None]
-  return x_BTD, router.RoutingOutput(
+  routed = router.RoutingOutput(
     logits_RBT=jnp.moveaxis(logits_BTR, -1, 0),
     entered_RBT=entered_RBT,
     selected_RBT=selected_RBT,
@@ -60,6 +76,7 @@ def route(
     losses=_losses(config, logits_BTR, gates_BTR, choice_BT, real_BT),
     extra_counts={'chosen_R': ((choice_BT == depths_R11) & real_BT).sum((1, 2))},
   )
+  return y_BTD, routed, states_RBTD
 
 
 def scores(config: ModelConfig, params: dict | jax.Array, x_BTD: jax.Array) -> jax.Array:
@@ -89,32 +106,37 @@ def finish(config: ModelConfig, x: jax.Array, h: jax.Array, gate: jax.Array) -> 
   return x + h
 
 
-def _run_masked(block, own_R, x_BTD, context, choice_BT, gate_BT1, rule):
+def _run_masked(block, own_R, x_BTD, context, choice_BT, gate_BT1, rule, given):
   config, steps = block.config, rule.steps
   always_R = jnp.array([capacity == 1.0 for capacity in config.step_capacities])
   limit_R = jnp.array(recursion.limits(config, rule, x_BTD.shape[1]))
+  if given.depths_BT is not None:
+    always_R = jnp.ones_like(always_R)
   starts_BT = _count_from(context, rule.routing)
 
   def step(block, carry, step_and_limits):
     h_BTD, active_BT, remembered = carry
     index, limit, always, own = step_and_limits
+    active_BT = given.may_go_on(active_BT, index)
     selected_BT, overflow_BT = _enter(active_BT, choice_BT >= index, starts_BT, limit, always)
     h_BTD, remembered = _step_on_all(block, own, h_BTD, context, selected_BT, gate_BT1, remembered)
-    return (h_BTD, selected_BT, remembered), (active_BT, selected_BT, overflow_BT)
+    decisions = active_BT, selected_BT, overflow_BT
+    return (h_BTD, selected_BT, remembered), (decisions, h_BTD if rule.keeps_states else None)
 
   start = x_BTD, context.segments_BC > 0, None
   per_step = jnp.arange(config.recursions), limit_R, always_R, own_R
   per_step = jax.tree.map(lambda leaf_R: leaf_R[:steps], per_step)
-  (h_BTD, _, _), decisions = recursion.scan_steps(block, step, start, per_step, steps)
-  return h_BTD, decisions, None
+  (h_BTD, _, _), (decisions, states) = recursion.scan_steps(block, step, start, per_step, steps)
+  return h_BTD, decisions, None, states
 
 
-def _run_gathered(block, own_R, x_BTD, context, choice_BT, gate_BT1, rule):
+def _run_gathered(block, own_R, x_BTD, context, choice_BT, gate_BT1, rule, given):
   config, length = block.config, x_BTD.shape[1]
   starts_BT = _count_from(context, rule.routing)
-  h_BTD, active_BT, remembered, decisions, indices = x_BTD, context.segments_BC > 0, None, [], []
+  h_BTD, active_BT, remembered = x_BTD, context.segments_BC > 0, None
+  decisions, indices, states = [], [], []
   for index, count in enumerate(config.selected_tokens(length)[: rule.steps]):
-    entered_BT = active_BT
+    active_BT = entered_BT = given.may_go_on(active_BT, index)
     own = jax.tree.map(lambda leaf, r=index: leaf[r], own_R)
     always = config.step_capacities[index] == 1.0
     active_BT, overflow_BT = _enter(active_BT, choice_BT >= index, starts_BT, count, always)
@@ -133,7 +155,9 @@ def _run_gathered(block, own_R, x_BTD, context, choice_BT, gate_BT1, rule):
       kept_BCD = jnp.where(chosen_BC[..., None], y_BCD, h_BCD)
       h_BTD = tokens.put(h_BTD, indices_BC, kept_BCD)
     indices.append(indices_BC)
-  return h_BTD, jax.tree.map(lambda *steps: jnp.stack(steps), *decisions), tuple(indices)
+    states.append(h_BTD)
+  stacked = jax.tree.map(lambda *steps: jnp.stack(steps), *decisions)
+  return h_BTD, stacked, tuple(indices), jnp.stack(states) if rule.keeps_states else None
 
 
 def _step_on_all(block, own, h_BTD, context, selected_BT, gate_BT1, remembered):

@@ -11,8 +11,10 @@ from flax import struct
 from mor_jax.config import ModelConfig
 from mor_jax.model import axes, expert_choice, recursion, relaxation, router, stack, token_choice
 from mor_jax.model.context import TokenContext
+from mor_jax.model.embedding import Embedding
 from mor_jax.model.layers import RMSNorm
 from mor_jax.model.memory import Row
+from mor_jax.model.recursion import Given
 from mor_jax.model.rotary import rotation
 from mor_jax.model.router import RoutingOutput
 
@@ -35,13 +37,13 @@ class ModelOutput:
 class Transformer(nn.Module):
   """A vanilla, recursive or Mixture-of-Recursions language model, as `config.kind` says.
 
-  Parameters: embed/embedding (V, D); block/..., the layers that are shared, or all layers of a vanilla model,
+  Parameters: embed/embedding (V, D), or two tables with `embed_factor`; block/..., the layers that are shared, or all layers of a vanilla model,
   every leaf with a leading axis N; first/... and last/..., the layers around it, where `config.unique_ends` says so;
   router/... and aux_router/..., for expert-choice with a leading axis of the R recursions; steps/..., with that axis,
   for relaxed sharing; final_norm/scale (D,); head/kernel (D, V) unless embeddings are tied.
 
   Some routers keep a state of their own, collection 'routing' (`router.init_state`), which the trainer updates.
-  A random router draws from the rng stream 'routing'.
+  A random router draws from the rng stream 'routing', the noise on a choice in training from 'noise'.
   """
 
   config: ModelConfig
@@ -49,10 +51,7 @@ class Transformer(nn.Module):
   def setup(self):
     cfg = self.config
     init = nn.initializers.normal(cfg.init_std)
-    embedding_init = nn.with_logical_partitioning(init, ('vocab', 'embed'))
-    self.embed = nn.Embed(
-      cfg.vocab_size, cfg.d_model, dtype=jnp.dtype(cfg.dtype), embedding_init=embedding_init
-    )
+    self.embed = Embedding(cfg)
     self.block = stack.stacked_layers(cfg)
     if cfg.unique_ends:
       self.first, self.last = stack.single_layer(cfg), stack.single_layer(cfg)
@@ -80,6 +79,7 @@ class Transformer(nn.Module):
     positions: jax.Array | None = None,
     max_recursions: int | None = None,
     with_logits: bool = True,
+    given: Given | None = None,
   ) -> ModelOutput:
     """Logits for every token.
 
@@ -92,6 +92,7 @@ class Transformer(nn.Module):
       positions: (B, T) position in the document; default: counted from the document's start.
       max_recursions: recursions a token takes at most; default: R.
       with_logits: False leaves the output head to the caller (`states_and_head`).
+      given: depths of the tokens, in place of those that the routers choose.
 
     Raises:
       ValueError: unknown routing, max_len shorter than the row, or max_recursions that the model cannot have.
@@ -103,11 +104,58 @@ class Transformer(nn.Module):
     x_BTD = self.embedded(tokens_BT)
     if self.is_initializing():
       self._make_parameters()
-      routed = None
+      routed, x_BTD = None, self.final_norm(x_BTD)
     else:
-      x_BTD, routed = self._layers(x_BTD, context, rule)
-    x_BTD = self.final_norm(x_BTD)
+      x_BTD, routed, _ = self._recursions(self._begin(x_BTD, context), context, rule, given or Given())
+      x_BTD = self._end(x_BTD, context)
     return ModelOutput(self.logits(x_BTD) if with_logits else None, routed, x_BTD)
+
+  def trajectory(
+    self,
+    tokens_BT: jax.Array,
+    routing: str = 'threshold',
+    max_len: int | None = None,
+    slack: float | None = None,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    max_recursions: int | None = None,
+    given: Given | None = None,
+  ) -> tuple[jax.Array, RoutingOutput | None]:
+    """The residual stream (R + 1, B, T, D) before the recursions and after each, for `read`; and the routing.
+
+    Arguments as in `__call__`. A token that left keeps its stream.
+
+    Raises:
+      ValueError: the model has no recursions that it could stop after, or as in `__call__`.
+    """
+    if not self.config.can_stop_early:
+      raise ValueError(f'a {self.config.kind} model, sharing={self.config.sharing}, has no exits')
+    rule = recursion.make_rule(
+      self.config, tokens_BT.shape[1], routing, max_len, slack, max_recursions, keeps_states=True
+    )
+    context = token_context(tokens_BT, segment_ids, positions)
+    x_BTD = self._begin(self.embedded(tokens_BT), context)
+    _, routed, states_RBTD = self._recursions(x_BTD, context, rule, given or Given())
+    return jnp.concatenate([x_BTD[None], states_RBTD]), routed
+
+  def read(
+    self, states_EBTD: jax.Array, segment_ids: jax.Array, positions: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Normed final states (E, B, T, D) if the recursions left each of these streams; and `head_kernel`."""
+    exits, batch = states_EBTD.shape[:2]
+    # Rows stay the major axis, along which they lie on different devices.
+    x_BTD = jnp.moveaxis(states_EBTD, 0, 1).reshape(batch * exits, *states_EBTD.shape[2:])
+    context = TokenContext(*(jnp.repeat(a_BT, exits, axis=0) for a_BT in (positions, segment_ids)))
+    x_BTD = self._end(x_BTD, context)
+    return jnp.moveaxis(x_BTD.reshape(batch, exits, *x_BTD.shape[1:]), 1, 0), self.head_kernel()
+
+  def router_logits(self, states_RBTD: jax.Array) -> jax.Array:
+    """Logits (R, B, T) with which the router of each step sees the stream that it is offered (expert-choice)."""
+    steps = states_RBTD.shape[0]
+    routers = jax.tree.map(lambda leaf_R: leaf_R[:steps], nn.unbox(self.router.variables['params']))
+    return jax.vmap(lambda params, x_BTD: expert_choice.scores(self.config, {'router': params}, x_BTD)[0])(
+      routers, states_RBTD
+    )
 
   def states_and_head(self, *args, **kwargs) -> tuple[jax.Array, jax.Array, RoutingOutput | None]:
     """For a loss that makes the logits itself: normed final states (B, T, D), `head_kernel`, and the routing.
@@ -124,7 +172,7 @@ class Transformer(nn.Module):
     would stop counting if they were added up in bfloat16.
     """
     dtype = jnp.dtype(self.config.dtype)
-    embedding_VD = axes.gather_parameter(self.embed.embedding, ('vocab', 'embed'), dtype)
+    embedding_VD = axes.gather_parameter(self.embed(), ('vocab', 'embed'), dtype)
 
     def look_up(embedding_VD, tokens_BT):
       return jnp.take(embedding_VD, tokens_BT, axis=0).astype(dtype)
@@ -134,7 +182,7 @@ class Transformer(nn.Module):
 
   def head_kernel(self) -> jax.Array:
     """Kernel (D, V) of the output head, float32; from other devices it travels in the model's dtype."""
-    kernel_DV = self.embed.embedding.T if self.config.tie_embeddings else self.head()['kernel']
+    kernel_DV = self.embed().T if self.config.tie_embeddings else self.head()['kernel']
     return axes.gather_parameter(kernel_DV, ('embed', 'vocab'), jnp.dtype(self.config.dtype))
 
   def logits(self, x_BTD: jax.Array) -> jax.Array:
@@ -143,27 +191,32 @@ class Transformer(nn.Module):
     logits_NV = head_product(self.config, x_ND, self.head_kernel())
     return axes.constrain(logits_NV.reshape(*x_BTD.shape[:-1], -1), 'batch', 'length', 'vocab')
 
-  def _layers(self, x_BTD, context, rule):
-    cfg = self.config
-    turns = rotation(cfg, context.positions_BC)
-    if cfg.unique_ends:
+  def _begin(self, x_BTD, context):
+    if self.config.unique_ends:
+      turns = rotation(self.config, context.positions_BC)
       x_BTD, _ = stack.run_layers(self.first, x_BTD, Row(context), turns)
-    x_BTD, routed = self._recursions(x_BTD, context, rule)
-    if cfg.unique_ends:
+    return x_BTD
+
+  def _end(self, x_BTD, context):
+    if self.config.unique_ends:
+      turns = rotation(self.config, context.positions_BC)
       x_BTD, _ = stack.run_layers(self.last, x_BTD, Row(context), turns)
-    return x_BTD, routed
+    return self.final_norm(x_BTD)
 
-  def _recursions(self, x_BTD, context, rule):
+  def _recursions(self, x_BTD, context, rule, given):
     cfg = self.config
+    if (given.depths_BT is not None or given.most_B is not None) and not cfg.can_stop_early:
+      raise ValueError(f'a {cfg.kind} model, sharing={cfg.sharing}, has no depths to be given')
     if cfg.kind == 'mor':
-      return self._route(x_BTD, context, rule)
+      return self._route(x_BTD, context, rule, given)
     if cfg.kind == 'recursive':
-      return recursion.repeat(self.block, self.steps(), x_BTD, context, rule.steps), None
+      x_BTD, states_RBTD = recursion.repeat(self.block, self.steps(), x_BTD, context, rule, given)
+      return x_BTD, None, states_RBTD
     if cfg.passes > 1:
-      return recursion.share_memory(self.block, x_BTD, context), None
-    return recursion.run_pass(self.block, {}, x_BTD, context, None, cfg.shared_depth)
+      return recursion.share_memory(self.block, x_BTD, context), None, None
+    return *recursion.run_pass(self.block, {}, x_BTD, context, None, cfg.shared_depth), None
 
-  def _route(self, x_BTD, context, rule):
+  def _route(self, x_BTD, context, rule, given):
     cfg, own_R = self.config, self.steps()
     zeros_R = jnp.zeros((cfg.recursions,))
     if cfg.random_router:
@@ -173,15 +226,17 @@ class Transformer(nn.Module):
       routers = nn.unbox(self.router.variables['params'])
     if cfg.router == 'token_choice':
       bias_R = self.routing_state['bias'].value if 'bias' in self.routing_state else zeros_R
-      return token_choice.route(self.block, routers, own_R, bias_R, x_BTD, context, rule)
+      return token_choice.route(self.block, routers, own_R, bias_R, x_BTD, context, rule, given)
     steps_R = {'own': own_R, 'threshold': self.get_variable('routing', 'threshold', zeros_R)}
     steps_R['key' if cfg.random_router else 'router'] = routers
     if cfg.has_aux_router:
       steps_R['aux_router'] = nn.unbox(self.aux_router.variables['params'])
+    if cfg.noise_scale and self.has_rng('noise'):
+      steps_R['noise'] = jax.random.split(self.make_rng('noise'), cfg.recursions)
     steps_R = jax.tree.map(lambda leaf_R: leaf_R[: rule.steps], steps_R)
-    if cfg.dispatch == 'gather' and rule.routing == 'topk':
-      return expert_choice.route_gathered(self.block, steps_R, x_BTD, context)
-    return expert_choice.route_masked(self.block, steps_R, x_BTD, context, rule)
+    if cfg.dispatch == 'gather' and rule.routing == 'topk' and given.depths_BT is None:
+      return expert_choice.route_gathered(self.block, steps_R, x_BTD, context, rule, given)
+    return expert_choice.route_masked(self.block, steps_R, x_BTD, context, rule, given)
 
   def _make_parameters(self):
     """Runs every part of the model once, on a single token, which is enough to make its parameters."""

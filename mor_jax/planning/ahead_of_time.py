@@ -108,7 +108,7 @@ def compile_step(config: Config, mesh: Mesh, teacher: Teacher | None = None, fas
       programs have up to 15% more temporaries, and more memory traffic.
   """
   config = phases.plan(config)[-1][1]
-  model, optimizer = Transformer(config.model), make_optimizer(config.train, config.model.has_aux_router)
+  model, optimizer = Transformer(config.model), make_optimizer(config.train, config.model)
   state = abstract_state(initializer(model, optimizer, mesh, config.data.seq_len))
   batch = abstract_batch(config, mesh)
   begin, cpu_begin = time.perf_counter(), time.process_time()

@@ -140,7 +140,7 @@ class Training:
     self._run, self._given, self._checkpoints = run, given, checkpoints
     config, self._mesh = run.config, run.mesh
     self._model = Transformer(config.model)
-    self._optimizer = make_optimizer(config.train, config.model.has_aux_router)
+    self._optimizer = make_optimizer(config.train, config.model)
     self._initialize = initializer(self._model, self._optimizer, self._mesh, config.data.seq_len)
     self._shapes = abstract_state(self._initialize)
     self.done = checkpoints.newest_good() or 0
@@ -166,7 +166,13 @@ class Training:
     run, programs = self._run, []
     with run.ledger.measure(goodput.COMPILE):
       for program in phases.compile_remaining(
-        run.config, self._optimizer, self._mesh, self._shapes, self._given.teacher, self.done
+        run.config,
+        self._optimizer,
+        self._mesh,
+        self._shapes,
+        self._given.teacher,
+        self.done,
+        loader.train_arrays(self._given.dataset),
       ):
         first, config, step, seconds, is_only = program
         print_rows(run.console, summary.describe_program(config, first, step, seconds, is_only))

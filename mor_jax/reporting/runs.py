@@ -10,9 +10,9 @@ import numpy as np
 from mor_jax.config import Config, ConfigError
 from mor_jax.evaluation import nll
 from mor_jax.files import parse_json
-from mor_jax.model import flops
 from mor_jax.runs import metrics
 from mor_jax.runs.run_folder import RunFolder
+from mor_jax.training import budget
 
 AXES = {
   'tokens': 'training tokens',
@@ -78,7 +78,7 @@ class Run:
       tokens = steps * self.config.train.global_batch * length
     else:  # the batch grew during the run
       tokens = np.interp(steps, np.r_[0, seen.steps], np.r_[0, seen.values])
-    return tokens if axis == 'tokens' else tokens * flops.train_flops_per_token(self.config.model, length)
+    return tokens if axis == 'tokens' else tokens * budget.train_flops_per_token(self.config)
 
   def bits_per_byte(self, curve: Curve, split: str) -> Curve:
     """Converts a loss in nats per token to bits per byte of the split's text, independent of the tokenizer."""

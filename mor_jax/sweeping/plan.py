@@ -12,7 +12,6 @@ from ml_collections import config_dict
 from mor_jax import cli
 from mor_jax.config import Config, ConfigError
 from mor_jax.data import schedule
-from mor_jax.model import flops
 from mor_jax.runs.run_folder import RunFolder
 from mor_jax.training import budget
 
@@ -48,7 +47,7 @@ class PlannedRun:
   @property
   def work(self) -> float:
     """Forward FLOPs of the whole run, counted as in the paper; a relative measure of its duration."""
-    return self.tokens * flops.paper_flops_per_token(self.config.model, self.config.data.seq_len)
+    return self.tokens * budget.paper_flops_per_token(self.config)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,11 +15,11 @@ from jax.sharding import Mesh
 
 from mor_jax.config import ModelConfig
 from mor_jax.model import router
+from mor_jax.model.recursion import Given
 from mor_jax.model.transformer import Transformer
-from mor_jax.training import vocabulary_loss
+from mor_jax.training import benefit, vocabulary_loss
 from mor_jax.training.distillation import Teacher
-
-Batch = Mapping[str, jax.Array]
+from mor_jax.training.targets import Batch, predicted, targets
 
 
 @struct.dataclass
@@ -29,34 +29,12 @@ class Normalizers:
   Attributes:
     targets: tokens that are predicted, ().
     entrants_R: tokens that enter each recursion step, (R,).
+    labelled: tokens of the rows that routers get labels for, ().
   """
 
   targets: jax.Array
   entrants_R: jax.Array
-
-
-def visible_segments(segment_ids: jax.Array, segment_mask: bool) -> jax.Array:
-  """Segment ids as the model shall see them: documents apart, or every row as one document.
-
-  Without `segment_mask` tokens attend to, and are predicted from, the document before
-  theirs, as in the paper; padding (segment 0) stays invisible. Takes numpy and jax arrays.
-  """
-  return segment_ids if segment_mask else (segment_ids > 0).astype(segment_ids.dtype)
-
-
-def visible_batch(batch: Batch, segment_mask: bool) -> dict[str, jax.Array]:
-  """The batch with `visible_segments`, and with positions that fit them."""
-  if segment_mask:
-    return dict(batch)
-  segment_ids = visible_segments(batch['segment_ids'], segment_mask)
-  positions_T = jnp.arange(segment_ids.shape[-1], dtype=jnp.int32)
-  positions = jnp.broadcast_to(positions_T, segment_ids.shape)
-  return {'tokens': batch['tokens'], 'segment_ids': segment_ids, 'positions': positions}
-
-
-def predicted(segment_ids: jax.Array) -> jax.Array:
-  """Mask (..., T - 1): token t + 1 is predicted from t iff both are of the same document."""
-  return (segment_ids[..., 1:] == segment_ids[..., :-1]) & (segment_ids[..., 1:] > 0)
+  labelled: jax.Array
 
 
 def next_token_nll(
@@ -90,18 +68,21 @@ def sum_over_predicted(
     per_token_and_shared: more per token (B, T, ...), and what all tokens share.
   """
   # All T states, the last of which predicts nothing: their number is then one that divides well.
-  targets_BT = jnp.roll(batch['tokens'], -1, axis=1)
-  mask_BT = jnp.pad(predicted(batch['segment_ids']), ((0, 0), (0, 1)))
+  mask_BT = jnp.pad(predicted(batch), ((0, 0), (0, 1)))
   more, shared = per_token_and_shared or ((), None)
-  per_token = (targets_BT, mask_BT, *([more] if per_token_and_shared else []))
+  per_token = (targets(batch), mask_BT, *([more] if per_token_and_shared else []))
   return vocabulary_loss.sum_over_tokens(token_loss, x_BTD, kernel_DV, per_token, chunk, mesh, shared)
 
 
-def normalizers(config: ModelConfig, segment_ids_ABT: jax.Array) -> Normalizers:
+def normalizers(config: ModelConfig, batch_ABT: Batch) -> Normalizers:
   """Counts over all A micro-batches of a global batch; never 0, so that they can divide."""
-  targets = predicted(segment_ids_ABT).sum().astype(jnp.float32)
-  entrants_AR = jax.vmap(lambda ids_BT: router.entrants(config, ids_BT))(segment_ids_ABT)
-  return Normalizers(jnp.maximum(targets, 1), jnp.maximum(entrants_AR.sum(axis=0), 1))
+  predictions = predicted(batch_ABT).sum().astype(jnp.float32)
+  count_entrants = jax.vmap(
+    lambda batch_BT: router.entrants(config, batch_BT['segment_ids'], batch_BT.get('most'))
+  )
+  entrants_AR = count_entrants(dict(batch_ABT))
+  labelled = benefit.labelled_tokens(config, batch_ABT['segment_ids'])
+  return Normalizers(*(jnp.maximum(count, 1) for count in (predictions, entrants_AR.sum(axis=0), labelled)))
 
 
 def make_loss(
@@ -110,6 +91,7 @@ def make_loss(
   chunk: int | None = None,
   mesh: Mesh | None = None,
   teacher: Teacher | None = None,
+  max_recursions: int | None = None,
 ) -> Callable[..., tuple[jax.Array, dict[str, Any]]]:
   """The training loss of a model: (params, micro-batch, normalizers, routing, key) -> (loss, parts).
 
@@ -119,11 +101,15 @@ def make_loss(
   for `router.summarize` and the auxiliary losses before their weights, 'aux_loss' and so on.
 
   `routing` is the routers' state, {} for most; `key` is what a random router draws from.
+  `max_recursions`, all by default, are what tokens take at most; a batch may have 'most' (B,), the same for each row.
   `chunk` and `mesh` are those of `next_token_nll`. With a `teacher`, the loss also takes its parameters as its
   last argument, adds `weight * distillation.divergence`, and has that mean as the part 'distill_loss'.
   """
 
   weights = router.loss_weights(config)
+  routers_loss = None
+  if config.learns_benefit and max_recursions != 1:  # of a single exit there is nothing to learn
+    routers_loss = benefit.make_loss(apply, config, chunk, mesh, max_recursions)
 
   def loss(
     params, batch: Batch, whole: Normalizers, routing: Mapping[str, jax.Array], key: jax.Array, *theirs
@@ -131,10 +117,12 @@ def make_loss(
     x_BTD, kernel_DV, routed = apply(
       {'params': params, 'routing': routing} if routing else {'params': params},
       batch['tokens'],
-      rngs={'routing': key},
+      rngs={'routing': key, 'noise': jax.random.fold_in(key, 1)} if config.noise_scale else {'routing': key},
       routing='topk',
       segment_ids=batch['segment_ids'],
       positions=batch['positions'],
+      max_recursions=max_recursions,
+      given=Given(most_B=batch.get('most')),
       method=Transformer.states_and_head,
     )
     if teacher is None:
@@ -147,6 +135,11 @@ def make_loss(
     if routed is None:
       return total, parts
     parts |= {'counts': routed.counts}
+    if routers_loss is not None:
+      sums = routers_loss(params, batch)
+      parts['benefit_loss'] = sums['benefit'] / whole.labelled
+      parts['depth_prior_loss'] = sums['depth_prior'] / whole.labelled
+      total += parts['benefit_loss'] + config.depth_prior_weight * parts['depth_prior_loss']
     for name, term in routed.losses.items():
       # A router that serves all steps has one entry, a mean over the tokens that enter the first.
       value = (term.sum / whole.entrants_R[: term.sum.shape[0]]).sum()

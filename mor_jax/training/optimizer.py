@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mor_jax.config import TrainConfig
+from mor_jax.config import ModelConfig, TrainConfig
 
 NOT_DECAYED = ('scale', 'bias')
 AUX_ROUTER_RATE = 10.0  # as the authors
@@ -42,21 +42,21 @@ def decayed(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
 
 
-def make_optimizer(train: TrainConfig, aux_router: bool = False) -> optax.GradientTransformation:
+def make_optimizer(train: TrainConfig, model: ModelConfig | None = None) -> optax.GradientTransformation:
   """Clips the gradient by its global norm, then takes an AdamW step.
 
-  Args:
-    aux_router: the model has auxiliary routers (top-level parameter 'aux_router'). They form a
-      separate group with its own clipping and AUX_ROUTER_RATE times the learning rate.
+  Routers whose loss reaches no other parameter are a group of their own, with its own clipping: auxiliary ones
+  ('aux_router'), at AUX_ROUTER_RATE times the learning rate, and those that learn the benefit ('router').
   """
-  if not aux_router:
+  apart = {}
+  if model is not None and model.has_aux_router:
+    apart['aux_router'] = AUX_ROUTER_RATE
+  if model is not None and model.learns_benefit:
+    apart['router'] = 1.0
+  if not apart:
     return _adamw(train, rate=1.0)
-  groups = {'main': _adamw(train, rate=1.0), 'aux_router': _adamw(train, rate=AUX_ROUTER_RATE)}
-
-  def group_of(params):
-    return {name: 'aux_router' if name == 'aux_router' else 'main' for name in params}
-
-  return optax.partition(groups, group_of)
+  groups = {'main': _adamw(train, rate=1.0)} | {name: _adamw(train, rate) for name, rate in apart.items()}
+  return optax.partition(groups, lambda params: {name: name if name in apart else 'main' for name in params})
 
 
 def _adamw(train: TrainConfig, rate: float) -> optax.GradientTransformation:

@@ -7,45 +7,50 @@ stair is compiled before training begins.
 
 import math
 import time
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import optax
 from jax.sharding import Mesh
 
 from mor_jax.config import Config, with_changes
 from mor_jax.data import schedule
+from mor_jax.data.packing import ROW_ARRAYS
 from mor_jax.model.transformer import Transformer
-from mor_jax.training import distillation
+from mor_jax.training import distillation, growth
 from mor_jax.training.distillation import Teacher
-from mor_jax.training.loss import Batch
 from mor_jax.training.state import TrainState
 from mor_jax.training.step import TrainStep, abstract_batch, make_train_step
+from mor_jax.training.targets import Batch
 
 MAX_SIZES = 8  # programs of a training
 
 
 def plan(config: Config) -> list[tuple[int, Config]]:
-  """Returns (updates completed at its start, config) of every phase; one phase without warm-up and ramp.
+  """Returns (updates completed at its start, config) of every phase; one phase where nothing changes.
 
   The capacities of a stair are c + (1 - c) * (1 + cos(pi * t / T)) / 2 with t at the middle of
   the stair and T = `model.capacity_warmup_steps` (the authors' formula; their t counts
   micro-batches). The config of a phase has a fixed batch size and no ramp.
   """
-  batches = schedule.of(config.train)
-  stairs = _capacity_stairs(config, MAX_SIZES - len(batches.stages))
+  batches, grown = schedule.of(config.train), growth.stairs(config)
+  stairs = _capacity_stairs(config, MAX_SIZES - (len(batches.stages) - 1) - (len(grown) - 1) - 1)
   phases = []
-  for first in sorted({first for first, _ in (*stairs, *batches.stages)}):
-    capacities = next(capacities for begin, capacities in reversed(stairs) if begin <= first)
+  for first in sorted({first for first, _ in (*stairs, *batches.stages, *grown)}):
+    capacities = _at(stairs, first)
+    phase = with_changes(config, train={'recursions': _at(grown, first), 'growth': None})
     if len(batches.stages) > 1:
       batch = {'global_batch': batches.rows(first), 'accumulation': batches.micro_batches(first)}
-      phase = with_changes(config, train={**batch, 'ramp_batch': None, 'ramp_steps': 0})
-    else:
-      phase = config
+      phase = with_changes(phase, train={**batch, 'ramp_batch': None, 'ramp_steps': 0})
     phases.append(
       (first, phase if capacities is None else with_changes(phase, model={'capacities': capacities}))
     )
   return phases
+
+
+def _at(stairs: list[tuple[int, Any]], step: int) -> Any:
+  """What holds after so many steps."""
+  return next(value for begin, value in reversed(stairs) if begin <= step)
 
 
 def remaining(phases: list[tuple[int, Config]], done: int) -> list[tuple[int, Config]]:
@@ -73,18 +78,20 @@ def compile_remaining(
   state: TrainState,
   teacher: Teacher | None,
   done: int,
+  arrays: Sequence[str] = ROW_ARRAYS,
 ) -> Iterator['Program']:
   """The program of every phase that is still to come after `done` updates, as soon as it is compiled.
 
   Args:
     state: its shapes and shardings.
+    arrays: names of what rows of the data have.
   """
   planned = plan(config)
   theirs = (distillation.abstract_parameters(teacher, mesh),) if teacher else ()
   for first, phase in remaining(planned, done):
     begin = time.perf_counter()
     step = make_train_step(Transformer(phase.model), phase, optimizer, mesh, teacher)
-    compiled = step.lower(state, abstract_batch(phase, mesh), *theirs).compile()
+    compiled = step.lower(state, abstract_batch(phase, mesh, arrays), *theirs).compile()
     yield Program(first, phase, compiled, time.perf_counter() - begin, is_only=len(planned) == 1)
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -14,11 +14,13 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from mor_jax.config import Config
+from mor_jax.data.packing import ROW_ARRAYS
 from mor_jax.model import router
 from mor_jax.model.transformer import parameter_axes
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import rules
 from mor_jax.training import loss as loss_lib
+from mor_jax.training import targets as targets_lib
 from mor_jax.training.distillation import Teacher
 from mor_jax.training.optimizer import learning_rate_schedule
 from mor_jax.training.state import TrainState
@@ -51,14 +53,18 @@ def make_train_step(
     )
   schedule = learning_rate_schedule(config.train)
   may_skip = config.train.max_skipped if config.train.on_nonfinite == 'skip' else 0
-  loss = loss_lib.make_loss(model.apply, config.model, config.train.loss_chunk, mesh, teacher)
+  loss = loss_lib.make_loss(
+    model.apply, config.model, config.train.loss_chunk, mesh, teacher, config.train.recursions
+  )
   gradient = jax.value_and_grad(loss, has_aux=True)
   names = parameter_axes(config.model)
 
-  def train_step(state: TrainState, batch_ABT: loss_lib.Batch, *theirs):
-    batch_ABT = loss_lib.visible_batch(batch_ABT, config.data.segment_mask)
-    whole = loss_lib.normalizers(config.model, batch_ABT['segment_ids'])
+  def train_step(state: TrainState, batch_ABT: targets_lib.Batch, *theirs):
+    batch_ABT = targets_lib.visible_batch(batch_ABT, config.data.segment_mask)
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+    if config.train.readout_rows:
+      batch_ABT['most'] = _row_limits(config, jax.random.fold_in(key, 2), batch_ABT['tokens'].shape[:2])
+    whole = loss_lib.normalizers(config.model, batch_ABT)
     grads, metrics = _add_up(gradient, state, batch_ABT, whole, key, *theirs)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -72,6 +78,14 @@ def make_train_step(
     return rules.laid_out(mesh, new_state, names), rules.laid_out(mesh, metrics, {})
 
   return jax.jit(rules.on_mesh(mesh, _traced_once(train_step)), donate_argnums=0)
+
+
+def _row_limits(config: Config, key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+  """Recursions (A, B) that each row's tokens take at most: all, or for `readout_rows` of them a random number."""
+  all_of_them = config.train.recursions or config.model.recursions
+  share, number = jax.random.split(key)
+  drawn = jax.random.randint(number, shape, 1, all_of_them + 1)
+  return jnp.where(jax.random.uniform(share, shape) < config.train.readout_rows, drawn, all_of_them)
 
 
 def _traced_once(function: Callable) -> Callable:
@@ -113,7 +127,7 @@ def _grad_norms(grads: Any) -> dict[str, jax.Array]:
 def _add_up(
   gradient: Callable,
   state: TrainState,
-  batch_ABT: loss_lib.Batch,
+  batch_ABT: targets_lib.Batch,
   whole: loss_lib.Normalizers,
   key: jax.Array,
   *theirs: Any,
@@ -140,9 +154,15 @@ def split_batch(batch: dict[str, np.ndarray], micro_batches: int) -> dict[str, n
   return {name: rows.reshape(micro_batches, -1, rows.shape[-1]) for name, rows in batch.items()}
 
 
-def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes and sharding of the batches that the step takes, to compile it before there is data."""
+def abstract_batch(
+  config: Config, mesh: Mesh, arrays: Sequence[str] = ROW_ARRAYS
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and sharding of the batches that the step takes, to compile it before there is data.
+
+  Args:
+    arrays: names of what the rows have (`loader.train_arrays`).
+  """
   accumulation = config.train.accumulation
   shape = (accumulation, config.train.global_batch // accumulation, config.data.seq_len)
   spec = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh_lib.micro_batch_sharding(mesh))
-  return dict.fromkeys(('tokens', 'segment_ids', 'positions'), spec)
+  return dict.fromkeys(arrays, spec)

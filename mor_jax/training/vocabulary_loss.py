@@ -55,9 +55,7 @@ def sum_over_tokens(
   Returns:
     The result of `token_loss`, summed over all tokens.
   """
-  if chunk is None:
-    platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
-    chunk = CHUNK.get(platform, ACCELERATOR_CHUNK)
+  chunk = _chunk_size(chunk, mesh)
   if mesh is None or mesh_lib.row_shards(mesh) == 1:
     return _own_rows(token_loss, chunk, (), x_BTD, kernel_DV, per_token, shared)
   axes, rows = mesh_lib.BATCH_AXES, PartitionSpec(mesh_lib.BATCH_AXES)
@@ -77,6 +75,55 @@ def sum_over_tokens(
   return sharded(x_BTD, kernel_DV, per_token, shared)
 
 
+def map_tokens(
+  function: Callable[..., Any],
+  x_BTD: Any,
+  kernel_DV: jax.Array,
+  per_token: Any,
+  chunk: int | None = None,
+  mesh: Mesh | None = None,
+) -> Any:
+  """What a function makes of the logits of every token: a tree of arrays (B, T, ...), without gradient.
+
+  Args:
+    function: (logits (N, V) in float32, what else is known of the N tokens) -> a tree of arrays (N, ...).
+    x_BTD: final hidden states, or a tree of them, of which the function then gets the logits.
+
+  The others as in `sum_over_tokens`.
+  """
+  size = _chunk_size(chunk, mesh)
+
+  def own_rows(x_BTD, kernel_DV, per_token):
+    batch, length, _ = jax.tree.leaves(x_BTD)[0].shape
+    x_ND, per_token_N = jax.tree.map(lambda a_BT: a_BT.reshape(-1, *a_BT.shape[2:]), (x_BTD, per_token))
+    chunks, _ = _split((x_ND, per_token_N), size)
+
+    def of_chunk(x_and_per_token):
+      x_ND, per_token_N = x_and_per_token
+      return function(jax.tree.map(lambda one_ND: _head(one_ND, kernel_DV), x_ND), per_token_N)
+
+    found = jax.lax.map(of_chunk, chunks)
+
+    def whole(a_CN):
+      return a_CN.reshape(-1, *a_CN.shape[2:])[: batch * length].reshape(batch, length, *a_CN.shape[2:])
+
+    return jax.tree.map(whole, found)
+
+  arguments = jax.lax.stop_gradient((x_BTD, kernel_DV, per_token))
+  if mesh is None or mesh_lib.row_shards(mesh) == 1:
+    return own_rows(*arguments)
+  rows = PartitionSpec(mesh_lib.BATCH_AXES)
+  sharded = jax.shard_map(
+    own_rows,
+    mesh=mesh,
+    in_specs=(rows, PartitionSpec(), rows),
+    out_specs=rows,
+    axis_names=set(mesh_lib.BATCH_AXES),
+    check_vma=False,
+  )
+  return sharded(*arguments)
+
+
 def next_token_nll(logits_NV: jax.Array, targets_and_mask_N: tuple[jax.Array, jax.Array]) -> jax.Array:
   """A `TokenLoss`: negative log-likelihood in nats, summed over the tokens in the mask."""
   targets_N, mask_N = targets_and_mask_N
@@ -93,20 +140,32 @@ def token_nll(logits_NV: jax.Array, targets_N: jax.Array) -> jax.Array:
   return normalizer_N - target_logit_N
 
 
-def _own_rows(token_loss, chunk, axes, x_BTD, kernel_DV, per_token, shared):
-  x_ND, per_token_N = jax.tree.map(lambda a_BT: a_BT.reshape(-1, *a_BT.shape[2:]), (x_BTD, per_token))
-  tokens = x_ND.shape[0]
-  if not 0 < chunk < tokens:
-    total, sums = _with_sums(token_loss, _head(x_ND, kernel_DV), per_token_N, shared)
-    return total if sums is None else (total, sums)
-  count = -(-tokens // chunk)
+def _chunk_size(chunk: int | None, mesh: Mesh | None) -> int:
+  if chunk is not None:
+    return chunk
+  platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+  return CHUNK.get(platform, ACCELERATOR_CHUNK)
+
+
+def _split(arrays_N: Any, chunk: int) -> tuple[Any, int]:
+  """Arrays (N, ...) as equal chunks (C, N / C, ...), filled up with zeros; and C."""
+  tokens = jax.tree.leaves(arrays_N)[0].shape[0]
+  count = -(-tokens // chunk) if 0 < chunk < tokens else 1
   size = -(-tokens // count)
 
   def split(a_N):
     filled_N = jnp.pad(a_N, ((0, count * size - tokens), *((0, 0),) * (a_N.ndim - 1)))
     return filled_N.reshape(count, size, *a_N.shape[1:])
 
-  chunks = jax.tree.map(split, (x_ND, per_token_N))
+  return jax.tree.map(split, arrays_N), count
+
+
+def _own_rows(token_loss, chunk, axes, x_BTD, kernel_DV, per_token, shared):
+  x_ND, per_token_N = jax.tree.map(lambda a_BT: a_BT.reshape(-1, *a_BT.shape[2:]), (x_BTD, per_token))
+  chunks, count = _split((x_ND, per_token_N), chunk)
+  if count == 1:
+    total, sums = _with_sums(token_loss, _head(x_ND, kernel_DV), per_token_N, shared)
+    return total if sums is None else (total, sums)
   total, sums = _chunked(token_loss, axes, kernel_DV, *chunks, shared)
   return total if sums is None else (total, sums)
 
