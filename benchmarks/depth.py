@@ -151,7 +151,7 @@ PARTS = {
       'data.source': 'synthetic:chase,nodes=8,hops=4,questions=16,hidden=true',
       'data.seq_len': 29,
       'model.capacities': (1.0, 0.414, 0.276, 0.138),
-      'train.steps': 3000,
+      'train.steps': 2000,
     },
     4,
   ),

@@ -1,4 +1,4 @@
-"""Does a router send hard tokens deeper? A task whose depth is known, two minutes on two CPU cores.
+"""Does a router send hard tokens deeper? A task whose depth is known, a minute on two CPU cores.
 
   python -m mor_jax.train --config=configs/depth.py
   python -m mor_jax.evaluate --checkpoint=runs/depth-benefit --exits
@@ -62,7 +62,7 @@ def get_config(variant: str = 'benefit'):
   config.data.source = f'synthetic:chase,nodes={NODES},hops={HOPS},questions={QUESTIONS}'
   config.data.seq_len = NODES + QUESTIONS + 1
 
-  config.train.steps = 2000
+  config.train.steps = 1500
   config.train.global_batch = 64
   config.train.learning_rate = 3e-3
   config.train.warmup_steps = 50
