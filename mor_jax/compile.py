@@ -17,11 +17,12 @@ from mor_jax import cli
 from mor_jax.config import Config, ConfigError, with_changes
 from mor_jax.config.validation import SPECIAL_AND_BYTE_TOKENS
 from mor_jax.console import open_console, print_rows, print_table
+from mor_jax.data import synthetic
 from mor_jax.interop import pretrained
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.planning import ahead_of_time, fitting, program_report, topology
 from mor_jax.planning.ahead_of_time import Program
-from mor_jax.training import budget
+from mor_jax.training import benefit, budget
 
 FLAGS = flags.FLAGS
 DOES_NOT_FIT = 1
@@ -96,6 +97,8 @@ def _compiler() -> Callable[..., Program]:
       config = _with_enough_rows(config, mesh_lib.row_shards(mesh))
     mesh_lib.check_batch(mesh, config.train)
     mesh_lib.check_model(mesh, config.model)
+    micro_rows = config.train.global_batch // config.train.accumulation
+    benefit.check_rows(config.model, micro_rows, mesh_lib.row_shards(mesh))
     teacher = pretrained.make_teacher(config, pretrained.open_teacher(config))
     return ahead_of_time.compile_step(config, mesh, teacher, FLAGS.fast)
 
@@ -106,6 +109,9 @@ def _with_vocabulary(config: Config) -> Config:
   """The config with the vocabulary that its tokenizer will have, where that is known without data."""
   if config.model.vocab_size:
     return config
+  if config.data.source.startswith(synthetic.PREFIX):
+    size = 1 + max(synthetic.parse(config.data.source).vocabulary.values())
+    return with_changes(config, model={'vocab_size': size})
   known = {'bytes': SPECIAL_AND_BYTE_TOKENS, 'bpe': config.data.vocab_size}
   if config.data.tokenizer not in known:
     raise ConfigError(

@@ -19,7 +19,7 @@ from mor_jax import cli
 from mor_jax.config import Config, ConfigError
 from mor_jax.console import Bar, open_console, print_line
 from mor_jax.data import dataset as dataset_lib
-from mor_jax.data import inspection
+from mor_jax.data import inspection, synthetic
 from mor_jax.units import quantity
 
 FLAGS = flags.FLAGS
@@ -43,6 +43,10 @@ def main(config: Config, workdir: str | None) -> None:
   if config.data.live:
     raise ConfigError(
       'data.live=True reads documents while training, so there is nothing to prepare; leave it out'
+    )
+  if config.data.source.startswith(synthetic.PREFIX):
+    raise ConfigError(
+      f'data.source={config.data.source} makes its rows while training, so there is nothing to prepare'
     )
   with Meter(console) as meter:
     dataset = dataset_lib.prepare(config.data, report=meter.print, progress=meter.show)

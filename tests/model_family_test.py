@@ -24,6 +24,7 @@ EXPERT = [
   {'causality': 'aux_router', 'gating': 'additive'},
   {'selection': 'ema_threshold', 'causality': 'none'},
   {'random_router': True, 'causality': 'none'},
+  {'router_target': 'benefit', 'init': 'scaled', 'embed_std': 0.3, 'embed_factor': 8},
 ]
 TOKEN = [
   {'router': 'token_choice', **change}

@@ -28,6 +28,7 @@ EXPERT_CHOICE = {
   'identity': {'router_activation': 'identity', 'router_alpha': 0.1},
   'moving threshold': {'selection': 'ema_threshold'},
   'shared': {'kv': 'shared'},
+  'benefit': {'router_target': 'benefit', 'embed_factor': 8},
   'hybrid': {'kv': 'hybrid', 'causality': 'aux_router'},
 }
 EXPERT_CHOICE = {name: {**STRICT, **change} for name, change in EXPERT_CHOICE.items()}

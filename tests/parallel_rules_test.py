@@ -25,6 +25,7 @@ MODELS = {
   'vanilla': {'kind': 'vanilla'},
   'expert_choice': {'num_recursions': 2},
   'shared': {'num_recursions': 2, 'kv': 'shared'},
+  'benefit': {'num_recursions': 2, 'router_target': 'benefit', 'benefit_rows': 1.0},
   'token_choice': {'num_recursions': 2, 'router': 'token_choice', 'token_capacity_factor': 1.0},
   'recursive': {'kind': 'recursive', 'num_recursions': 2, 'lora_rank': 8},
 }

@@ -118,8 +118,8 @@ def _validate_live(data: DataConfig) -> None:
       "data.live=True reads documents while training, so that data.tokenizer='bpe' has nothing to be trained "
       'on; use bytes, the path of a tokenizer.json, or a name on the hub'
     )
-  if data.source.startswith('prepared:'):
-    raise ConfigError(f'data.live=True with data.source={data.source}: prepared rows need no live path')
+  if data.source.startswith(('prepared:', 'synthetic:')):
+    raise ConfigError(f'data.live=True with data.source={data.source}: these rows need no live path')
   if data.validation_fraction == 0:
     raise ConfigError('data.live=True needs a data.validation_fraction above 0, to have rows for validation')
 

@@ -28,7 +28,7 @@ from mor_jax.files import parse_json, write_atomically
 FORMAT_VERSION = 3  # raise it when the same settings would give another folder content
 PREPARED = 'prepared:'  # data.source=prepared:FOLDER
 
-_MANIFEST, _TOKENIZER = 'manifest.json', 'tokenizer.json'
+MANIFEST, TOKENIZER = 'manifest.json', 'tokenizer.json'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,13 +209,13 @@ def open_dataset(folder: str | os.PathLike) -> PreparedDataset:
     remedy = '; its preparation was interrupted, run it again to continue' if unfinished else ''
     raise ConfigError(f'there is no prepared dataset {folder}{remedy}')
   try:
-    manifest = Manifest.from_json((folder / _MANIFEST).read_text(encoding='utf-8'))
+    manifest = Manifest.from_json((folder / MANIFEST).read_text(encoding='utf-8'))
     for name, size in manifest.files.items():
       if (folder / name).stat().st_size != size:
         raise ValueError(f'{name} does not have its {size} bytes')
-    tokenizer = tokenizers.Tokenizer.load(folder / _TOKENIZER, manifest.separator, manifest.begin)
+    tokenizer = tokenizers.Tokenizer.load(folder / TOKENIZER, manifest.separator, manifest.begin)
     if tokenizer.digest != manifest.tokenizer_digest:
-      raise ValueError(f'{_TOKENIZER} is not the one that the rows were made with')
+      raise ValueError(f'{TOKENIZER} is not the one that the rows were made with')
     if tokenizer.vocab_size != manifest.vocab_size:
       raise ValueError('its vocabulary has holes, and rows of an earlier version lack ids above its size')
   except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -250,7 +250,7 @@ def _build(
   report(f'{"continuing" if partial.exists() else "preparing"} the dataset {folder.name}')
   partial.mkdir(exist_ok=True)
   try:
-    if not (partial / _MANIFEST).exists():
+    if not (partial / MANIFEST).exists():
       _write_dataset(data, partial, report, progress)
     shutil.rmtree(partial / pipeline.NOTES, ignore_errors=True)
     partial.rename(folder)
@@ -269,13 +269,13 @@ def _write_dataset(
   data: DataConfig, folder: pathlib.Path, report: Callable[[str], None], progress: Callable[[Progress], None]
 ) -> None:
   start = time.perf_counter()
-  tokenizer = _tokenizer(data, folder / _TOKENIZER)
+  tokenizer = _tokenizer(data, folder / TOKENIZER)
   report(f'tokenizer: {data.tokenizer}, {tokenizer.entries} entries ({time.perf_counter() - start:.1f} s)')
 
   start = time.perf_counter()
   reading = corpus.Reading(data)
   recipe = pipeline.Recipe(
-    str(folder / _TOKENIZER), data.separator, tokenizer.begin, data.seq_len, data.packing
+    str(folder / TOKENIZER), data.separator, tokenizer.begin, data.seq_len, data.packing
   )
   workers = data.workers or len(os.sched_getaffinity(0))
   writers = pipeline.write_splits(reading, folder, recipe, workers, _follow(reading, progress))
@@ -322,7 +322,7 @@ def _write_dataset(
     files={path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
   )
   # Last: it says that all is there.
-  write_atomically(folder / _MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2) + '\n')
+  write_atomically(folder / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2) + '\n')
 
 
 def _tokenizer(data: DataConfig, path: pathlib.Path) -> tokenizers.Tokenizer:

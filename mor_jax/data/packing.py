@@ -14,10 +14,14 @@ ROW_ARRAYS = ('tokens', 'segment_ids', 'positions')  # what every row has
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A packed row: `tokens_T` of any integer type, `segment_lengths` with a sum of at most T."""
+  """A packed row: `tokens_T` of any integer type, `segment_lengths` with a sum of at most T.
+
+  `loss_mask_T`, where not all tokens are scored, is above 0 for those that are when they are predicted.
+  """
 
   tokens_T: np.ndarray
   segment_lengths: np.ndarray
+  loss_mask_T: np.ndarray | None = None
 
   @property
   def num_tokens(self) -> int:
@@ -26,8 +30,12 @@ class Row:
 
   @property
   def num_targets(self) -> int:
-    """Tokens to predict: all but the first of each segment."""
-    return self.num_tokens - len(self.segment_lengths)
+    """Tokens to predict: all but the first of each segment, or those of them that are scored."""
+    if self.loss_mask_T is None:
+      return self.num_tokens - len(self.segment_lengths)
+    scored_T = self.loss_mask_T[: self.num_tokens] > 0
+    scored_T[np.cumsum(self.segment_lengths[:-1]).astype(int)] = False
+    return int(scored_T[1:].sum())
 
 
 def concat_and_split(documents: Iterable[Sequence[int]], seq_len: int, end_of_text: int) -> Iterator[Row]:
@@ -97,7 +105,7 @@ PACKINGS = {'concat': concat_and_split, 'first_fit': first_fit}
 
 
 def unpack(row: Row) -> dict[str, np.ndarray]:
-  """Converts a row to model input: 'tokens', 'segment_ids' and 'positions', each int32 of shape (T,).
+  """Converts a row to model input: 'tokens', 'segment_ids', 'positions', perhaps 'loss_mask', each int32 (T,).
 
   Segment ids start at 1 in every row, positions at 0 in every segment. Both are 0 in padding.
   """
@@ -108,7 +116,10 @@ def unpack(row: Row) -> dict[str, np.ndarray]:
   segment_ids_T[:used] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
   positions_T = np.zeros(len(row.tokens_T), np.int32)
   positions_T[:used] = np.arange(used) - np.repeat(starts, lengths)
-  return {'tokens': row.tokens_T.astype(np.int32), 'segment_ids': segment_ids_T, 'positions': positions_T}
+  arrays = {'tokens': row.tokens_T.astype(np.int32), 'segment_ids': segment_ids_T, 'positions': positions_T}
+  if row.loss_mask_T is not None:
+    arrays['loss_mask'] = row.loss_mask_T.astype(np.int32)
+  return arrays
 
 
 def padding_row(like: dict[str, np.ndarray], end_of_text: int) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
 """Rows on disk: the ArrayRecord shards of a TFDS dataset, written and read without TensorFlow.
 
-A record is a tf.Example with the features `tokens` (T,) and `segment_lengths`, raw integers of
-the smallest sufficient width. `tfds.builder_from_directory(folder).as_data_source()` opens the
+A record is a tf.Example with the features `tokens` (T,), `segment_lengths` and, where not all tokens are scored,
+`loss_mask` (T,), raw integers of the smallest sufficient width. `tfds.builder_from_directory(folder).as_data_source()` opens the
 same files.
 """
 
@@ -23,18 +23,23 @@ _DATASET_NAME = 'mor_jax'
 class RowFormat:
   """Serialises rows to records. Vocabulary size and row length determine the integer widths."""
 
-  def __init__(self, vocab_size: int, seq_len: int):
+  def __init__(self, vocab_size: int, seq_len: int, has_mask: bool = False):
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import example_serializer
 
     tokens = tfds.features.Tensor(shape=(seq_len,), dtype=_smallest_uint(vocab_size - 1), encoding='bytes')
     lengths = tfds.features.Tensor(shape=(None,), dtype=_smallest_uint(seq_len), encoding='bytes')
-    self.features = tfds.features.FeaturesDict({'tokens': tokens, 'segment_lengths': lengths})
+    features = {'tokens': tokens, 'segment_lengths': lengths}
+    if has_mask:
+      features['loss_mask'] = tfds.features.Tensor(shape=(seq_len,), dtype=np.uint8, encoding='bytes')
+    self.features = tfds.features.FeaturesDict(features)
     self._serializer = example_serializer.ExampleSerializer(self.features.get_serialized_info())
 
   def serialize(self, row: packing.Row) -> bytes:
     """Serialises a row; the bytes are the same in every process."""
     values = {'tokens': row.tokens_T, 'segment_lengths': row.segment_lengths}
+    if row.loss_mask_T is not None:
+      values['loss_mask'] = row.loss_mask_T > 0
     encoded = self.features.encode_example(
       {name: value.astype(self.features[name].np_dtype) for name, value in values.items()}
     )
@@ -135,4 +140,4 @@ class Rows(Sequence):
         f'row {index} of the prepared dataset {self._name} is damaged on disk; delete the folder, and it '
         f'will be prepared again ({error})'
       ) from error
-    return packing.unpack(packing.Row(record['tokens'], record['segment_lengths']))
+    return packing.unpack(packing.Row(record['tokens'], record['segment_lengths'], record.get('loss_mask')))

@@ -27,6 +27,7 @@ from mor_jax.data.tokenizer import END_OF_TEXT, Tokenizer
 PREFIX = 'synthetic:'
 ENDLESS = 2**31  # rows: at a million tokens a second of rows of 64, a day and a half
 HELD_OUT = 16  # one example in so many is for validation
+MOST_TRIES = 1000  # to find an example of a split, where one in HELD_OUT should be
 UNKNOWN = '<unk>'
 NOT_SCORED = -1  # difficulty of tokens that no loss is taken of
 _LETTERS = 'abcdefghijklmnopqrstuvwxyz'
@@ -258,12 +259,15 @@ class Source:
 
   def _example(self, rng: np.random.Generator, split: str) -> Example:
     """The next document that belongs to the split."""
-    while True:
+    for _ in range(MOST_TRIES):
       task = Copy() if self.copy and rng.random() < self.copy else self.task
       example = task.example(rng)
       digest = hashlib.blake2b(f'{self.seed} {example.about}'.encode(), digest_size=8).digest()
       if (int.from_bytes(digest) % HELD_OUT == 0) == (split == 'validation'):
         return example
+    raise ConfigError(
+      f'{self.task} has so few different examples that none of them is left for {split}; make it larger'
+    )
 
   def tokenizer(self) -> Tokenizer:
     """The task's words as a tokenizer, which only those need who read or write its texts."""

@@ -102,7 +102,7 @@ def _difficulties(modes: dict[str, Any]) -> Table:
     cells += [
       f'{mode["accuracy"]:.1%}',
       f'{mode["nll"]:.4f}',
-      '' if correlation is None else f'r = {correlation:.2f}',
+      '' if correlation is None else f'r={correlation:.2f}',
     ]
   first = next(iter(modes.values()))
   table.add_row('all', *cells, f'{first["predicted_tokens"]:,}', style='bold')

@@ -115,6 +115,10 @@ def write(
       f'a model of model.kind={config.kind}, model.kv={config.kv} cannot be written as a Llama checkpoint, whose '
       f'layers all have parameters, keys and values of their own; only vanilla models can'
     )
+  if config.embed_factor is not None:
+    raise ConfigError(
+      f'model.embed_factor={config.embed_factor} has embeddings that tokens share, which a Llama checkpoint has not'
+    )
   settings = llama_config(config, tokenizer, opened.dtypes['params/embed/embedding'], conventions)
   folders.write(folder, names.llama(config), opened, settings, tokenizer, conventions)
 

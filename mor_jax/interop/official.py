@@ -81,12 +81,17 @@ def write(
   config = opened.config
   if config.kind == 'vanilla':
     raise ConfigError("model.kind=vanilla is not among the authors' models; write it as a Llama checkpoint")
+  if config.learns_benefit:
+    raise ConfigError(
+      "model.router_target=benefit has routers that only choose; in the authors' models their scores are gates, which "
+      'would give other logits: such a model cannot be written in their form'
+    )
   table = names.official(config)
   unnamed = sorted(set(opened.shapes) - {place.leaf for place in table.values()})
   if unnamed:
     raise ConfigError(
       f"the authors' models have no {', '.join(unnamed)}: a model with lora_rank, recursion_encoding, "
-      f'share_norms=False, selection=ema_threshold or calibrated thresholds cannot be written in their form'
+      f'embed_factor, share_norms=False, selection=ema_threshold or calibrated thresholds cannot be written in their form'
     )
   dtype = opened.dtypes['params/embed/embedding']
   described = huggingface.llama_config(config, tokenizer, dtype, conventions)

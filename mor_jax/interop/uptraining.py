@@ -21,6 +21,7 @@ _SAME = (
   'head_width',
   'mlp_dim',
   'tie_embeddings',
+  'embed_factor',
   'norm_epsilon',
   'rope_theta',
   'rope_scaling',

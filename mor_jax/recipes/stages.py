@@ -29,7 +29,7 @@ from mor_jax.runs import lock, summary
 from mor_jax.runs.metrics import MetricsLog, Record
 from mor_jax.runs.progress import Progress
 from mor_jax.runs.run_folder import RunFolder, code_version
-from mor_jax.training import budget, loop, phases
+from mor_jax.training import benefit, budget, loop, phases
 from mor_jax.training.optimizer import make_optimizer
 from mor_jax.training.state import TrainState, abstract_state, begin_from, initializer
 from mor_jax.training.watch import goodput, nonfinite, profiling
@@ -88,6 +88,8 @@ def open_run(
   folder.check(config, allow_change, writes=is_main)
   config = folder.with_vocabulary(config)
   mesh = mesh_lib.make_checked_mesh(config.parallel, config.model, config.train)
+  micro_rows = config.train.global_batch // config.train.accumulation
+  benefit.check_rows(config.model, micro_rows, mesh_lib.row_shards(mesh))
   return Run(config, folder, mesh, allow_change, traced, ledger, open_console(quiet=not is_main, lost=lost))
 
 
