@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mor_jax.reporting import depths, page, runs, sections
+from mor_jax.reporting import depths, page, recursions, runs, sections
 
 MOST_MEASURED = 6  # runs whose models are run over a text: each has to be compiled
 
@@ -33,6 +33,7 @@ def write_page(paths: Sequence[str], output: Path, tokens: int, report: Callable
       sections.losses(shown, figures),
       sections.evaluations(shown),
       sections.routers(shown, figures),
+      recursions.section(shown, figures),
       sections.tokens(shown, measured, figures),
       sections.training(shown, figures),
       sections.costs(shown, figures),
