@@ -6,8 +6,8 @@ learns the benefit (forward, as the paper counts, its labels included). Rates ar
 final run is evaluated under top-k and threshold routing, with the recursions one by one; some also with depths chosen
 otherwise. Each part writes benchmarks/results/depth_PART.* and a plot of depth against difficulty.
 
-Interrupted, the same command goes on; --only=benefit,random trains some contenders alone. A run takes one to two minutes
-on two cores, a part with five seeds and three rates about 110 runs.
+Interrupted, the same command goes on; --only=benefit,random trains some contenders alone. A run takes one to
+four minutes on two cores, a part with five seeds and three rates about 110 runs.
 """
 
 import collections
@@ -148,10 +148,10 @@ PARTS = {
   'shown': Part({}, 4),
   'hidden': Part(
     {
-      'data.source': 'synthetic:chase,nodes=8,hops=4,questions=16,hidden=true',
-      'data.seq_len': 29,
-      'model.capacities': (1.0, 0.414, 0.276, 0.138),
-      'train.steps': 2000,
+      'data.source': 'synthetic:chase,nodes=12,hops=4,questions=16,hidden=true',
+      'data.seq_len': 33,
+      'model.capacities': (1.0, 0.364, 0.243, 0.122),
+      'train.steps': 3500,
     },
     4,
   ),

@@ -4,7 +4,7 @@
   python -m mor_jax.evaluate --checkpoint=runs/depth-benefit --exits
   python -m mor_jax.report runs/depth-benefit
 
-Pointer chasing (mor_jax/data/synthetic.py): eight facts 'n3>n5', then questions such as '3:n4', which node is three steps
+Pointer chasing (mor_jax/data/synthetic.py): twelve facts 'n3>n5', then questions such as '3:n4', which node is three steps
 from n4? One layer is applied up to four times, and a step takes one application, so that a question needs as many
 recursions as it has steps. The control of benchmarks/depth.py, where all variants are compared:
 
@@ -18,9 +18,9 @@ recursions as it has steps. The control of benchmarks/depth.py, where all varian
 from mor_jax import config as mor_config
 
 VARIANTS = ('benefit', 'gate', 'random', 'all', 'recursive', 'vanilla')
-NODES, HOPS, QUESTIONS = 8, 4, 16
-# Questions with more than r steps, of all tokens: the end of the document, 8 facts and 16 questions.
-CAPACITIES = (1.0, 0.481, 0.321, 0.161)
+NODES, HOPS, QUESTIONS = 12, 4, 16
+# Questions with more than r steps, of all tokens: 12 facts, 16 questions and the end of the document.
+CAPACITIES = (1.0, 0.414, 0.276, 0.138)
 
 
 def get_config(variant: str = 'benefit'):
@@ -62,7 +62,7 @@ def get_config(variant: str = 'benefit'):
   config.data.source = f'synthetic:chase,nodes={NODES},hops={HOPS},questions={QUESTIONS}'
   config.data.seq_len = NODES + QUESTIONS + 1
 
-  config.train.steps = 1500
+  config.train.steps = 2500
   config.train.global_batch = 64
   config.train.learning_rate = 3e-3
   config.train.warmup_steps = 50

@@ -10,7 +10,7 @@ from mor_jax.config import ConfigError, DataConfig, resolve
 from mor_jax.data import dataset as dataset_lib
 from mor_jax.data import loader, packing, schedule, synthetic, written
 
-LENGTHS = {'chase': 25, 'chase,hidden=true': 29, 'permutations': 40, 'chains': 40, 'copy': 40}
+LENGTHS = {'chase': 29, 'chase,hidden=true': 33, 'permutations': 40, 'chains': 40, 'copy': 40}
 
 
 @functools.cache
@@ -88,7 +88,7 @@ def test_every_number_of_steps_is_asked_equally_often_and_no_answer_is_told():
     assert np.bincount(row['difficulty'][row['loss_mask'] > 0]).tolist() == [0, 4, 4, 4, 4]
     answers = {number for word, number in dataset.source.vocabulary.items() if word.startswith('=')}
     assert not answers & set(row['tokens'].tolist())
-  assert dataset.tokenizer.vocab_size == 8 * (1 + 8 + 4 + 1)
+  assert dataset.tokenizer.vocab_size == 12 * (1 + 12 + 4 + 1)
 
 
 def test_validation_examples_never_occur_in_training():
@@ -117,7 +117,7 @@ def test_rows_are_a_function_of_their_index_and_of_the_seed():
 
 def test_batches_resume_and_have_what_a_training_needs():
   dataset = opened('chase')
-  data = DataConfig(source='synthetic:chase', seq_len=25)
+  data = DataConfig(source='synthetic:chase', seq_len=29)
   order = schedule.constant(4)
   batches = loader.train_batches(dataset, data, order)
   first, second = next(batches), next(batches)
@@ -125,7 +125,7 @@ def test_batches_resume_and_have_what_a_training_needs():
   assert not np.array_equal(first['tokens'], second['tokens'])
   np.testing.assert_equal(next(loader.train_batches(dataset, data, order, start_step=1)), second)
   last = list(loader.validation_batches(dataset, 100))[-1]
-  assert last['difficulty'].shape == (100, 25)
+  assert last['difficulty'].shape == (100, 29)
   assert not last['loss_mask'][56:].any()  # filled up to a whole batch
   assert not last['segment_ids'][56:].any()
 
@@ -149,7 +149,7 @@ def test_filler_is_mixed_in():
     ('chains,copy=1', r'copy=1.0 must be in \[0, 1\)'),
     ('chains,rows=0', 'rows=0 must be at least 1'),
     ('chase,nodes=3,hops=2,questions=1', 'so few different examples that none of them is left'),
-    ('chase', 'data.seq_len=16 is too short .* up to 25 tokens; set data.seq_len=25'),
+    ('chase', 'data.seq_len=16 is too short .* up to 29 tokens; set data.seq_len=29'),
   ],
 )
 def test_what_makes_no_task_is_refused(source, problem):

@@ -64,7 +64,7 @@ class Chase:
   Words are pairs, and number first * nodes + second, for models with `embed_factor` = nodes.
   """
 
-  nodes: int = 8
+  nodes: int = 12
   hops: int = 4
   questions: int = 16
   hidden: bool = False
