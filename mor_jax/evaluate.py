@@ -66,7 +66,9 @@ def define_flags() -> None:
   )
   flags.DEFINE_boolean('json', False, 'print the result as JSON, everything else to stderr')
   flags.DEFINE_string(
-    'output', None, 'file for the result; default: evaluation.json, or few_shot.json, in the run folder'
+    'output',
+    None,
+    'file for the result; default: evaluation.json, evaluation_ROUTER.json or few_shot.json in the run folder',
   )
   flags.DEFINE_list('tasks', None, 'tasks of lm-evaluation-harness to run')
   flags.DEFINE_string('include_path', None, '--tasks: folder with YAML files of more tasks')
@@ -97,7 +99,7 @@ def main() -> None:
   cli.use_compilation_cache(run.config)
   console = open_console(stderr=FLAGS.json)
   result = _few_shot(run, tasks) if FLAGS.tasks else _held_out(console, run)
-  name = 'few_shot.json' if FLAGS.tasks else 'evaluation.json'
+  name = 'few_shot.json' if FLAGS.tasks else f'evaluation{"_" + FLAGS.router if FLAGS.router else ""}.json'
   output = Path(FLAGS.output) if FLAGS.output else run.folder.path / name
   _write(output, result)
   if FLAGS.json:

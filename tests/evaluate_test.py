@@ -51,7 +51,8 @@ def test_result_is_kept_with_the_run(evaluated):
 
 def test_tables(evaluated, tmp_path):
   run, result, _ = evaluated
-  done = command(f'--checkpoint={run}', '--rows=4', '--step=18', f'--output={tmp_path}/other.json')
+  flags = (f'--checkpoint={run}', '--rows=4', '--step=18', f'--output={tmp_path}/other.json')
+  done = command(*flags, '--exits', '--contrast=0,0.5')
   assert done.returncode == 0, done.stderr
   other = json.loads((tmp_path / 'other.json').read_text())
   assert (other['step'], other['data']['rows']) == (18, 4)
@@ -59,6 +60,17 @@ def test_tables(evaluated, tmp_path):
     assert text in done.stdout
   for mode in ('topk', 'threshold'):
     assert f'{other["routing"][mode]["nll"]:.4f}' in done.stdout
+  for text in (
+    'readouts of one forward pass',
+    'Contrast decoding',
+    'What routers thought',
+    'is explained by',
+  ):
+    assert text in done.stdout
+  last = other['exits']['readouts'][1]
+  assert (last['control'], last['k']) == ('prefix', 2)
+  assert last['nll'] == pytest.approx(other['routing']['threshold']['nll'], rel=1e-5)
+  assert other['exits']['contrast'][0]['nll'] == pytest.approx(last['nll'], rel=1e-6)
   assert json.loads((run / 'evaluation.json').read_text()) == result, '--output leaves that of the run alone'
 
 
@@ -72,6 +84,10 @@ def test_tables(evaluated, tmp_path):
     (['--checkpoint=RUN', '--data=prepared:nowhere'], 'there is no prepared dataset nowhere'),
     (['--checkpoint=RUN', '--output=nowhere/else.json'], 'there is no folder'),
     (['--checkpoint=EMPTY'], 'has no checkpoint yet'),
+    (['--checkpoint=RUN', '--contrast=0.5'], '--contrast=0.5 is for --exits'),
+    (['--checkpoint=RUN', '--rows=4', '--exits', '--contrast=much'], '--contrast=much must be numbers'),
+    (['--checkpoint=RUN', '--exits', '--tasks=piqa'], '--exits=True is not used with --tasks'),
+    (['--checkpoint=RUN', '--rows=4', '--router=confidence'], 'fitted on every second batch'),
   ],
 )
 def test_bad_input(evaluated, tmp_path, flags, message):
@@ -83,6 +99,17 @@ def test_bad_input(evaluated, tmp_path, flags, message):
     absl_flags.FLAGS(['evaluate', *given])
     with pytest.raises(ConfigError, match=re.escape(message)):
       evaluate.main()
+
+
+def test_other_routers_have_a_result_of_their_own(evaluated):
+  run, result, _ = evaluated
+  done = command(f'--checkpoint={run}', '--router=all', '--json')
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout)
+  assert json.loads((run / 'evaluation_all.json').read_text()) == found
+  assert list(found['routing']) == ['all']
+  assert found['routing']['all']['mean_depth'] == 2
+  assert json.loads((run / 'evaluation.json').read_text()) == result
 
 
 def test_a_folder_without_checkpoint_ends_the_command(evaluated, tmp_path):

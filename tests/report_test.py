@@ -158,6 +158,43 @@ def test_gap_of_an_evaluation_is_shown_and_a_broken_one_told(copied_run, tmp_pat
   assert 'evaluation.json cannot be read' in write(tmp_path / 'page.html', str(copied_run), tokens=0)
 
 
+def test_recursions_one_by_one_are_drawn(copied_run, tmp_path):
+  levels = [
+    {'difficulty': k, 'accuracy': 1 - k / 10, 'mean_depth': k, 'nll': 0.1, 'predicted_tokens': 5}
+    for k in (1, 2)
+  ]
+  mode = {'nll': 1.0, 'bits_per_byte': 1.0, 'by_difficulty': levels, 'rank_correlation': 0.9}
+  bins = {'recursion': 2, 'from': 0.5, 'to': 0.6, 'tokens': 9, 'better': 0.7, 'gain': 0.1}
+  readouts = [
+    {
+      'control': control,
+      'k': k,
+      'nll': 2.0,
+      'nll_other_rows': 2.0,
+      'temperature': 1.0,
+      'nll_at_temperature': 1.9,
+    }
+    for control, k in (('prefix', 1), ('prefix', 2), ('repeat', 1), ('suffix', 1))
+  ]
+  exits = {
+    'readouts': readouts,
+    'calibration': [bins],
+    'explained': [{'recursion': 1, 'token': 0.987, 'position': None}],
+  }
+  result = {'step': 20, 'routing': {'topk': mode, 'threshold': mode}, 'exits': exits}
+  (copied_run / 'evaluation.json').write_text(json.dumps(result))
+  text = write(tmp_path / 'page.html', str(copied_run), tokens=0)
+  for shown in (
+    'What recursions are worth',
+    'Readouts after each recursion',
+    'What routers thought',
+    '98.7%',
+  ):
+    assert shown in text
+  for name in ('by_difficulty', 'readouts_0', 'calibration_0'):
+    assert (tmp_path / 'page_plots' / f'{name}.png').exists()
+
+
 def test_page_that_cannot_be_written_is_refused(copied_run, tmp_path):
   with pytest.raises(ConfigError, match=r'--output=.* cannot be written'):
     write(tmp_path, str(copied_run), tokens=0)

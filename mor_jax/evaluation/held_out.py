@@ -98,8 +98,7 @@ def evaluate(
   Returns:
     'routing': for each mode ('topk' and 'threshold', or 'none' for models without router) the `summarize` of
     the whole model, with 'recursion_limits', the same for every limit, and 'positions', from `by_position`, and of
-    data that know how hard their tokens are `difficulty.summarize`; under the chooser's name what it leads to, and
-    beside it the number of 'rows', which for a fitted one is half of them;
+    data that know how hard their tokens are `difficulty.summarize`; with a chooser its name is the only mode;
     'gap': threshold minus top-k for loss, perplexity and bits per byte.
   """
   split = dataset.manifest.splits['validation']
