@@ -131,7 +131,8 @@ def describe_program(config: Config, first: int, compiled: Any, seconds: float, 
   rows = [describe_compiled(compiled, seconds)]
   if not is_only:
     micro = f' in {config.train.accumulation} micro-batches' if config.train.accumulation > 1 else ''
-    rows += [(f'from step {first + 1}', f'{config.train.global_batch} rows{micro}')]
+    most = f', at most {config.train.recursions} recursions' if config.train.recursions else ''
+    rows += [(f'from step {first + 1}', f'{config.train.global_batch} rows{micro}{most}')]
     if config.model.kind == 'mor':
       rows += [('', _capacities(config.model, config.data.seq_len))]
   return rows

@@ -34,7 +34,8 @@ def plan(config: Config) -> list[tuple[int, Config]]:
   micro-batches). The config of a phase has a fixed batch size and no ramp.
   """
   batches, grown = schedule.of(config.train), growth.stairs(config)
-  stairs = _capacity_stairs(config, MAX_SIZES - (len(batches.stages) - 1) - (len(grown) - 1) - 1)
+  left = MAX_SIZES - (len(batches.stages) - 1) - (len(grown) - 1)
+  stairs = _capacity_stairs(config, max(1, left - 1))
   phases = []
   for first in sorted({first for first, _ in (*stairs, *batches.stages, *grown)}):
     capacities = _at(stairs, first)
