@@ -311,7 +311,7 @@ def _keep(
           _each(entries, 'mean_depth'),
           _spread([entry['rank_correlation'] for entry in entries if entry['rank_correlation'] is not None]),
           _spread([entry['accuracy'] for entry in modes['threshold']])
-          if is_own and modes['threshold']
+          if is_own and 'threshold' in modes
           else '',
           len(entries),
         ]
