@@ -211,6 +211,11 @@ class Study:
       entries.append({'name': f'{name},rate={rate:g},seed={seed}', **overrides})
     return plan_lib.make(CONFIG, settings, entries, 'benchmarks.depth', Path(FLAGS.workdir) / self._name)
 
+  @property
+  def mean_depth(self) -> float:
+    """Recursions of a token in the mean that capacities give."""
+    return sum(cli.load_config(CONFIG, self._part.settings).model.step_capacities)
+
   def loss(self, name: str, rate: float, seed: int = 0) -> float:
     """Validation NLL under top-k routing."""
     return self.runs[name, rate, seed].folder.read_summary()['validation/nll']
@@ -246,7 +251,7 @@ def main() -> None:
       for seed in range(min(FLAGS.seeds, FLAGS.ablation_seeds) if one.is_ablation else FLAGS.seeds)
     ]
     study.train(final)
-    found = {key: _evaluate(study.runs[key], dict.fromkeys(_routers(chosen, key[0]))) for key in final}
+    found = {key: _evaluate(study.runs[key], _routers(chosen, key[0]), study.mean_depth) for key in final}
     print(_keep(part, study, chosen, best, found))
 
 
@@ -254,7 +259,7 @@ def _routers(chosen: list[Contender], name: str) -> tuple[str, ...]:
   return ('', *next(one.routers for one in chosen if one.name == name))
 
 
-def _evaluate(run: PlannedRun, routers: dict[str, None]) -> dict[str, Any]:
+def _evaluate(run: PlannedRun, routers: tuple[str, ...], mean_depth: float) -> dict[str, Any]:
   """Results of `python -m mor_jax.evaluate` by --router ('': the model's own), each made once."""
   found = {}
   for router in routers:
@@ -268,6 +273,7 @@ def _evaluate(run: PlannedRun, routers: dict[str, None]) -> dict[str, Any]:
         f'--output={path}',
       ]
       command += [f'--router={router}', '--batch_size=64'] if router else ['--batch_size=256']
+      command += [f'--mean_depth={mean_depth}'] if router == 'confidence' else []
       done = subprocess.run(command, capture_output=True, text=True, check=False)
       if done.returncode:
         raise RunError(f'evaluation of {run.name} failed: {done.stderr[-2000:]}')
@@ -374,7 +380,6 @@ def _plot(part: str, details: dict[str, Any]) -> None:
       ax.set_xlabel('difficulty: steps that a question needs')
     axes[0].legend()
     results.FOLDER.mkdir(exist_ok=True)
-    figure.tight_layout()
     figure.savefig(results.FOLDER / f'depth_{part}.png', dpi=150)
     plt.close(figure)
 

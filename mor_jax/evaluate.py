@@ -38,7 +38,7 @@ from mor_jax.runs.restore import LoadedRun, load_run
 
 FLAGS = flags.FLAGS
 ONLY_TASKS = ('include_path', 'num_fewshot', 'limit', 'routing', 'max_len', 'prefix_token', 'use_cache')
-NOT_TASKS = ('data', 'rows', 'exits', 'contrast', 'router')
+NOT_TASKS = ('data', 'rows', 'exits', 'contrast', 'router', 'mean_depth')
 
 
 def define_flags() -> None:
@@ -63,6 +63,11 @@ def define_flags() -> None:
     choosers.CHOOSERS,
     "how depths are chosen in place of the model's own ways: by lot, all recursions, by the confidence of the readout "
     '(fitted on half of the rows), or by hindsight (optimistic)',
+  )
+  flags.DEFINE_float(
+    'mean_depth',
+    None,
+    '--router=confidence: recursions of a token in the mean; default: as the capacities say',
   )
   flags.DEFINE_boolean('json', False, 'print the result as JSON, everything else to stderr')
   flags.DEFINE_string(
@@ -114,6 +119,8 @@ def main() -> None:
 def _check_flags() -> None:
   cli.require_checkpoint()
   cli.check_least(rows=0, batch_size=1, step=0, num_fewshot=0, max_len=2)
+  if FLAGS.mean_depth is not None and (FLAGS.router != 'confidence' or FLAGS.mean_depth < 1):
+    raise ConfigError(f'--mean_depth={FLAGS.mean_depth:g} is for --router=confidence, and at least 1')
   if FLAGS.contrast and not FLAGS.exits:
     raise ConfigError(f'--contrast={",".join(FLAGS.contrast)} is for --exits, which is not given')
   for name in NOT_TASKS if FLAGS.tasks else ONLY_TASKS:
@@ -146,7 +153,9 @@ def _held_out(console: Console, run: LoadedRun) -> dict:
   mesh, chooser = mesh_lib.make_mesh(), FLAGS.router
   weights = _weights()
   with Follow(console, run.config.model, dataset, rows, chooser) as follow:
-    result = held_out.evaluate(run, dataset, mesh, batch_size, rows, follow.begin, follow.advance, chooser)
+    result = held_out.evaluate(
+      run, dataset, mesh, batch_size, rows, follow.begin, follow.advance, chooser, FLAGS.mean_depth
+    )
   if FLAGS.exits:
     print_line(console, 'the recursions one by one')
     batches = loader.validation_batches(dataset, batch_size, rows)

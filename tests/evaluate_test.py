@@ -84,6 +84,7 @@ def test_tables(evaluated, tmp_path):
     (['--checkpoint=RUN', '--data=prepared:nowhere'], 'there is no prepared dataset nowhere'),
     (['--checkpoint=RUN', '--output=nowhere/else.json'], 'there is no folder'),
     (['--checkpoint=EMPTY'], 'has no checkpoint yet'),
+    (['--checkpoint=RUN', '--mean_depth=1.5'], '--mean_depth=1.5 is for --router=confidence'),
     (['--checkpoint=RUN', '--contrast=0.5'], '--contrast=0.5 is for --exits'),
     (['--checkpoint=RUN', '--rows=4', '--exits', '--contrast=much'], '--contrast=much must be numbers'),
     (['--checkpoint=RUN', '--exits', '--tasks=piqa'], '--exits=True is not used with --tasks'),

@@ -216,6 +216,13 @@ def test_hindsight_is_better_than_lots_and_all():
   assert found['oracle'] < min(found['random'], found['all'])
 
 
+def test_confidence_spends_what_it_is_given():
+  made, variables, config = model()
+  choose = choosers.make('confidence', made, config, MESH, variables, [batch()], mean_depth=1.5)
+  depths_BT = jax.jit(choose)(variables, batch())
+  assert 1.3 < float(depths_BT.mean()) <= 1.5
+
+
 def test_models_without_exits_are_refused():
   made = Transformer(tiny.config(kind='vanilla'))
   config = with_changes(Config(), model=vars(made.config))

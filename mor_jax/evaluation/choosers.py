@@ -34,13 +34,20 @@ Choose = Callable[[Any, targets_lib.Batch], jax.Array]
 
 
 def make(
-  name: str, model: Transformer, config: Config, mesh: Mesh, variables: Any, other_rows: Iterable[Batch]
+  name: str,
+  model: Transformer,
+  config: Config,
+  mesh: Mesh,
+  variables: Any,
+  other_rows: Iterable[Batch],
+  mean_depth: float | None = None,
 ) -> Choose:
   """(variables, batch) -> depths (B, T), 1 to R.
 
   Args:
     name: one of CHOOSERS.
     other_rows: batches that are not evaluated, which `confidence` is fitted on.
+    mean_depth: recursions that `confidence` may spend on a token; None: what the capacities say.
 
   Raises:
     ConfigError: tokens of this model cannot stop early.
@@ -58,7 +65,8 @@ def make(
     return lambda variables, batch: oracle_depths(
       exits(model, config, mesh, variables, batch)['nll'], config.model.benefit_margin
     )
-  margin = _fit_confidence(model, config, mesh, variables, other_rows)
+  wanted = sum(config.model.step_capacities) if mean_depth is None else mean_depth
+  margin = _fit_confidence(model, config, mesh, variables, other_rows, wanted)
   return lambda variables, batch: confident_depths(
     exits(model, config, mesh, variables, batch)['confidence'], margin
   )
@@ -112,8 +120,8 @@ def exits(
   return jax.tree.map(lambda *one: jnp.stack(one), *found)
 
 
-def _fit_confidence(model, config, mesh, variables, rows) -> float:
-  """The margin with which tokens take as many recursions as the capacities give them, in the mean."""
+def _fit_confidence(model, config, mesh, variables, rows, wanted) -> float:
+  """The margin with which tokens take so many recursions in the mean."""
 
   def confidence(variables, batch):
     batch = targets_lib.visible_batch(batch, config.data.segment_mask)
@@ -128,7 +136,6 @@ def _fit_confidence(model, config, mesh, variables, rows) -> float:
     raise ConfigError(
       '--router=confidence is fitted on half of the rows and needs two batches of them; raise --rows'
     )
-  wanted = sum(config.model.step_capacities)
   return fit_margin(np.concatenate(seen, axis=1), wanted)
 
 

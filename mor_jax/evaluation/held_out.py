@@ -85,6 +85,7 @@ def evaluate(
   begin: Callable[[Way], None] = lambda way: None,
   advance: Advance = lambda rows: None,
   chooser: str | None = None,
+  mean_depth: float | None = None,
 ) -> dict[str, Any]:
   """Returns all results of `python -m mor_jax.evaluate` as JSON.
 
@@ -94,6 +95,7 @@ def evaluate(
     begin: called before each of `ways`.
     advance: called with the number of rows after every batch.
     chooser: one of `choosers.CHOOSERS`: depths are then chosen so, in place of all ways of the model.
+    mean_depth: as in `choosers.make`.
 
   Returns:
     'routing': for each mode ('topk' and 'threshold', or 'none' for models without router) the `summarize` of
@@ -112,7 +114,7 @@ def evaluate(
     choose = None
     if chooser is not None:
       fitted_on, batches = _halves(batches) if chooser == 'confidence' else ([], batches)
-      choose = choosers.make(chooser, run.model, run.config, mesh, run.variables, fitted_on)
+      choose = choosers.make(chooser, run.model, run.config, mesh, run.variables, fitted_on, mean_depth)
     step = nll.make_nll_step(
       run.model, run.config, mesh, way.routing, way.max_recursions, full, kinds, choose=choose
     )
