@@ -153,7 +153,7 @@ def test_a_stream_without_a_row_of_validation_is_refused(data):
   ('change', 'message'),
   [
     ({'tokenizer': 'bpe'}, r"data\.tokenizer='bpe' has nothing to be trained on"),
-    ({'source': 'prepared:somewhere'}, 'prepared rows need no live path'),
+    ({'source': 'prepared:somewhere'}, 'these rows need no live path'),
     ({'validation_fraction': 0.0}, r'data\.validation_fraction'),
     ({'live_validation_rows': 0}, r'data\.live_validation_rows=0'),
   ],

@@ -149,7 +149,7 @@ class RecordedRows(list):
 
 def test_a_host_reads_only_its_rows(prepared, data):
   rows = RecordedRows(prepared.rows('train'))
-  recorded = types.SimpleNamespace(rows=lambda split: rows)
+  recorded = types.SimpleNamespace(rows=lambda split: rows, extras=())
   still = dataclasses.replace(data, prefetch=0)
   take(loader.train_batches(recorded, still, schedule.constant(8), host=1, num_hosts=4), 3)
   assert rows.read == [

@@ -20,9 +20,7 @@ def test_rows_hold_the_stream_of_documents_exactly(documents, seq_len):
   rows = rows_of(documents, seq_len)
   stream = [token for document in documents for token in [*document, END]]
   assert len(rows) == -(-len(stream) // seq_len)
-  flat = {
-    name: np.concatenate([row[name] for row in rows] or [np.zeros(0)]) for name in packing.padding_row(1, END)
-  }
+  flat = {name: np.concatenate([row[name] for row in rows] or [np.zeros(0)]) for name in packing.ROW_ARRAYS}
   assert flat['tokens'].tolist() == stream + [END] * (len(rows) * seq_len - len(stream))
   assert all(array.shape == (seq_len,) and array.dtype == np.int32 for row in rows for array in row.values())
 

@@ -24,7 +24,13 @@ EXPERT = {'num_layers': 5, 'num_recursions': 3, 'router_alpha': 0.8}
 AUXILIARY = {**EXPERT, 'causality': 'aux_router', 'router_head': 'mlp', 'gating': 'residual'}
 MOVING = {**EXPERT, 'selection': 'ema_threshold', 'router_temperature': 0.2}
 NOT_ALL_ENTER = {'num_layers': 8, 'capacities': (0.8, 0.6, 0.5)}
-BENEFIT = {'num_layers': 5, 'num_recursions': 3, 'router_target': 'benefit', 'embed_factor': 8}
+BENEFIT = {
+  'num_layers': 5,
+  'num_recursions': 3,
+  'router_target': 'benefit',
+  'embed_factor': 8,
+  'router_temperature': 0.05,
+}
 RANDOM = {**EXPERT, 'random_router': True, 'causality': 'none'}
 TOKEN = {'num_layers': 5, 'num_recursions': 3, 'router': 'token_choice', 'router_temperature': 0.1}
 LIMITED = {**TOKEN, 'token_capacity_factor': 1.0}
@@ -81,8 +87,8 @@ CASES = {
   'moving threshold': Case({**MOVING, **NOT_ALL_ENTER}, 14, 0.65, LANES),
   'moving threshold shared': Case({**MOVING, 'kv': 'shared'}, 1, 0.8, LANES),
   'moving threshold hybrid': Case({**MOVING, 'kv': 'hybrid'}, 1, 0.8),
-  'benefit': Case(BENEFIT, 3, 0.9, LANES, is_slow=False),
-  'benefit hybrid': Case({**BENEFIT, 'kv': 'hybrid', 'gating': 'additive'}, 3, 0.9, GATHER),
+  'benefit': Case(BENEFIT, 36, 0.9, LANES, is_slow=False),
+  'benefit hybrid': Case({**BENEFIT, 'kv': 'hybrid', 'gating': 'additive'}, 36, 0.9, GATHER),
   'random': Case(RANDOM, 0, 0.55, GATHER),
   'random shared': Case({**RANDOM, 'kv': 'shared'}, 0, 0.55, LANES),
   'random hybrid': Case({**RANDOM, 'kv': 'hybrid'}, 0, 0.55),
