@@ -88,7 +88,7 @@ CASES = {
   'moving threshold shared': Case({**MOVING, 'kv': 'shared'}, 1, 0.8, LANES),
   'moving threshold hybrid': Case({**MOVING, 'kv': 'hybrid'}, 1, 0.8),
   'benefit': Case(BENEFIT, 36, 0.9, LANES, is_slow=False),
-  'benefit hybrid': Case({**BENEFIT, 'kv': 'hybrid', 'gating': 'additive'}, 36, 0.9, GATHER),
+  'benefit hybrid': Case({**BENEFIT, 'kv': 'hybrid', 'gating': 'additive'}, 2, 0.9, GATHER),
   'random': Case(RANDOM, 0, 0.55, GATHER),
   'random shared': Case({**RANDOM, 'kv': 'shared'}, 0, 0.55, LANES),
   'random hybrid': Case({**RANDOM, 'kv': 'hybrid'}, 0, 0.55),
