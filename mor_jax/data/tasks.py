@@ -1,0 +1,244 @@
+"""Tasks whose difficulty is known: what an example says, what is to be answered, and how many steps that takes.
+
+A control for routers, not a benchmark of models: here a token that needs k steps of computation needs k recursions,
+so that depths can be compared with the truth. `synthetic.py` makes rows of them.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from mor_jax.data.tokenizer import END_OF_TEXT
+
+NOT_SCORED = -1  # difficulty of tokens that no loss is taken of
+_LETTERS = 'abcdefghijklmnopqrstuvwxyz'
+
+
+class Example(NamedTuple):
+  """A document of a task.
+
+  Attributes:
+    words: its tokens, as words of the task's vocabulary.
+    difficulty: of each token that is scored when it is predicted, else NOT_SCORED.
+    about: what it asks about, which decides its split.
+    targets: what is to be predicted where that is not the token itself, by place.
+  """
+
+  words: list[str]
+  difficulty: list[int]
+  about: str
+  targets: Mapping[int, str] | None = None
+
+
+class Task(Protocol):
+  """What all tasks have."""
+
+  def check(self) -> None:
+    """Raises ValueError for sizes that make no task."""
+
+  @property
+  def vocabulary(self) -> dict[str, int]:
+    """Id of every word, above those of the two special tokens."""
+
+  @property
+  def longest(self) -> int:
+    """Most tokens that an example has."""
+
+  def example(self, rng: np.random.Generator) -> Example:
+    """A document."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chase:
+  """A mapping of nodes, then questions for its k-fold composition: k look-ups, each of which needs the one before.
+
+  `nodes` facts 'n3>n5' in random order, a single cycle, then `questions` such as '2:n3': which node is 2 steps from n3?
+  The answer '=n1' is predicted where the question stands and appears nowhere, so that nothing can be learned from
+  earlier ones; its difficulty is k, and every k from 1 to `hops` is asked equally often. With `hidden=true` the question
+  is 'b:n3' instead, and the document begins with what the letters stand for, 'b>2', anew for every document: how far
+  to go is then in the context, not in the token.
+
+  Words are pairs, and number first * nodes + second, for models with `embed_factor` = nodes.
+  """
+
+  nodes: int = 12
+  hops: int = 4
+  questions: int = 16
+  hidden: bool = False
+
+  def check(self) -> None:
+    """Raises ValueError for sizes that make no task."""
+    at_least('nodes', self.nodes, 3)
+    at_least('hops', self.hops, 1)
+    at_least('questions', self.questions, 1)
+    if self.hops >= self.nodes:
+      raise ValueError(f'hops={self.hops} must be fewer than nodes={self.nodes}, or one comes round')
+    if self.hops > len(_LETTERS):
+      raise ValueError(f'hops={self.hops} must be at most {len(_LETTERS)}')
+
+  @property
+  def vocabulary(self) -> dict[str, int]:
+    """Id of every word: facts, questions, answers, meanings of letters."""
+    nodes, hops = range(self.nodes), range(1, self.hops + 1)
+    firsts = [[f'n{a}>n{b}' for b in nodes] for a in nodes]
+    firsts += [[f'{_LETTERS[k - 1] if self.hidden else k}:n{a}' for a in nodes] for k in hops]
+    firsts += [[f'=n{a}' for a in nodes]]
+    if self.hidden:
+      firsts += [[f'{_LETTERS[letter - 1]}>{k}' for k in hops] for letter in hops]
+    return {
+      word: first * self.nodes + second
+      for first, words in enumerate(firsts, start=1)  # the first of all are special tokens
+      for second, word in enumerate(words)
+    }
+
+  @property
+  def longest(self) -> int:
+    """Most tokens that an example has."""
+    return self.hidden * self.hops + self.nodes + self.questions + 1
+
+  def example(self, rng: np.random.Generator) -> Example:
+    """A document."""
+    cycle = rng.permutation(self.nodes)
+    following = np.empty(self.nodes, int)
+    following[cycle] = np.roll(cycle, -1)
+    words, names = [], [str(k) for k in range(1, self.hops + 1)]
+    if self.hidden:
+      names = [_LETTERS[letter] for letter in rng.permutation(self.hops)]
+      words += [f'{names[k]}>{k + 1}' for k in rng.permutation(self.hops)]
+    words += [f'n{node}>n{following[node]}' for node in rng.permutation(self.nodes)]
+    difficulty, targets = [NOT_SCORED] * (len(words) + 1), {}
+    for hops in rng.permutation(np.arange(self.questions) % self.hops) + 1:
+      node = int(rng.integers(self.nodes))
+      words.append(f'{names[hops - 1]}:n{node}')
+      for _ in range(hops):
+        node = following[node]
+      targets[len(words)] = f'=n{node}'
+      difficulty.append(int(hops))
+    return Example([*words, END_OF_TEXT], difficulty, f'{following.tolist()}', targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class Permutations:
+  """Where a token stands after k swaps: 'p3 s12 s13 = p2'.
+
+  A place, k swaps of two of `places` places each, '=' and the place at the end, which is scored. Difficulty k; a
+  model may compose swaps in pairs, so that k bounds the depth from above.
+  """
+
+  places: int = 5
+  hops: int = 4
+
+  def check(self) -> None:
+    """Raises ValueError for sizes that make no task."""
+    at_least('places', self.places, 3)
+    at_least('hops', self.hops, 1)
+    if self.places > 9:
+      raise ValueError(f'places={self.places} must be at most 9')
+
+  @property
+  def vocabulary(self) -> dict[str, int]:
+    """Places, swaps, '='."""
+    return numbered(
+      [*(f'p{place}' for place in range(self.places)), *(f's{a}{b}' for a, b in self._swaps), '=']
+    )
+
+  @property
+  def _swaps(self) -> list[tuple[int, int]]:
+    return [(a, b) for a in range(self.places) for b in range(a + 1, self.places)]
+
+  @property
+  def longest(self) -> int:
+    """Most tokens that an example has."""
+    return self.hops + 3
+
+  def example(self, rng: np.random.Generator) -> Example:
+    """A document."""
+    place, hops = int(rng.integers(self.places)), int(rng.integers(1, self.hops + 1))
+    words = [f'p{place}']
+    for index in rng.integers(len(self._swaps), size=hops):
+      a, b = self._swaps[index]
+      place = {a: b, b: a}.get(place, place)
+      words.append(f's{a}{b}')
+    words += ['=', f'p{place}']
+    return Example(words, [NOT_SCORED] * (hops + 2) + [hops], ' '.join(words))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chains:
+  """A chain of k operations modulo `modulus`: '3 +2 *4 = 6'. The number at the end is scored, with difficulty k."""
+
+  modulus: int = 7
+  hops: int = 4
+
+  def check(self) -> None:
+    """Raises ValueError for sizes that make no task."""
+    at_least('modulus', self.modulus, 3)
+    at_least('hops', self.hops, 1)
+
+  @property
+  def vocabulary(self) -> dict[str, int]:
+    """Numbers, operations, '='."""
+    numbers = range(self.modulus)
+    return numbered(
+      [*map(str, numbers), *(f'+{n}' for n in numbers[1:]), *(f'*{n}' for n in numbers[2:]), '=']
+    )
+
+  @property
+  def longest(self) -> int:
+    """Most tokens that an example has."""
+    return self.hops + 3
+
+  def example(self, rng: np.random.Generator) -> Example:
+    """A document."""
+    value, hops = int(rng.integers(self.modulus)), int(rng.integers(1, self.hops + 1))
+    words = [str(value)]
+    for is_sum in rng.integers(2, size=hops):
+      number = int(rng.integers(1 if is_sum else 2, self.modulus))
+      value = (value + number if is_sum else value * number) % self.modulus
+      words.append(f'{"+" if is_sum else "*"}{number}')
+    words += ['=', str(value)]
+    return Example(words, [NOT_SCORED] * (hops + 2) + [hops], ' '.join(words))
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+  """Filler of difficulty 0: `length` random words, ':', and the same words again, which are scored."""
+
+  length: int = 8
+  words: int = 16
+
+  def check(self) -> None:
+    """Raises ValueError for sizes that make no task."""
+    at_least('length', self.length, 1)
+    at_least('words', self.words, 2)
+
+  @property
+  def vocabulary(self) -> dict[str, int]:
+    """Words and ':'."""
+    return numbered([*(f'w{word}' for word in range(self.words)), ':'])
+
+  @property
+  def longest(self) -> int:
+    """Most tokens that an example has."""
+    return 2 * self.length + 1
+
+  def example(self, rng: np.random.Generator) -> Example:
+    """A document."""
+    told = [f'w{word}' for word in rng.integers(self.words, size=self.length)]
+    return Example([*told, ':', *told], [NOT_SCORED] * (self.length + 1) + [0] * self.length, ' '.join(told))
+
+
+TASKS: dict[str, type[Task]] = {'chase': Chase, 'permutations': Permutations, 'chains': Chains, 'copy': Copy}
+
+
+def numbered(words: Sequence[str], first: int = 2) -> dict[str, int]:
+  """Ids of words in their order, after those of the special tokens."""
+  return {word: index for index, word in enumerate(words, start=first)}
+
+
+def at_least(name: str, value: int, least: int) -> None:
+  """Raises ValueError for a number that is too small."""
+  if value < least:
+    raise ValueError(f'{name}={value} must be at least {least}')
