@@ -118,6 +118,20 @@ def test_what_routers_thought_is_held_against_what_it_was_worth():
       assert entry['better'] == pytest.approx(better[inside].mean())
 
 
+def test_of_two_routers_the_one_that_decides_is_judged():
+  made, variables = tiny.model(causality='aux_router', num_layers=5, num_recursions=3)
+  config = with_changes(Config(), model=vars(made.config), data={'seq_len': LENGTH})
+  found = exits.measure(made, config, MESH, variables, [batch()])['calibration']
+  tokens_BT = batch()['tokens']
+  output = jax.jit(
+    lambda: made.apply(variables, tokens_BT, given=Given(depths_BT=jnp.full((ROWS, LENGTH), 3)))
+  )()
+  goes_on_BT = np.asarray(output.routing.causal_RBT)[1, :, :-1]
+  seen = sum(entry['tokens'] for entry in found if entry['recursion'] == 2 and entry['from'] >= 0.5)
+  assert seen == (goes_on_BT & scored()).sum()
+  assert 0 < seen < scored().sum()
+
+
 def test_explained_variance_is_that_between_groups():
   rng = np.random.default_rng(0)
   group = rng.integers(0, 5, 400)

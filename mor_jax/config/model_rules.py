@@ -1,12 +1,13 @@
 """Rules that the settings of a model must satisfy, alone and together."""
 
+import dataclasses
 import itertools
 from typing import Any
 
 from mor_jax.config.model import ModelConfig
 from mor_jax.errors import ConfigError
 
-_ONLY_BENEFIT = {'benefit_margin': 0.05, 'benefit_rows': 0.125, 'depth_prior_weight': 0.0}  # and defaults
+_ONLY_BENEFIT = ('benefit_margin', 'benefit_rows', 'depth_prior_weight')
 MOST_LAYERS, LARGEST = 10_000, 2**24  # what lies above was not meant, and would take a machine down
 
 
@@ -74,7 +75,6 @@ def validate_model(model: ModelConfig) -> None:
     raise ConfigError(
       f'model.random_gate={model.random_gate} is for model.random_router=True; leave it unset, or set that too'
     )
-  _refuse_idle_benefit(model)
   if model.kind != 'vanilla' or model.kv == 'shared':
     _validate_sharing(model)
   if model.kind == 'mor':
@@ -126,25 +126,14 @@ def _validate_routing(model: ModelConfig) -> None:
       f'model.sharing={model.sharing!r} cannot be used with model.kind=mor: a recursion must be one pass '
       f'over the whole shared block; use cycle or middle_cycle'
     )
-  (_validate_expert_choice if model.router == 'expert_choice' else _validate_token_choice)(model)
-
-
-def _refuse_idle_benefit(model: ModelConfig) -> None:
-  """Settings of a router that learns the benefit, in a model that has none."""
-  if model.learns_benefit and model.router == 'expert_choice':
-    return
   idle = [
-    f'model.{name}={getattr(model, name)}'
-    for name, default in _ONLY_BENEFIT.items()
-    if getattr(model, name) != default
+    f'model.{field.name}={getattr(model, field.name)}'
+    for field in dataclasses.fields(model)
+    if field.name in _ONLY_BENEFIT and getattr(model, field.name) != field.default
   ]
-  if model.router_target == 'benefit' and model.kind == 'mor':
-    raise ConfigError(
-      f'model.router_target=benefit asks at every recursion whether to go on, which is for '
-      f'model.router=expert_choice; with model.router={model.router} use gate'
-    )
-  if idle and model.kind == 'mor':
+  if idle and not model.learns_benefit:
     raise ConfigError(f'{", ".join(idle)} has no effect without model.router_target=benefit; set that too')
+  (_validate_expert_choice if model.router == 'expert_choice' else _validate_token_choice)(model)
 
 
 def _validate_benefit(model: ModelConfig) -> None:
@@ -220,6 +209,11 @@ def _validate_expert_choice(model: ModelConfig) -> None:
 
 def _validate_token_choice(model: ModelConfig) -> None:
   _refuse_activation(model, ('softmax', 'sigmoid'))
+  if model.learns_benefit:
+    raise ConfigError(
+      'model.router_target=benefit asks at every recursion whether to go on, which is for model.router=expert_choice; '
+      'with model.router=token_choice use gate'
+    )
   if model.router_noise:
     raise ConfigError(
       f'model.router_noise={model.router_noise} is for model.router=expert_choice; with token_choice leave it unset'

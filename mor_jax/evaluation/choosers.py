@@ -21,13 +21,12 @@ from jax.sharding import Mesh
 
 from mor_jax.config import Config, ConfigError
 from mor_jax.data.loader import Batch
-from mor_jax.model.recursion import Given
 from mor_jax.model.router import evaluation_key
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import rules
+from mor_jax.training import readout, vocabulary_loss
 from mor_jax.training import targets as targets_lib
-from mor_jax.training import vocabulary_loss
 
 CHOOSERS = ('random', 'all', 'confidence', 'oracle')
 Choose = Callable[[Any, targets_lib.Batch], jax.Array]
@@ -101,23 +100,14 @@ def exits(
   Returns arrays (R, B, T): 'nll' of the token that follows; 'confidence', by how much the probability of the best
   token exceeds that of the second.
   """
-  place = {'segment_ids': batch['segment_ids'], 'positions': batch['positions']}
-  everywhere_BT = jnp.full(batch['tokens'].shape, config.model.recursions)
-  states_EBTD, _ = model.apply(
-    variables, batch['tokens'], given=Given(depths_BT=everywhere_BT), **place, method=Transformer.trajectory
-  )
-  hidden_RBTD, kernel_DV = model.apply(variables, states_EBTD[1:], **place, method=Transformer.read)
 
   def look(logits_NV, targets_N):
     best_N2 = jax.lax.top_k(jax.nn.softmax(logits_NV), 2)[0]
     nll_N = vocabulary_loss.token_nll(logits_NV, targets_N)
     return {'nll': nll_N, 'confidence': best_N2[:, 0] - best_N2[:, 1]}
 
-  chunk, wanted_BT = config.train.loss_chunk, targets_lib.targets(batch)
-  found = [
-    vocabulary_loss.map_tokens(look, x_BTD, kernel_DV, wanted_BT, chunk, mesh) for x_BTD in hidden_RBTD
-  ]
-  return jax.tree.map(lambda *one: jnp.stack(one), *found)
+  arguments = batch, look, config.train.loss_chunk, mesh
+  return model.apply(variables, *arguments, method=readout.after_each)[1]
 
 
 def _fit_confidence(model, config, mesh, variables, rows, wanted) -> float:

@@ -26,13 +26,11 @@ from jax.sharding import Mesh
 
 from mor_jax.config import Config, ConfigError
 from mor_jax.data.loader import Batch
-from mor_jax.evaluation import choosers
 from mor_jax.model import router
-from mor_jax.model.recursion import Given
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import rules
-from mor_jax.training import benefit, vocabulary_loss
+from mor_jax.training import benefit, readout, vocabulary_loss
 from mor_jax.training import targets as targets_lib
 from mor_jax.training.meter import add_up
 
@@ -126,13 +124,9 @@ def contrasted(last_NV: jax.Array, first_NV: jax.Array, weight: float) -> jax.Ar
 
 def _judged(model, config, mesh, variables, batch, scored_BT):
   """What routers of recursions 2 to R thought of going on, in bins of their probability, and what it was worth."""
-  place = {'segment_ids': batch['segment_ids'], 'positions': batch['positions']}
-  everywhere_BT = jnp.full(batch['tokens'].shape, config.model.recursions)
-  states_EBTD, _ = model.apply(
-    variables, batch['tokens'], given=Given(depths_BT=everywhere_BT), **place, method=Transformer.trajectory
-  )
+  arguments = batch, vocabulary_loss.token_nll, config.train.loss_chunk, mesh
+  states_EBTD, nll_RBT = model.apply(variables, *arguments, method=readout.after_each)
   logits_RBT = model.apply(variables, states_EBTD[:-1], method=Transformer.router_logits)[1:]
-  nll_RBT = choosers.exits(model, config, mesh, variables, batch)['nll']
   bins_RBT = jnp.clip((jax.nn.sigmoid(logits_RBT) * BINS).astype(int), 0, BINS - 1)
   better_RBT = benefit.labels(nll_RBT, scored_BT, config.model.benefit_margin)
   of_each = {'tokens': jnp.ones_like(nll_RBT[1:]), 'better': better_RBT, 'gain': nll_RBT[:-1] - nll_RBT[1:]}

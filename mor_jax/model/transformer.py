@@ -150,12 +150,13 @@ class Transformer(nn.Module):
     return jnp.moveaxis(x_BTD.reshape(batch, exits, *x_BTD.shape[1:]), 1, 0), self.head_kernel()
 
   def router_logits(self, states_RBTD: jax.Array) -> jax.Array:
-    """Logits (R, B, T) with which the router of each step sees the stream that it is offered (expert-choice)."""
-    steps = states_RBTD.shape[0]
-    routers = jax.tree.map(lambda leaf_R: leaf_R[:steps], nn.unbox(self.router.variables['params']))
-    return jax.vmap(lambda params, x_BTD: expert_choice.scores(self.config, {'router': params}, x_BTD)[0])(
-      routers, states_RBTD
-    )
+    """Logits (R, B, T) by which each step decides causally on tokens with these streams (expert-choice)."""
+    routers = {'router': self.router.variables['params']}
+    if self.config.has_aux_router:
+      routers['aux_router'] = self.aux_router.variables['params']
+    routers = jax.tree.map(lambda leaf_R: leaf_R[: states_RBTD.shape[0]], nn.unbox(routers))
+    _, causal_RBT = jax.vmap(functools.partial(expert_choice.scores, self.config))(routers, states_RBTD)
+    return causal_RBT
 
   def states_and_head(self, *args, **kwargs) -> tuple[jax.Array, jax.Array, RoutingOutput | None]:
     """For a loss that makes the logits itself: normed final states (B, T, D), `head_kernel`, and the routing.

@@ -22,9 +22,9 @@ import optax
 from jax.sharding import Mesh
 
 from mor_jax.config import ConfigError, ModelConfig
-from mor_jax.model.recursion import Given
-from mor_jax.training import vocabulary_loss
-from mor_jax.training.targets import Batch, predicted, targets
+from mor_jax.model.transformer import Transformer
+from mor_jax.training import readout, vocabulary_loss
+from mor_jax.training.targets import Batch, predicted
 
 
 def labelled_rows(config: ModelConfig, rows: int) -> int:
@@ -89,7 +89,9 @@ def make_loss(
     frozen = {
       name: part if name == 'router' else jax.lax.stop_gradient(part) for name, part in params.items()
     }
-    seen_RBT, nll_RBT = apply({'params': frozen}, batch, chunk, mesh, max_recursions, method=_exits)
+    arguments = batch, vocabulary_loss.token_nll, chunk, mesh, max_recursions
+    states_EBTD, nll_RBT = apply({'params': frozen}, *arguments, method=readout.after_each)
+    seen_RBT = apply({'params': frozen}, states_EBTD[:-1], method=Transformer.router_logits)[1:]
     real_BT = batch['segment_ids'] > 0
     scored_BT = jnp.pad(predicted(batch), ((0, 0), (0, 1)))
     wanted_RBT = labels(nll_RBT, scored_BT, config.benefit_margin)
@@ -104,22 +106,3 @@ def make_loss(
     }
 
   return loss
-
-
-def _exits(model, batch, chunk, mesh, max_recursions):
-  """Router logits (R - 1, B, T) of recursions 2 to R and losses (R, B, T) of the exits, all tokens taking all."""
-  place = {'segment_ids': batch['segment_ids'], 'positions': batch['positions']}
-  everywhere_BT = jnp.full(batch['tokens'].shape, model.config.recursions)
-  states_EBTD, _ = model.trajectory(
-    batch['tokens'], given=Given(depths_BT=everywhere_BT), max_recursions=max_recursions, **place
-  )
-  states_EBTD = jax.lax.stop_gradient(states_EBTD)
-  hidden_RBTD, kernel_DV = model.read(states_EBTD[1:], **place)
-
-  def nll(logits_NV, targets_N):
-    return vocabulary_loss.token_nll(logits_NV, targets_N)
-
-  nll_RBT = jnp.stack(
-    [vocabulary_loss.map_tokens(nll, x_BTD, kernel_DV, targets(batch), chunk, mesh) for x_BTD in hidden_RBTD]
-  )
-  return model.router_logits(states_EBTD[:-1])[1:], jax.lax.stop_gradient(nll_RBT)

@@ -117,7 +117,7 @@ def make_loss(
     x_BTD, kernel_DV, routed = apply(
       {'params': params, 'routing': routing} if routing else {'params': params},
       batch['tokens'],
-      rngs={'routing': key, 'noise': jax.random.fold_in(key, 1)} if config.noise_scale else {'routing': key},
+      rngs={'routing': key, 'noise': jax.random.fold_in(key, 1)},
       routing='topk',
       segment_ids=batch['segment_ids'],
       positions=batch['positions'],
