@@ -3,7 +3,7 @@
 A positive control for depth routers: tasks whose tokens need a known number of recursions (configs/depth.py). All
 contenders train on the same tokens, and those that compute more or less per token also on the FLOPs of the router that
 learns the benefit (forward, as the paper counts, its labels included). Rates are tuned for each contender on seed 0. Every
-final run is evaluated under top-k and threshold routing, with the recursions one by one; some also with depths chosen
+final run is evaluated under top-k and threshold routing, by difficulty and recursion limit; some also with depths chosen
 otherwise. Each part writes benchmarks/results/depth_PART.* and a plot of depth against difficulty.
 
 Interrupted, the same command goes on; --only=benefit,random trains some contenders alone. A run takes one to
@@ -12,24 +12,18 @@ four minutes on two cores, a part with five seeds and three rates about 110 runs
 
 import collections
 import dataclasses
-import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 from rich.console import Console
 
-from benchmarks import results
+from benchmarks import results, trained
 from mor_jax import cli
 from mor_jax.config import ConfigError
-from mor_jax.errors import RunError
 from mor_jax.sweeping import plan as plan_lib
 from mor_jax.sweeping.plan import Plan, PlannedRun
-from mor_jax.sweeping.runner import Runner
-from mor_jax.sweeping.status import Display
 from mor_jax.training import budget
 
 FLAGS = flags.FLAGS
@@ -186,12 +180,7 @@ class Study:
     keys = list(dict.fromkeys([*self.runs, *wanted]))
     made = self._plan(keys)
     self.runs = dict(zip(keys, made.runs, strict=True))
-    runner = Runner(made, Display(self._console, made), FLAGS.parallel)
-    if runner.run():
-      raise RunError('stopped; the same command goes on')
-    failed = [run for run in made.runs if runner.status[run.name].state != 'finished']
-    if failed:
-      raise RunError(f'{failed[0].name} failed: {runner.status[failed[0].name].error}')
+    trained.train(made, self._console, FLAGS.parallel)
 
   def _plan(self, keys: list[tuple[str, float, int]]) -> Plan:
     settings = {**self._part.settings}
@@ -251,35 +240,18 @@ def main() -> None:
       for seed in range(min(FLAGS.seeds, FLAGS.ablation_seeds) if one.is_ablation else FLAGS.seeds)
     ]
     study.train(final)
-    found = {key: _evaluate(study.runs[key], _routers(chosen, key[0]), study.mean_depth) for key in final}
+    routers = {one.name: one.routers for one in chosen}
+    found = {key: _evaluate(study.runs[key], routers[key[0]], study.mean_depth) for key in final}
     print(_keep(part, study, chosen, best, found))
 
 
-def _routers(chosen: list[Contender], name: str) -> tuple[str, ...]:
-  return ('', *next(one.routers for one in chosen if one.name == name))
-
-
-def _evaluate(run: PlannedRun, routers: tuple[str, ...], mean_depth: float) -> dict[str, Any]:
-  """Results of `python -m mor_jax.evaluate` by --router ('': the model's own), each made once."""
-  found = {}
+def _evaluate(run: PlannedRun, routers: tuple[str, ...], mean_depth: float) -> dict[str, dict[str, Any]]:
+  """Results of every way to run a model, its own and those of other routers, by name."""
+  found = dict(trained.evaluate(run, '--batch_size=256')['routing'])
   for router in routers:
-    path = run.folder.path / f'evaluation{"_" if router else ""}{router}.json'
-    if not path.exists():
-      command = [
-        sys.executable,
-        '-m',
-        'mor_jax.evaluate',
-        f'--checkpoint={run.folder.path}',
-        f'--output={path}',
-      ]
-      command += [f'--router={router}', '--batch_size=64'] if router else ['--batch_size=256']
-      command += [f'--mean_depth={mean_depth}'] if router == 'confidence' else []
-      done = subprocess.run(command, capture_output=True, text=True, check=False)
-      if done.returncode:
-        raise RunError(f'evaluation of {run.name} failed: {done.stderr[-2000:]}')
-    found[router] = (
-      next(iter(json.loads(path.read_text())['routing'].values())) if router else json.loads(path.read_text())
-    )
+    flags = [f'--router={router}', '--batch_size=64']  # confidence is fitted on every second batch
+    flags += [f'--mean_depth={mean_depth}'] if router == 'confidence' else []
+    found |= trained.evaluate(run, *flags, name=f'evaluation_{router}')['routing']
   return found
 
 
@@ -293,12 +265,8 @@ def _keep(
     first = study.runs[runs[0]]
     modes = collections.defaultdict(list)
     for key in runs:
-      for router, result in found[key].items():
-        if router:
-          modes[router].append(result)
-        else:
-          for mode, entry in result['routing'].items():
-            modes[mode].append(entry)
+      for mode, entry in found[key].items():
+        modes[mode].append(entry)
     own = 'none' if 'none' in modes else 'topk'
     details[one.name] = {mode: [_figures(entry) for entry in entries] for mode, entries in modes.items()}
     for mode, entries in modes.items():

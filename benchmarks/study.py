@@ -11,10 +11,7 @@ With --steps=500 there are about 50 runs of 70 to 120 seconds each, two at a tim
 
 import collections
 import dataclasses
-import json
 import statistics
-import subprocess
-import sys
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -22,16 +19,13 @@ from typing import Any
 from absl import flags
 from rich.console import Console
 
-from benchmarks import results
+from benchmarks import results, trained
 from mor_jax import cli
 from mor_jax.config import ConfigError
-from mor_jax.errors import RunError
 from mor_jax.model import flops
 from mor_jax.sweeping import plan as plan_lib
 from mor_jax.sweeping import results as tables
 from mor_jax.sweeping.plan import Plan, PlannedRun
-from mor_jax.sweeping.runner import Runner
-from mor_jax.sweeping.status import Display
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('source', None, 'data.source: English text')
@@ -114,14 +108,7 @@ class Study:
     keys = list(dict.fromkeys([*self.runs, *wanted]))
     made = self._plan(keys)
     self.runs = dict(zip(keys, made.runs, strict=True))
-    runner = Runner(made, Display(self._console, made), FLAGS.parallel)
-    ended_by = runner.run()
-    if ended_by:
-      raise RunError('stopped; the same command goes on')
-    failed = [run for run in made.runs if runner.status[run.name].state != 'finished']
-    if failed:
-      raise RunError(f'{failed[0].name} failed: {runner.status[failed[0].name].error}')
-    tables.write(made, runner.status)
+    tables.write(made, trained.train(made, self._console, FLAGS.parallel).status)
 
   def _plan(self, keys: list[tuple[Model, float, int]]) -> Plan:
     base = cli.load_config(CONFIG, self._settings)
@@ -175,7 +162,7 @@ def main() -> None:
   final = [(model, rate, seed) for seed in range(FLAGS.seeds) for model, rate in best.items()]
   study.train(final)
   with futures.ThreadPoolExecutor(FLAGS.parallel) as pool:
-    evaluated = dict(zip(final, pool.map(_evaluate, [study.runs[key] for key in final]), strict=True))
+    evaluated = dict(zip(final, pool.map(trained.evaluate, [study.runs[key] for key in final]), strict=True))
   print(_keep(study, best, evaluated))
   _plot(study)
 
@@ -190,17 +177,6 @@ def _check_flags() -> list[float]:
     if FLAGS[name].value < 1:
       raise ConfigError(f'--{name}={FLAGS[name].value} is not allowed: must be >= 1')
   return rates
-
-
-def _evaluate(run: PlannedRun) -> dict[str, Any]:
-  """The result of `python -m mor_jax.evaluate`, which runs only if its output does not exist."""
-  path = run.folder.path / 'evaluation.json'
-  if not path.exists():
-    command = [sys.executable, '-m', 'mor_jax.evaluate', f'--checkpoint={run.folder.path}']
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-      raise RunError(f'evaluation of {run.name} failed: {done.stderr[-2000:]}')
-  return json.loads(path.read_text())
 
 
 def _keep(study: Study, best: dict[Model, float], evaluated: dict[tuple, dict[str, Any]]) -> str:
