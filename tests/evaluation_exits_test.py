@@ -237,6 +237,19 @@ def test_confidence_spends_what_it_is_given():
   assert 1.3 < float(depths_BT.mean()) <= 1.5
 
 
+def test_depths_given_to_a_recursive_model_are_counted():
+  made, variables = tiny.model(kind='recursive', num_layers=5, num_recursions=3, kv='shared')
+  config = with_changes(Config(), model=vars(made.config), data={'seq_len': LENGTH})
+
+  def choose(variables, batch):
+    return 1 + batch['positions'] % 2
+
+  step = nll.make_nll_step(made, config, MESH, difficulties=3, choose=choose)
+  sums = nll.totals(step, variables, [batch()], MESH)
+  depths = 1 + np.broadcast_to(np.arange(LENGTH) % 2, (ROWS, LENGTH))[:, :-1][scored()]
+  assert sums['difficulty']['depth_KR1'].sum(axis=0).tolist() == np.bincount(depths, minlength=4).tolist()
+
+
 def test_models_without_exits_are_refused():
   made = Transformer(tiny.config(kind='vanilla'))
   config = with_changes(Config(), model=vars(made.config))

@@ -9,6 +9,7 @@ import pytest
 from absl.testing import flagsaver
 from rich.console import Console
 
+from benchmarks import trained
 from mor_jax.config import ConfigError, with_changes
 from mor_jax.model import flops
 from mor_jax.sweeping.runner import Runner
@@ -25,7 +26,7 @@ def study():
 def made(study, tmp_path, monkeypatch):
   """A study whose models learn best at 0.016, beyond the range that it begins with."""
   train = (sys.executable, STAND_IN, '--step_seconds=0', '--best_rate=0.016')
-  monkeypatch.setattr(study, 'Runner', functools.partial(Runner, train=train))
+  monkeypatch.setattr(trained, 'Runner', functools.partial(Runner, train=train))
   with flagsaver.flagsaver(workdir=str(tmp_path / 'study'), parallel=2):
     yield study.Study(Console(quiet=True), {'data.source': 'files:*.txt'})
 

@@ -47,6 +47,7 @@ def make_nll_step(
 
   def nll_step(variables, batch: targets_lib.Batch):
     batch = targets_lib.visible_batch(batch, config.data.segment_mask)
+    depths_BT = choose(variables, batch) if choose else None
     x_BTD, kernel_DV, routed = model.apply(
       variables,
       batch['tokens'],
@@ -54,7 +55,7 @@ def make_nll_step(
       segment_ids=batch['segment_ids'],
       positions=batch['positions'],
       max_recursions=max_recursions,
-      given=Given(depths_BT=choose(variables, batch)) if choose else None,
+      given=Given(depths_BT=depths_BT),
       rngs={'routing': router.evaluation_key(batch['tokens'])},
       method=Transformer.states_and_head,
     )
@@ -67,8 +68,12 @@ def make_nll_step(
     if by_position:
       sums['position'] |= _routing_by_position(batch, routed)
     if difficulties:
+      if routed is not None:
+        depths_BT = routed.depth_BT
+      elif depths_BT is None:
+        depths_BT = jnp.full(batch['tokens'].shape, max_recursions or config.model.recursions)
       sums['difficulty']['depth_KR1'] = _depth_by_difficulty(
-        batch, routed, config.model.recursions, difficulties
+        batch, depths_BT, config.model.recursions, difficulties
       )
     return sums if routed is None else sums | {'counts': routed.counts}
 
@@ -98,9 +103,8 @@ def _nll_by_group(x_BTD, kernel_DV, batch, groups, chunk, mesh):
   return loss_lib.sum_over_predicted(token_loss, x_BTD, kernel_DV, batch, chunk, mesh, groups_BT, None)
 
 
-def _depth_by_difficulty(batch, routed, recursions, difficulties):
+def _depth_by_difficulty(batch, depth_BT, recursions, difficulties):
   """Numbers of scored tokens (K, R + 1) by difficulty and the recursions taken where they are predicted."""
-  depth_BT = jnp.full(batch['tokens'].shape, recursions) if routed is None else routed.depth_BT
   scored_BT = targets_lib.predicted(batch)
   cell_BT = batch['difficulty'][:, 1:] * (recursions + 1) + depth_BT[:, :-1]
   counts = _by_group(scored_BT, jnp.where(scored_BT, cell_BT, 0), difficulties * (recursions + 1))
