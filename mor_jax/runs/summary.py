@@ -9,6 +9,7 @@ from mor_jax.config import Config, ModelConfig
 from mor_jax.console import Row
 from mor_jax.data import schedule
 from mor_jax.data.loader import Dataset
+from mor_jax.data.synthetic import SyntheticDataset
 from mor_jax.model import flops
 from mor_jax.units import megabytes, quantity
 
@@ -78,6 +79,8 @@ def _flops(model: ModelConfig, seq_len: int) -> str:
 
 def _data(source: str, dataset: Dataset) -> str:
   train, validation = (dataset.manifest.splits[split] for split in ('train', 'validation'))
+  if isinstance(dataset, SyntheticDataset):
+    return f'{source}: endless rows of examples; held out for validation {validation.rows:,} rows of others'
   if not train.rows:
     return (
       f'{source}, tokenised and packed live; held out for validation {validation.rows:,} rows of its head'
@@ -101,7 +104,9 @@ def _training(config: Config) -> str:
 
 
 def _epochs(config: Config, dataset: Dataset) -> float | None:
-  """Passes over the training split; None for a stream, whose length is not known."""
+  """Passes over the training split; None for a stream, whose length is not known, and for endless rows."""
+  if isinstance(dataset, SyntheticDataset):
+    return None
   rows = dataset.manifest.splits['train'].rows
   return schedule.of(config.train).rows_before(config.train.steps) / rows if rows else None
 
