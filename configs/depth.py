@@ -1,4 +1,4 @@
-"""Does a router send hard tokens deeper? A task whose depth is known, a minute on two CPU cores.
+"""Does a router send hard tokens deeper? A task whose depth is known, four minutes on two CPU cores.
 
   python -m mor_jax.train --config=configs/depth.py
   python -m mor_jax.evaluate --checkpoint=runs/depth-benefit --exits
