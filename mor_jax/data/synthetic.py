@@ -56,10 +56,11 @@ class Source:
       words |= tasks.numbered(others, first=max(words.values()) + 1)
     return words
 
-  @property
-  def longest(self) -> int:
-    """Most tokens that an example has."""
-    return max(self.task.longest, tasks.Copy().longest if self.copy else 0)
+  @functools.cached_property
+  def lengths(self) -> tuple[int, int]:
+    """Fewest and most tokens that an example has."""
+    kinds = [self.task.lengths] + [tasks.Copy().lengths] * bool(self.copy)
+    return min(shortest for shortest, _ in kinds), max(longest for _, longest in kinds)
 
   def row(self, split: str, index: int, seq_len: int) -> Row:
     """A row (T,): as many examples as fit, each a segment of its own; see `SyntheticRows`."""
@@ -67,7 +68,11 @@ class Source:
     row = {name: np.zeros(seq_len, np.int32) for name in (*ROW_ARRAYS, *SyntheticDataset.extras)}
     row['difficulty'][:] = tasks.NOT_SCORED
     begin, segment = 0, 0
-    while (example := self._example(rng, split)) and begin + (size := len(example.words)) <= seq_len:
+    while begin + self.lengths[0] <= seq_len:
+      example = self._example(rng, split)
+      size = len(example.words)
+      if begin + size > seq_len:
+        break
       segment += 1
       place = slice(begin, begin + size)
       words = [(example.targets or {}).get(index, word) for index, word in enumerate(example.words)]
@@ -181,10 +186,11 @@ def open_dataset(data: DataConfig) -> SyntheticDataset:
     ConfigError: there is no such task, or its examples are longer than a row.
   """
   source, length = parse(data.source), data.seq_len
-  if source.longest > length:
+  longest = source.lengths[1]
+  if longest > length:
     raise ConfigError(
-      f'data.seq_len={length} is too short for data.source={data.source}, whose examples have up to {source.longest} '
-      f'tokens; set data.seq_len={source.longest}, or ask for smaller ones'
+      f'data.seq_len={length} is too short for data.source={data.source}, whose examples have up to {longest} '
+      f'tokens; set data.seq_len={longest}, or ask for smaller ones'
     )
   tokenizer = source.tokenizer()
   rows = [source.row('validation', index, length) for index in range(source.rows)]

@@ -43,8 +43,8 @@ class Task(Protocol):
     """Id of every word, above those of the two special tokens."""
 
   @property
-  def longest(self) -> int:
-    """Most tokens that an example has."""
+  def lengths(self) -> tuple[int, int]:
+    """Fewest and most tokens that an example has."""
 
   def example(self, rng: np.random.Generator) -> Example:
     """A document."""
@@ -94,29 +94,28 @@ class Chase:
     }
 
   @property
-  def longest(self) -> int:
-    """Most tokens that an example has."""
-    return self.hidden * self.hops + self.nodes + self.questions + 1
+  def lengths(self) -> tuple[int, int]:
+    """Fewest and most tokens that an example has."""
+    length = self.hidden * self.hops + self.nodes + self.questions + 1
+    return length, length
 
   def example(self, rng: np.random.Generator) -> Example:
     """A document."""
     cycle = rng.permutation(self.nodes)
-    following = np.empty(self.nodes, int)
-    following[cycle] = np.roll(cycle, -1)
+    places = np.argsort(cycle)
+    following = cycle[(places + 1) % self.nodes].tolist()
     words, names = [], [str(k) for k in range(1, self.hops + 1)]
     if self.hidden:
       names = [_LETTERS[letter] for letter in rng.permutation(self.hops)]
       words += [f'{names[k]}>{k + 1}' for k in rng.permutation(self.hops)]
-    words += [f'n{node}>n{following[node]}' for node in rng.permutation(self.nodes)]
-    difficulty, targets = [NOT_SCORED] * (len(words) + 1), {}
-    for hops in rng.permutation(np.arange(self.questions) % self.hops) + 1:
-      node = int(rng.integers(self.nodes))
-      words.append(f'{names[hops - 1]}:n{node}')
-      for _ in range(hops):
-        node = following[node]
-      targets[len(words)] = f'=n{node}'
-      difficulty.append(int(hops))
-    return Example([*words, END_OF_TEXT], difficulty, f'{following.tolist()}', targets)
+    words += [f'n{node}>n{following[node]}' for node in rng.permutation(self.nodes).tolist()]
+    hops = rng.permutation(np.arange(self.questions) % self.hops) + 1
+    asked = rng.integers(self.nodes, size=self.questions)
+    answers = cycle[(places[asked] + hops) % self.nodes].tolist()
+    difficulty = [NOT_SCORED] * (len(words) + 1) + hops.tolist()
+    targets = {len(words) + index: f'=n{node}' for index, node in enumerate(answers, start=1)}
+    words += [f'{names[k - 1]}:n{node}' for k, node in zip(hops.tolist(), asked.tolist(), strict=True)]
+    return Example([*words, END_OF_TEXT], difficulty, f'{following}', targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,16 +148,17 @@ class Permutations:
     return [(a, b) for a in range(self.places) for b in range(a + 1, self.places)]
 
   @property
-  def longest(self) -> int:
-    """Most tokens that an example has."""
-    return self.hops + 3
+  def lengths(self) -> tuple[int, int]:
+    """Fewest and most tokens that an example has."""
+    return 4, self.hops + 3
 
   def example(self, rng: np.random.Generator) -> Example:
     """A document."""
     place, hops = int(rng.integers(self.places)), int(rng.integers(1, self.hops + 1))
     words = [f'p{place}']
-    for index in rng.integers(len(self._swaps), size=hops):
-      a, b = self._swaps[index]
+    swaps = self._swaps
+    for index in rng.integers(len(swaps), size=hops).tolist():
+      a, b = swaps[index]
       place = {a: b, b: a}.get(place, place)
       words.append(f's{a}{b}')
     words += ['=', f'p{place}']
@@ -180,24 +180,26 @@ class Chains:
   @property
   def vocabulary(self) -> dict[str, int]:
     """Numbers, operations, '='."""
-    numbers = range(self.modulus)
-    return numbered(
-      [*map(str, numbers), *(f'+{n}' for n in numbers[1:]), *(f'*{n}' for n in numbers[2:]), '=']
-    )
+    return numbered([*map(str, range(self.modulus)), *self._operations, '='])
 
   @property
-  def longest(self) -> int:
-    """Most tokens that an example has."""
-    return self.hops + 3
+  def _operations(self) -> list[str]:
+    return [*(f'+{n}' for n in range(1, self.modulus)), *(f'*{n}' for n in range(2, self.modulus))]
+
+  @property
+  def lengths(self) -> tuple[int, int]:
+    """Fewest and most tokens that an example has."""
+    return 4, self.hops + 3
 
   def example(self, rng: np.random.Generator) -> Example:
     """A document."""
     value, hops = int(rng.integers(self.modulus)), int(rng.integers(1, self.hops + 1))
     words = [str(value)]
-    for is_sum in rng.integers(2, size=hops):
-      number = int(rng.integers(1 if is_sum else 2, self.modulus))
-      value = (value + number if is_sum else value * number) % self.modulus
-      words.append(f'{"+" if is_sum else "*"}{number}')
+    operations = self._operations
+    for index in rng.integers(len(operations), size=hops).tolist():
+      words.append(word := operations[index])
+      number = int(word[1:])
+      value = (value + number if word[0] == '+' else value * number) % self.modulus
     words += ['=', str(value)]
     return Example(words, [NOT_SCORED] * (hops + 2) + [hops], ' '.join(words))
 
@@ -220,9 +222,10 @@ class Copy:
     return numbered([*(f'w{word}' for word in range(self.words)), ':'])
 
   @property
-  def longest(self) -> int:
-    """Most tokens that an example has."""
-    return 2 * self.length + 1
+  def lengths(self) -> tuple[int, int]:
+    """Fewest and most tokens that an example has."""
+    length = 2 * self.length + 1
+    return length, length
 
   def example(self, rng: np.random.Generator) -> Example:
     """A document."""
