@@ -1,25 +1,25 @@
-"""The depth study: python -m benchmarks.depth [--parts=shown,hidden,chains] [--workdir=runs/depth] [--seeds=5]
+"""The depth study: python -m benchmarks.depth [--parts=shown,hidden,chains,init,text] [--workdir=runs/depth]
 
-A positive control for depth routers: tasks whose tokens need a known number of recursions (configs/depth.py). All
-contenders train on the same tokens, and those that compute more or less per token also on the FLOPs of the router that
-learns the benefit (forward, as the paper counts, its labels included). Rates are tuned for each contender on seed 0. Every
-final run is evaluated under top-k and threshold routing, by difficulty and recursion limit; some also with depths chosen
-otherwise. Each part writes benchmarks/results/depth_PART.* and a plot of depth against difficulty.
+A positive control for depth routers: tasks whose tokens need a known number of recursions (configs/depth.py), and the
+same contenders on prose (`--source`), for which nobody knows it. All train on the same tokens, some also on the same
+FLOPs (forward, as the paper counts, labels included). Rates are tuned for each contender on seed 0. Every final run
+is evaluated under top-k and threshold routing, by difficulty and recursion limit; some also with depths chosen
+otherwise, and by the engine, token by token. Each part writes benchmarks/results/depth_PART.*, tasks also a plot.
 
-Interrupted, the same command goes on; --only=benefit,random trains some contenders alone. A run takes one to
-four minutes on two cores, a part with five seeds and three rates about 110 runs.
+`init` compares initial weights on short runs, for `text`. Interrupted, the same command goes on; --only=benefit,random
+trains some contenders alone. A run takes one to two minutes on two cores, two at a time; with all seeds and rates `shown`
+has about 80 runs, the other tasks 50, `text` 45.
 """
 
 import collections
-import dataclasses
-import statistics
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 from rich.console import Console
 
-from benchmarks import results, trained
+from benchmarks import depth_tables, trained
+from benchmarks.depth_parts import PARTS, Contender
 from mor_jax import cli
 from mor_jax.config import ConfigError
 from mor_jax.sweeping import plan as plan_lib
@@ -27,152 +27,30 @@ from mor_jax.sweeping.plan import Plan, PlannedRun
 from mor_jax.training import budget
 
 FLAGS = flags.FLAGS
+flags.DEFINE_list('parts', ['shown', 'hidden', 'chains'], f'of {", ".join(PARTS)}')
+flags.DEFINE_list('only', [], 'contenders; none given: all')
+flags.DEFINE_string('source', None, 'data.source of init and text: English prose')
+flags.DEFINE_string('workdir', 'runs/depth', 'folder of the study')
+flags.DEFINE_integer('parallel', 2, 'runs at a time')
+flags.DEFINE_integer('steps', None, 'steps of the model that says what is equal; default: as the part says')
+flags.DEFINE_list('rates', ['1.5e-3', '3e-3', '6e-3'], 'peak learning rates')
+flags.DEFINE_integer('seeds', None, 'seeds; default: as the part says')
+flags.DEFINE_integer('ablation_seeds', 2, 'seeds of ablations')
 
-CONFIG = 'configs/depth.py:benefit'
-COLUMNS = [
-  'contender',
-  'equal',
-  'steps',
-  'FLOPs, e9',
-  'rate',
-  'accuracy',
-  'by difficulty',
-  'depth by difficulty',
-  'rank correlation',
-  'threshold',
-  'seeds',
-]
-MOR = {'model.router_target': 'gate'}
-CHOOSES = {'model.gating': 'residual', 'model.kv': 'shared', 'model.random_gate': 1.0}
-
-
-@dataclasses.dataclass(frozen=True)
-class Contender:
-  """A row of the study.
-
-  Attributes:
-    overrides: settings in which it differs from the router that learns the benefit.
-    equal: 'tokens', or 'flops' where it gets as many FLOPs as that router instead.
-    routers: other ways of choosing depths that its weights are evaluated with.
-    is_ablation: trained with fewer seeds.
-  """
-
-  name: str
-  title: str
-  overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
-  equal: str = 'tokens'
-  routers: tuple[str, ...] = ()
-  is_ablation: bool = False
-
-
-def contenders(hops: int) -> list[Contender]:
-  """All of them, for a task of at most so many steps."""
-  everything = (1.0,) * hops
-  recursive = {**MOR, 'model.kind': 'recursive', 'model.kv': 'shared', 'model.capacities': None}
-  vanilla = {**MOR, 'model.kind': 'vanilla', 'model.capacities': None}
-  random = {**MOR, **CHOOSES, 'model.random_router': True, 'model.causality': 'none'}
-  one = {
-    **MOR,
-    'model.kind': 'recursive',
-    'model.num_recursions': 1,
-    'model.num_layers': 1,
-    'model.capacities': None,
-  }
-  return [
-    Contender('benefit', 'MoR, benefit', routers=('random', 'oracle')),
-    Contender('gate', 'MoR as shipped', MOR),
-    Contender('random', 'MoR, random choice, gate 1', random, routers=('oracle',)),
-    Contender('recursive', 'recursive', recursive, routers=('confidence', 'oracle')),
-    Contender('recursive_flops', 'recursive', recursive, equal='flops', routers=('confidence',)),
-    Contender('vanilla', f'vanilla, {hops} layers', vanilla),
-    Contender('vanilla_flops', f'vanilla, {hops} layers', vanilla, equal='flops'),
-    Contender(
-      'shallow_flops',
-      f'vanilla, {max(1, hops // 2)} layers',
-      {**vanilla, 'model.num_layers': max(1, hops // 2)},
-      equal='flops',
-    ),
-    Contender('one_flops', 'one recursion', one, equal='flops'),
-    Contender(
-      'benefit_all_rows', 'MoR, benefit, labels on all rows', {'model.benefit_rows': 1.0}, is_ablation=True
-    ),
-    Contender('benefit_hybrid', 'MoR, benefit, hybrid KV', {'model.kv': 'hybrid'}, is_ablation=True),
-    Contender(
-      'benefit_recursion_wise',
-      'MoR, benefit, recursion-wise KV',
-      {'model.kv': 'recursion_wise'},
-      is_ablation=True,
-    ),
-    Contender('benefit_no_noise', 'MoR, benefit, no noise', {'model.router_noise': 0.0}, is_ablation=True),
-    Contender(
-      'benefit_prior', 'MoR, benefit, depth prior', {'model.depth_prior_weight': 1.0}, is_ablation=True
-    ),
-    Contender(
-      'gate_residual',
-      'MoR, gate, residual at strength 1, shared KV',
-      {**MOR, 'model.gating': 'residual', 'model.router_alpha': 1.0, 'model.kv': 'shared'},
-      is_ablation=True,
-    ),
-    Contender(
-      'readouts',
-      'recursive, readouts on a quarter of the rows',
-      {**recursive, 'train.readout_rows': 0.25},
-      routers=('confidence',),
-      is_ablation=True,
-    ),
-    Contender(
-      'growing',
-      'recursive, growing',
-      {**recursive, 'train.growth': tuple((i + 1) / (2 * hops) for i in range(hops - 1))},
-      is_ablation=True,
-    ),
-    Contender('all', 'MoR, all tokens', {**random, 'model.capacities': everything}, is_ablation=True),
-  ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-  """A task: its settings, and the most steps of its questions."""
-
-  settings: dict[str, Any]
-  hops: int
-
-
-PARTS = {
-  'shown': Part({}, 4),
-  'hidden': Part(
-    {
-      'data.source': 'synthetic:chase,nodes=12,hops=4,questions=16,hidden=true',
-      'data.seq_len': 33,
-      'model.capacities': (1.0, 0.364, 0.243, 0.122),
-      'train.steps': 3500,
-    },
-    4,
-  ),
-  'chains': Part(
-    {
-      'data.source': 'synthetic:chains,modulus=7,hops=4',
-      'data.seq_len': 48,
-      'model.sharing': 'middle_cycle',
-      'model.num_layers': 6,
-      'model.embed_factor': None,
-      'model.capacities': (1.0, 0.5, 0.35, 0.2),
-    },
-    4,
-  ),
-}
+Key = tuple[str, float, int]
+"""Contender, learning rate, seed."""
 
 
 class Study:
   """The runs of a part requested so far, and how to train more."""
 
-  def __init__(self, console: Console, part: str):
-    self._console, self._part, self._name = console, PARTS[part], part
-    self.runs: dict[tuple[str, float, int], PlannedRun] = {}
-    self._by_name = {one.name: one for one in contenders(self._part.hops)}
+  def __init__(self, console: Console, name: str):
+    self._console, self._name, self.part = console, name, PARTS[name]
+    self.runs: dict[Key, PlannedRun] = {}
+    self._by_name = {one.name: one for one in self.part.contenders}
 
-  def train(self, wanted: list[tuple[str, float, int]]) -> None:
-    """Trains (contender, learning rate, seed) runs that have not finished yet.
+  def train(self, wanted: list[Key]) -> None:
+    """Trains runs that have not finished yet.
 
     Raises:
       RunError: a run failed, or a signal stopped it.
@@ -182,185 +60,111 @@ class Study:
     self.runs = dict(zip(keys, made.runs, strict=True))
     trained.train(made, self._console, FLAGS.parallel)
 
-  def _plan(self, keys: list[tuple[str, float, int]]) -> Plan:
-    settings = {**self._part.settings}
+  def _plan(self, keys: list[Key]) -> Plan:
+    part = self.part
+    settings = dict(part.settings)
     if FLAGS.steps:
       settings['train.steps'] = FLAGS.steps
-    base = cli.load_config(CONFIG, settings)
+    if not part.is_task:
+      settings['data.source'] = FLAGS.source
+    base = cli.load_config(part.config, settings)
     tokens = base.train.steps * base.train.global_batch * base.data.seq_len
     flops = tokens * budget.paper_flops_per_token(base)
     entries = []
     for name, rate, seed in keys:
       contender = self._by_name[name]
-      overrides = {**contender.overrides, 'train.learning_rate': rate, 'train.seed': seed, 'data.seed': seed}
+      overrides = {**settings, **contender.overrides, 'train.learning_rate': rate}
+      overrides |= {'train.seed': seed, 'data.seed': seed}
       if contender.equal == 'flops':
         overrides['train.flops_budget'] = flops
-      if self._part.settings.get('model.sharing') == 'middle_cycle' and 'model.num_layers' in overrides:
-        overrides['model.num_layers'] += 2
       entries.append({'name': f'{name},rate={rate:g},seed={seed}', **overrides})
-    return plan_lib.make(CONFIG, settings, entries, 'benchmarks.depth', Path(FLAGS.workdir) / self._name)
-
-  @property
-  def mean_depth(self) -> float:
-    """Recursions of a token in the mean that capacities give."""
-    return sum(cli.load_config(CONFIG, self._part.settings).model.step_capacities)
+    return plan_lib.make(part.config, {}, entries, 'benchmarks.depth', Path(FLAGS.workdir) / self._name)
 
   def loss(self, name: str, rate: float, seed: int = 0) -> float:
     """Validation NLL under top-k routing."""
     return self.runs[name, rate, seed].folder.read_summary()['validation/nll']
 
-  def best_rate(self, name: str) -> float:
-    """The learning rate with the lowest loss at seed 0."""
-    return min({rate for one, rate, _ in self.runs if one == name}, key=lambda rate: self.loss(name, rate))
+  def best_rate(self, contender: Contender) -> float:
+    """The learning rate with the lowest loss at seed 0, of the contender or of the one it is tuned as."""
+    name = contender.tuned_as or contender.name
+    rates = {rate for one, rate, seed in self.runs if one == name and seed == 0}
+    return min(rates, key=lambda rate: self.loss(name, rate))
+
+  def tuned(self) -> dict[str, dict[str, float]]:
+    """Validation NLL of seed 0 by contender and rate."""
+    found: dict[str, dict[str, float]] = collections.defaultdict(dict)
+    for name, rate, seed in self.runs:
+      if seed == 0:
+        found[name][f'{rate:g}'] = self.loss(name, rate)
+    return dict(found)
 
 
 def main() -> None:
   """Trains what is missing of every part, evaluates it, and writes its table and plot."""
+  for name in FLAGS.parts:
+    if name not in PARTS:
+      raise ConfigError(f'--parts={name} is not one of {", ".join(PARTS)}')
+    if not PARTS[name].is_task and not FLAGS.source:
+      raise ConfigError(f"--source is missing, which --parts={name} needs: --source='files:corpus/**/*.txt'")
+    PARTS[name].chosen(FLAGS.only)
+  for name in FLAGS.parts:
+    _run(Study(Console(), name), name)
+
+
+def _run(study: Study, name: str) -> None:
+  part = study.part
+  chosen = part.chosen(FLAGS.only)
   rates = [float(rate) for rate in FLAGS.rates]
-  for part in FLAGS.parts:
-    if part not in PARTS:
-      raise ConfigError(f'--parts={part} is not one of {", ".join(PARTS)}')
-  for part in FLAGS.parts:
-    study = Study(Console(), part)
-    known = contenders(PARTS[part].hops)
-    chosen = [one for one in known if not FLAGS.only or one.name in FLAGS.only]
-    if len(chosen) < len(FLAGS.only or []):
-      raise ConfigError(f'--only={",".join(FLAGS.only)} must be of {", ".join(one.name for one in known)}')
-    study.train([(one.name, rate, 0) for one in chosen for rate in rates if not one.is_ablation])
-    best = {one.name: study.best_rate(one.name) for one in chosen if not one.is_ablation}
-    # An ablation is a change of one thing: its rate is that of what it changes.
-    best |= {
-      one.name: best.get(one.name.partition('_')[0], best.get('recursive', rates[0]))
-      for one in chosen
-      if one.is_ablation
-    }
-    final = [
-      (one.name, best[one.name], seed)
-      for one in chosen
-      for seed in range(min(FLAGS.seeds, FLAGS.ablation_seeds) if one.is_ablation else FLAGS.seeds)
+  tuned = {one.tuned_as or one.name for one in chosen}
+  study.train([(one, rate, 0) for one in tuned for rate in rates])
+  seeds = FLAGS.seeds or part.seeds
+  final = {
+    one.name: [
+      (one.name, study.best_rate(one), seed)
+      for seed in range(min(seeds, FLAGS.ablation_seeds) if one.is_ablation else seeds)
     ]
-    study.train(final)
-    routers = {one.name: one.routers for one in chosen}
-    found = {key: _evaluate(study.runs[key], routers[key[0]], study.mean_depth) for key in final}
-    print(_keep(part, study, chosen, best, found))
-
-
-def _evaluate(run: PlannedRun, routers: tuple[str, ...], mean_depth: float) -> dict[str, dict[str, Any]]:
-  """Results of every way to run a model, its own and those of other routers, by name."""
-  found = dict(trained.evaluate(run, '--batch_size=256')['routing'])
-  for router in routers:
-    flags = [f'--router={router}', '--batch_size=64']  # confidence is fitted on every second batch
-    flags += [f'--mean_depth={mean_depth}'] if router == 'confidence' else []
-    found |= trained.evaluate(run, *flags, name=f'evaluation_{router}')['routing']
-  return found
-
-
-def _keep(
-  part: str, study: Study, chosen: list[Contender], best: dict[str, float], found: dict[tuple, dict[str, Any]]
-) -> str:
-  """Writes the table: means over seeds, and their spread."""
-  rows, details = [], {}
+    for one in chosen
+  }
+  study.train([key for keys in final.values() for key in keys])
+  wanted = [
+    item for one in chosen for key in final[one.name] for item in _measurements(study, one, study.runs[key])
+  ]
+  measured = iter(trained.measure_all(wanted, FLAGS.parallel, Console()))
+  found, decoded = collections.defaultdict(list), collections.defaultdict(list)
   for one in chosen:
-    runs = [key for key in found if key[0] == one.name]
-    first = study.runs[runs[0]]
-    modes = collections.defaultdict(list)
-    for key in runs:
-      for mode, entry in found[key].items():
-        modes[mode].append(entry)
-    own = 'none' if 'none' in modes else 'topk'
-    details[one.name] = {mode: [_figures(entry) for entry in entries] for mode, entries in modes.items()}
-    for mode, entries in modes.items():
-      if mode == 'threshold':
-        continue
-      is_own = mode == own
-      rows.append(
-        [
-          one.title if is_own else f'  the same weights, {mode}',
-          'FLOPs' if one.equal == 'flops' else 'tokens',
-          first.config.train.steps,
-          round(first.work / 1e9, 1),
-          f'{best[one.name]:g}',
-          _spread([entry['accuracy'] for entry in entries]),
-          _each(entries, 'accuracy'),
-          _each(entries, 'mean_depth'),
-          _spread([entry['rank_correlation'] for entry in entries if entry['rank_correlation'] is not None]),
-          _spread([entry['accuracy'] for entry in modes['threshold']])
-          if is_own and 'threshold' in modes
-          else '',
-          len(entries),
-        ]
-      )
+    for key in final[one.name]:
+      modes: dict[str, Any] = {}
+      for item in _measurements(study, one, study.runs[key]):
+        result = next(measured)
+        if item.name == 'decoding':
+          decoded[one.name].append(result)
+        else:
+          modes |= result['routing']
+      found[one.name].append(modes)
   about = {
-    'part': part,
-    'settings': PARTS[part].settings,
-    'accuracy': 'of the scored tokens of 256 validation rows, top-k routing where there is a router; mean ± sample '
-    'standard deviation over seeds, smallest and largest',
+    'part': name,
+    'settings': f'{part.config} with {part.settings}',
+    'figures': 'of the validation rows, top-k routing where there is a router; mean ± sample standard deviation over '
+    'seeds, smallest and largest; confidence: fitted for each half of the rows on the other',
     'rates': f'tuned on seed 0 over {", ".join(FLAGS.rates)}; ablations take the rate of what they change',
     'FLOPs': 'forward, as the paper counts, labels included',
   }
-  _plot(part, details)
-  return results.keep(f'depth_{part}', COLUMNS, rows, about, details=details)
+  runs = {one.name: study.runs[final[one.name][0]] for one in chosen}
+  print(depth_tables.keep(name, part, chosen, runs, found, decoded, about, study.tuned()))
 
 
-def _figures(entry: dict[str, Any]) -> dict[str, Any]:
-  names = ('accuracy', 'nll', 'rank_correlation', 'mean_depth', 'by_difficulty', 'recursion_limits')
-  return {name: entry[name] for name in names if name in entry}
-
-
-def _spread(values: list[float]) -> str:
-  if not values:
-    return '-'
-  mean = f'{statistics.fmean(values):.3f}'
-  if len(values) < 2:
-    return mean
-  return f'{mean} ± {statistics.stdev(values):.3f} ({min(values):.3f} to {max(values):.3f})'
-
-
-def _each(entries: list[dict[str, Any]], name: str) -> str:
-  by_difficulty = zip(*(entry['by_difficulty'] for entry in entries), strict=True)
-  return ', '.join(f'{statistics.fmean(one[name] for one in same):.2f}' for same in by_difficulty)
-
-
-def _plot(part: str, details: dict[str, Any]) -> None:
-  """Accuracy and depth against difficulty: benchmarks/results/depth_PART.png."""
-  import matplotlib
-
-  matplotlib.use('Agg')
-  import matplotlib.pyplot as plt
-
-  from mor_jax.reporting import plots
-
-  shown = [name for name in ('benefit', 'gate', 'random', 'recursive', 'vanilla') if name in details]
-  with plt.rc_context(plots.STYLE):
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharex=True)
-    for index, name in enumerate(shown):
-      modes = details[name]
-      entries = modes.get('none') or modes['topk']
-      for ax, value in zip(axes, ('accuracy', 'mean_depth'), strict=True):
-        levels = [[one['difficulty'], one[value]] for entry in entries for one in entry['by_difficulty']]
-        means = {k: statistics.fmean(v for level, v in levels if level == k) for k, _ in levels}
-        ax.plot(
-          list(means), list(means.values()), marker='o', color=plots.colour_of(index, len(shown)), label=name
-        )
-    axes[0].set_ylabel('accuracy')
-    axes[1].set_ylabel('mean recursions')
-    for ax in axes:
-      ax.set_xlabel('difficulty: steps that a question needs')
-    axes[0].legend()
-    results.FOLDER.mkdir(exist_ok=True)
-    figure.savefig(results.FOLDER / f'depth_{part}.png', dpi=150)
-    plt.close(figure)
+def _measurements(study: Study, one: Contender, run: PlannedRun) -> list[trained.Measurement]:
+  """What is found out of a final run: as it is, with other routers, and decoded."""
+  wanted = [trained.Measurement(run, flags=('--batch_size=64',))]
+  for router in one.routers:
+    flags = [f'--router={router}', '--batch_size=64']  # confidence is fitted on every second batch
+    if router == 'confidence':
+      flags.append(f'--mean_depth={study.part.mean_depth}')
+    wanted.append(trained.Measurement(run, f'evaluation_{router}', tuple(flags)))
+  if study.part.is_task and one.name in ('benefit', 'gate'):
+    wanted.append(trained.Measurement(run, 'decoding', command='benchmarks.depth_decoding'))
+  return wanted
 
 
 if __name__ == '__main__':
-  flags.DEFINE_list('parts', list(PARTS), 'tasks')
-  flags.DEFINE_list('only', [], 'contenders; none given: all')
-  flags.DEFINE_string('workdir', 'runs/depth', 'folder of the study')
-  flags.DEFINE_integer('parallel', 2, 'runs at a time')
-  flags.DEFINE_integer(
-    'steps', None, 'steps of the router that learns the benefit; default: as the part says'
-  )
-  flags.DEFINE_list('rates', ['1.5e-3', '3e-3', '6e-3'], 'peak learning rates')
-  flags.DEFINE_integer('seeds', 5, 'seeds')
-  flags.DEFINE_integer('ablation_seeds', 2, 'seeds of ablations')
   cli.run(main, __doc__, with_config=False)

@@ -1,11 +1,17 @@
 """Shared by the studies: trains the runs of a plan, and evaluates them, each once."""
 
+import dataclasses
 import json
+import os
+import queue
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent import futures
 from typing import Any
 
 from rich.console import Console
+from rich.progress import Progress
 
 from mor_jax.errors import RunError
 from mor_jax.sweeping.plan import Plan, PlannedRun
@@ -28,18 +34,69 @@ def train(made: Plan, console: Console, parallel: int) -> Runner:
   return runner
 
 
-def evaluate(run: PlannedRun, *flags: str, name: str = 'evaluation') -> dict[str, Any]:
-  """The result of `python -m mor_jax.evaluate` with these flags, kept as NAME.json of the run; made if it is missing."""
-  path = run.folder.path / f'{name}.json'
+def evaluate(run: PlannedRun) -> dict[str, Any]:
+  """The result of `python -m mor_jax.evaluate`, kept as evaluation.json of the run; made if it is missing."""
+  return measure(Measurement(run))
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+  """Something to be found out about a run once.
+
+  Attributes:
+    name: of its file in the run's folder, NAME.json.
+    flags: of the command, besides --checkpoint.
+    command: what finds it out; --output=FILE says where to, unless it knows.
+  """
+
+  run: PlannedRun
+  name: str = 'evaluation'
+  flags: tuple[str, ...] = ()
+  command: str = 'mor_jax.evaluate'
+
+
+def measure(wanted: Measurement, cores: set[int] | None = None) -> dict[str, Any]:
+  """What was found out, now if it is missing.
+
+  Args:
+    cores: that the command may use; None: all.
+
+  Raises:
+    RunError: the command failed.
+  """
+  path = wanted.run.folder.path / f'{wanted.name}.json'
   if not path.exists():
-    command = [
-      sys.executable,
-      '-m',
-      'mor_jax.evaluate',
-      f'--checkpoint={run.folder.path}',
-      f'--output={path}',
-    ]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
-    if done.returncode:
-      raise RunError(f'evaluation of {run.name} failed: {done.stderr[-2000:]}')
+    flags = [f'--checkpoint={wanted.run.folder.path}', *wanted.flags]
+    if wanted.command == 'mor_jax.evaluate':
+      flags.append(f'--output={path}')
+    process = subprocess.Popen(
+      [sys.executable, '-m', wanted.command, *flags],
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    if cores:
+      os.sched_setaffinity(process.pid, cores)
+    _, errors = process.communicate()
+    if process.returncode:
+      raise RunError(f'{wanted.command} of {wanted.run.name} failed: {errors[-2000:]}')
   return json.loads(path.read_text())
+
+
+def measure_all(wanted: Sequence[Measurement], parallel: int, console: Console) -> list[dict[str, Any]]:
+  """What was found out by each, so many at a time, each on its share of the cores."""
+  shares: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
+  cores = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else []
+  share = len(cores) // parallel
+  for place in range(parallel):
+    shares.put(set(cores[place * share : (place + 1) * share]))
+
+  def one(item: Measurement) -> dict[str, Any]:
+    mine = shares.get()
+    try:
+      return measure(item, mine)
+    finally:
+      shares.put(mine)
+
+  with futures.ThreadPoolExecutor(parallel) as pool, Progress(console=console) as progress:
+    return list(progress.track(pool.map(one, wanted), len(wanted), description='measuring'))

@@ -62,7 +62,7 @@ def define_flags() -> None:
     None,
     choosers.CHOOSERS,
     "how depths are chosen in place of the model's own ways: by lot, all recursions, by the confidence of the readout "
-    '(fitted on half of the rows), or by hindsight (optimistic)',
+    '(fitted on the other half of the rows), or by hindsight (optimistic)',
   )
   flags.DEFINE_float(
     'mean_depth',

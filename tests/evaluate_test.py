@@ -102,14 +102,20 @@ def test_bad_input(evaluated, tmp_path, flags, message):
       evaluate.main()
 
 
-def test_other_routers_have_a_result_of_their_own(evaluated):
+@pytest.mark.parametrize(
+  ('router', 'flags', 'depth'), [('all', [], 2), ('confidence', ['--batch_size=2', '--mean_depth=1.5'], 1.5)]
+)
+def test_other_routers_have_a_result_of_their_own(evaluated, router, flags, depth):
+  """Of all rows, also where the choice is fitted on some of them."""
   run, result, _ = evaluated
-  done = command(f'--checkpoint={run}', '--router=all', '--json')
+  done = command(f'--checkpoint={run}', f'--router={router}', '--json', *flags)
   assert done.returncode == 0, done.stderr
   found = json.loads(done.stdout)
-  assert json.loads((run / 'evaluation_all.json').read_text()) == found
-  assert list(found['routing']) == ['all']
-  assert found['routing']['all']['mean_depth'] == 2
+  assert json.loads((run / f'evaluation_{router}.json').read_text()) == found
+  assert list(found['routing']) == [router]
+  figures = found['routing'][router]
+  assert figures['mean_depth'] == pytest.approx(depth, abs=0.2)
+  assert figures['predicted_tokens'] == result['routing']['topk']['predicted_tokens']
   assert json.loads((run / 'evaluation.json').read_text()) == result
 
 

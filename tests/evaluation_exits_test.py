@@ -248,6 +248,9 @@ def test_depths_given_to_a_recursive_model_are_counted():
   sums = nll.totals(step, variables, [batch()], MESH)
   depths = 1 + np.broadcast_to(np.arange(LENGTH) % 2, (ROWS, LENGTH))[:, :-1][scored()]
   assert sums['difficulty']['depth_KR1'].sum(axis=0).tolist() == np.bincount(depths, minlength=4).tolist()
+  real_BT = batch()['segment_ids'] > 0
+  assert sums['chosen']['depth'] == (1 + batch()['positions'] % 2)[real_BT].sum()
+  assert sums['chosen']['tokens'] == real_BT.sum()
 
 
 def test_models_without_exits_are_refused():

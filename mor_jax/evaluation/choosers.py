@@ -5,8 +5,8 @@ Weights trained under one router are evaluated with another (`mor_jax.evaluate -
 * `random`: as many tokens at every recursion as the capacities say, drawn by lot in each row;
 * `all`: every token takes all recursions;
 * `confidence`: nothing is trained; a token leaves after the first recursion whose readout is sure, that is, whose two
-  best tokens differ by at least a margin of probability. The margin is fitted, on rows that are not reported, to spend
-  what the capacities would (early exit, Schuster et al. 2022);
+  best tokens differ by at least a margin of probability. The margin is fitted, for each half of the rows on the other,
+  to spend what the capacities would (early exit, Schuster et al. 2022);
 * `oracle`: **optimistic**, by hindsight: the first exit whose loss is within the benefit margin of the best exit's. It
   knows the target, so no model can choose like that; it is a bound of what choosing can gain.
 """

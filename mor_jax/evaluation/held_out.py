@@ -16,7 +16,7 @@ from mor_jax.data import loader
 from mor_jax.data.tokenizer import MADE_HERE, Tokenizer
 from mor_jax.evaluation import choosers, difficulty, nll
 from mor_jax.runs.restore import LoadedRun
-from mor_jax.training.meter import router_metrics
+from mor_jax.training.meter import add_up, router_metrics
 
 Advance = Callable[[int], None]
 
@@ -111,14 +111,15 @@ def evaluate(
     begin(way)
     full = way.max_recursions == model.recursions
     batches = loader.validation_batches(dataset, batch_size, max_rows)
-    choose = None
-    if chooser is not None:
-      fitted_on, batches = _halves(batches) if chooser == 'confidence' else ([], batches)
-      choose = choosers.make(chooser, run.model, run.config, mesh, run.variables, fitted_on, mean_depth)
-    step = nll.make_nll_step(
-      run.model, run.config, mesh, way.routing, way.max_recursions, full, kinds, choose=choose
-    )
-    sums = nll.totals(step, run.variables, _followed(iter(batches), advance), mesh)
+    sums: Any = None
+    for fitted_on, measured in _folds(batches) if chooser == 'confidence' else [([], batches)]:
+      choose = None
+      if chooser is not None:
+        choose = choosers.make(chooser, run.model, run.config, mesh, run.variables, fitted_on, mean_depth)
+      step = nll.make_nll_step(
+        run.model, run.config, mesh, way.routing, way.max_recursions, full, kinds, choose=choose
+      )
+      sums = add_up(sums, nll.totals(step, run.variables, _followed(iter(measured), advance), mesh))
     summary = {'max_recursions': way.max_recursions, **summarize(sums, split)}
     name = chooser or (way.routing if model.kind == 'mor' else 'none')
     mode = found.setdefault(name, {'recursion_limits': []})
@@ -146,14 +147,15 @@ def evaluate(
   return result
 
 
-def _halves(batches: Iterator[loader.Batch]) -> tuple[list[loader.Batch], list[loader.Batch]]:
-  """Every second batch, and the others."""
+def _folds(batches: Iterator[loader.Batch]) -> list[tuple[list[loader.Batch], list[loader.Batch]]]:
+  """(fitted on, measured): each half of the batches with a choice that was fitted on the other."""
   every = list(batches)
   if len(every) < 2:
     raise ConfigError(
-      '--router=confidence is fitted on every second batch of rows, and there is only one; lower --batch_size'
+      '--router=confidence is fitted on every second batch of rows and measured on the others, and there is only one; '
+      'lower --batch_size'
     )
-  return every[::2], every[1::2]
+  return [(every[::2], every[1::2]), (every[1::2], every[::2])]
 
 
 def _followed(batches: Iterator[loader.Batch], advance: Advance) -> Iterator[loader.Batch]:
@@ -164,6 +166,8 @@ def _followed(batches: Iterator[loader.Batch], advance: Advance) -> Iterator[loa
 
 def summarize(sums: dict[str, Any], split: dataset_lib.SplitCounts) -> dict[str, Any]:
   """Loss in nats per predicted token, perplexity, bits per byte, and the metrics of `router.summarize`.
+
+  Of a model without router whose depths were chosen otherwise, their mean is 'mean_depth'.
 
   Also 'overflow_recursion_r', the share of all tokens that were selected for recursion r = 1..R but got no
   slot. Bits per byte use the average bytes per token of the whole split.
@@ -178,6 +182,8 @@ def summarize(sums: dict[str, Any], split: dataset_lib.SplitCounts) -> dict[str,
   if 'difficulty' in sums:
     result['accuracy'] = float(sums['correct'] / sums['targets'])
     result |= difficulty.summarize(sums['difficulty'])
+  if 'chosen' in sums:
+    result['mean_depth'] = float(sums['chosen']['depth'] / sums['chosen']['tokens'])
   if 'counts' in sums:
     counts = sums['counts']
     result |= router_metrics(counts)

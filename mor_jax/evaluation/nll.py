@@ -42,7 +42,8 @@ def make_nll_step(
     difficulties: of data that know how hard their tokens are, how many kinds there are. Then there are also 'correct',
       how many tokens are predicted right, and 'difficulty': sums (K,) of 'nll', 'targets' and 'correct', and
       'depth_KR1', how many tokens of a difficulty took 0 to R recursions where they were predicted.
-    choose: (variables, batch) -> depths (B, T) in place of those that the model would choose.
+    choose: (variables, batch) -> depths (B, T) in place of those that the model would choose. Without a router
+      there is then also 'chosen', sums 'depth' and 'tokens'.
   """
 
   def nll_step(variables, batch: targets_lib.Batch):
@@ -75,7 +76,12 @@ def make_nll_step(
       sums['difficulty']['depth_KR1'] = _depth_by_difficulty(
         batch, depths_BT, config.model.recursions, difficulties
       )
-    return sums if routed is None else sums | {'counts': routed.counts}
+    if routed is not None:
+      return sums | {'counts': routed.counts}
+    if choose:
+      real_BT = batch['segment_ids'] > 0
+      sums['chosen'] = {'depth': jnp.where(real_BT, depths_BT, 0).sum(), 'tokens': real_BT.sum()}
+    return sums
 
   return jax.jit(rules.on_mesh(mesh, nll_step), out_shardings=mesh_lib.replicated(mesh))
 
