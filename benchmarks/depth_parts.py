@@ -139,8 +139,9 @@ TEXT_SETTINGS = {
   'model.num_kv_heads': 4,
   'model.mlp_dim': 192,
   'data.vocab_size': 512,
-  'train.global_batch': 8,
-  'train.eval_rows': 128,
+  'data.seq_len': 128,
+  'train.global_batch': 16,
+  'train.eval_rows': 256,
   'train.eval_every': 1000,
   'train.log_every': 100,
   'checkpoint.every_steps': 1000,
@@ -192,14 +193,7 @@ def on_text(inits: dict[str, str]) -> tuple[Contender, ...]:
   shallow = {**vanilla, 'model.num_layers': layers - TEXT_RECURSIONS + 1}
   return (
     Contender('vanilla', f'vanilla, {layers} layers', vanilla),
-    Contender('shallow', f'vanilla, {shallow["model.num_layers"]} layers', shallow),
-    Contender(
-      'shallow_flops',
-      f'vanilla, {shallow["model.num_layers"]} layers',
-      shallow,
-      equal='flops',
-      tuned_as='shallow',
-    ),
+    Contender('shallow_flops', f'vanilla, {shallow["model.num_layers"]} layers', shallow, equal='flops'),
     Contender('recursive', 'recursive', recursive, routers=('confidence', 'random', 'oracle')),
     Contender(
       'readouts',
@@ -240,7 +234,7 @@ PARTS = {
     },
     _some(on_tasks()),
   ),
-  'init': Part(TEXT, {**TEXT_SETTINGS, 'train.steps': 1000}, of_inits(), is_task=False, seeds=1),
+  'init': Part(TEXT, {**TEXT_SETTINGS, 'train.steps': 500}, of_inits(), is_task=False, seeds=1),
   'text': Part(
     TEXT,
     {**TEXT_SETTINGS, 'train.steps': 3000},
