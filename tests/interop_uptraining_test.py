@@ -100,22 +100,18 @@ def test_a_lower_rank_is_the_best_approximation_of_each_steps_own_layer():
       assert np.linalg.norm(tail) > 0.1
 
 
-def test_a_mor_model_that_takes_every_step_is_the_original():
+@pytest.mark.parametrize(
+  'routing',
+  [
+    {'gating': 'residual', 'router_activation': 'sigmoid', 'router_alpha': 2.0},  # gates 2 sigmoid(0)
+    {'router_target': 'benefit', 'kv': 'recursion_wise'},  # its gates are 1
+  ],
+)
+def test_a_mor_model_that_takes_every_step_is_the_original(routing):
   """Gates of exactly 1 and capacities of 1: what remains of routing changes nothing."""
-  model = Transformer(
-    tiny.config(
-      num_recursions=2,
-      capacities=(1.0, 1.0),
-      gating='residual',
-      router_activation='sigmoid',
-      router_alpha=2.0,
-      lora_rank=48,
-    )
-  )
+  model = Transformer(tiny.config(num_recursions=2, capacities=(1.0, 1.0), lora_rank=48, **routing))
   shapes = nn.unbox(abstract_variables(model.config))['params']
-  routers = jax.tree.map(
-    lambda leaf: np.zeros(leaf.shape, leaf.dtype), {'router': shapes['router']}
-  )  # 2 sigmoid(0)
+  routers = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), {'router': shapes['router']})
   variables = weights.tree(SharedWeights(model.config, SOURCE, 'average'))
   variables = {'params': variables['params'] | routers}
   tokens_BT = tiny.tokens(2, 12)

@@ -154,9 +154,10 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(
     {'model': {'attention': 'reference'}},  # the others need accelerators; `auto` is xla here
     {'train': {'loss_chunk': 0}},
     {'train': {'loss_chunk': 100}},
+    {'model': {'router_target': 'benefit', 'benefit_rows': 1.0}, 'train': {'readout_rows': 1.0}},
   ],
 )
-def test_resumes_bit_for_bit_with_every_attention_and_loss(config, tmp_path, change):
+def test_resumes_bit_for_bit_with_every_attention_loss_and_target(config, tmp_path, change):
   changed = with_changes(config, **change)
   killed = _run_until_killed(changed, tmp_path / 'killed', signal.SIGKILL)
   assert killed.returncode == -signal.SIGKILL, killed.stderr
