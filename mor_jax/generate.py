@@ -4,8 +4,10 @@ Text appears as it is generated; routing is causal (threshold), keys and values 
 colours every token by the recursions that it took. With --input=FILE.jsonl many prompts are answered
 together: each line is an object with "prompt" (text) or "tokens" (ids), and, where it differs from the
 flags, any of max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop_tokens, stop_strings,
-max_recursions, threshold_shift. --output has a line for each, in the same order: "text", "tokens", "depths",
-"finish" (length, stop_token or stop_string), or "error" where a line cannot be answered.
+max_recursions, threshold_shift; an "id" comes back with the answer. Line i (from 0) has the seed --seed + i, so that
+equal lines get different texts. --output has a line for each, in the same order: "text", "tokens", "depths",
+"finish" (length, stop_token or stop_string), or "error" where a line cannot be answered. A batch that was
+interrupted goes on with --resume.
 
 One device is used, unless the settings below ask for all: --config.parallel.tensor=4 splits heads and matrices
 over four, texts are divided among the rest.
@@ -47,6 +49,9 @@ def define_flags() -> None:
   flags.DEFINE_string('prompt_file', None, 'file with the beginning of the text')
   flags.DEFINE_string('input', None, 'batch mode: JSONL file with prompts')
   flags.DEFINE_string('output', None, 'batch mode: JSONL file for the answers; default: standard output')
+  flags.DEFINE_boolean(
+    'resume', False, 'batch mode: keep the answers that are in --output, and go on behind them'
+  )
   flags.DEFINE_integer('num_samples', 1, 'continuations of the prompt, with seeds --seed, --seed + 1, ...')
   flags.DEFINE_integer('max_new_tokens', 128, 'tokens to generate at most; --max_len may end a text before')
   flags.DEFINE_float('temperature', 0.7, 'divides the logits; 0 always takes the most likely token')
@@ -109,6 +114,10 @@ def _check_flags() -> None:
     )
   if FLAGS.output and not FLAGS.input:
     raise ConfigError(f'--output={FLAGS.output} is for batch mode: give --input too')
+  if FLAGS.resume and not FLAGS.output:
+    raise ConfigError('--resume goes on with the answers in a file: name it with --output')
+  if FLAGS.output:
+    batch.check_output(FLAGS.output, FLAGS.input)
   cli.check_least(num_samples=1, slots=1)
 
 
@@ -170,11 +179,14 @@ def _engine(run: LoadedRun, wanted: int, mesh: Mesh) -> Engine:
 def _calibrated(run: LoadedRun):
   wanted = cli.numbers('capacities')
   stored = {entry.capacities: entry for entry in calibration.read(run.folder.calibrations)}
+  text = ','.join(FLAGS.capacities)
+  command = f'python -m mor_jax.calibrate --checkpoint={FLAGS.checkpoint} --capacities={text}'
   if wanted not in stored:
-    text = ','.join(FLAGS.capacities)
+    raise ConfigError(f'--capacities={text} has not been calibrated for this run: first run {command}')
+  if stored[wanted].step != run.step:
     raise ConfigError(
-      f'--capacities={text} has not been calibrated for this run: first run python -m mor_jax.calibrate '
-      f'--checkpoint={FLAGS.checkpoint} --capacities={text}'
+      f'--capacities={text} was calibrated with the checkpoint of step {stored[wanted].step}, and the thresholds of '
+      f'step {run.step} are others: run {command} again'
     )
   return calibration.apply(run.config, run.variables, stored[wanted])
 
@@ -224,16 +236,15 @@ def _prompt() -> str:
 
 def _answer_file(run: LoadedRun, tokenizer: Tokenizer, template: Request, mesh: Mesh) -> int:
   lines = batch.read(FLAGS.input)
-  try:
-    output = open(FLAGS.output, 'w', encoding='utf-8') if FLAGS.output else sys.stdout  # noqa: SIM115
-  except OSError as error:
-    raise ConfigError(f'--output={FLAGS.output} cannot be written: {error}') from None
-  scheduler = Scheduler(_engine(run, min(DEFAULT_SLOTS, len(lines)), mesh), tokenizer)
-  try:
-    refused = batch.answer(scheduler, tokenizer, template, lines, output)
-  finally:
-    if FLAGS.output:
-      output.close()
+  before = batch.answered(FLAGS.output, lines) if FLAGS.resume else batch.Answered()
+  if before.lines == len(lines):
+    print(f'all {len(lines)} lines have been answered', file=sys.stderr)
+    return 0
+  scheduler = Scheduler(_engine(run, min(DEFAULT_SLOTS, len(lines) - before.lines), mesh), tokenizer)
+  with batch.open_output(
+    FLAGS.output, before
+  ) as output:  # opened last: nothing is lost if something does not work
+    refused = batch.answer(scheduler, tokenizer, template, lines, output, before.lines)
   print(describe_statistics(scheduler.statistics, run.config.model), file=sys.stderr)
   if refused:
     print(f'error: {refused} of {len(lines)} lines could not be answered, see "error"', file=sys.stderr)

@@ -11,6 +11,7 @@ import pytest
 import tiny_run
 from rich.console import Console
 
+from mor_jax.config import ConfigError
 from mor_jax.data import tokenizer as tokenizers
 from mor_jax.inference import batch
 from mor_jax.inference.requests import Request, Result
@@ -98,6 +99,7 @@ def test_a_mesh_prints_the_same_text(finished_run):
     (('--prompt=a', '--temperature=-1'), '--temperature=-1.0 is not allowed: must be >= 0'),
     (('--prompt=' + 'a' * 64,), 'the prompt has 64 tokens, which leaves no room in a cache of max_len=64'),
     (('--prompt=a', '--capacities=1.0,0.1'), 'first run python -m mor_jax.calibrate'),
+    (('--prompt=a', '--resume'), '--resume goes on with the answers in a file'),
   ],
 )
 def test_refuses(finished_run, flags, message):
@@ -151,6 +153,88 @@ def test_lines_are_answered_in_their_order_and_bad_ones_harm_nobody(tokenizer):
     Scheduler(engine, tokenizer), tokenizer, template, ['{"prompt":"a","temperature":-1}'], one
   )
   assert 'temperature=-1.0 is not allowed' in one.getvalue()
+
+
+def answers_to(tokenizer, lines, **options):
+  """The answers to lines, of a tiny model that is made for 64 tokens."""
+  run = tiny_run.run()
+  engine = tiny_engine.engine(run.model, run.initial().variables, slots=2)
+  template, output = Request((256,), max_new_tokens=8, temperature=1.0), io.StringIO()
+  batch.answer(Scheduler(engine, tokenizer), tokenizer, template, lines, output, **options)
+  text = output.getvalue()
+  text.encode()
+  return [json.loads(line) for line in text.split('\n')[:-1]]
+
+
+@pytest.mark.parametrize(
+  ('line', 'message'),
+  [
+    ('{"prompt": "\\ud800"}', 'half of a surrogate pair'),
+    ('{"prompt": "a", "stop_strings": 1e9}', 'stop_strings=1000000000.0 must be a list'),
+    (
+      '{"prompt": "a", "top_k": 99999999999}',
+      'top_k=99999999999 is not allowed: must be from 0 to 2**31 - 1',
+    ),
+    ('{"prompt": "a", "temperature": 1' + '0' * 400 + '}', '... is too large'),
+    ('{"prompt": "a", "temperature": 1e300}', 'temperature=1e+300 is not allowed'),
+    ('{"prompt": "a", "top_p": NaN}', 'top_p=nan is not allowed'),
+    ('{"prompt": "a", "max_new_tokens": 1' + '0' * 400 + '}', 'max_new_tokens=1'),
+    ('{"prompt": "a", "seed": ' + '1' * 5000 + '}', 'the line is not JSON'),
+    ('{"tokens": [1' + '0' * 400 + ']}', 'is outside the vocabulary'),
+    ('[' * 100_000, 'the line is not JSON: it is nested too deep'),
+    ('{"prompt": "a", "stop_tokens": ' + '[' * 900 + ']' * 900 + '}', 'must be a list of int'),
+    (b'{"prompt": "\xff"}', 'the line is not JSON'),
+    ('{"prompt": "a", "\\ud800": 1}', 'unknown field "\ud800"'),
+  ],
+)
+def test_whatever_a_line_is_the_others_are_answered(tokenizer, line, message):
+  first, bad, last = answers_to(tokenizer, ['{"prompt": "a"}', line, '{"prompt": "a", "id": null}'])
+  assert message in bad['error']
+  assert len(bad['error']) < 400
+  assert len(first['tokens']) == len(last['tokens']) == 8
+  assert next(iter(last)) == 'id'
+
+
+def test_equal_lines_get_other_texts_whose_seeds_are_told(tokenizer):
+  lines = ['{"prompt": "a"}'] * 3 + ['{"prompt": "a", "seed": 1, "id": "x"}']
+  found = answers_to(tokenizer, lines)
+  texts = [entry['text'] for entry in found]
+  assert len(set(texts)) == 3
+  assert texts[3] == texts[1]
+  assert [entry.get('id') for entry in found] == [None, None, None, 'x']
+  assert answers_to(tokenizer, lines, first=2) == found[2:]
+
+
+def test_lines_end_with_newlines_alone(tmp_path):
+  path = tmp_path / 'in.jsonl'
+  lines = ['{"prompt": "a\u2028b\u0085c"}', '{"prompt": "d"}\r', '', '{"prompt": "e"}']
+  path.write_bytes(b'\xef\xbb\xbf' + '\n'.join(lines).encode())
+  found = [json.loads(line)['prompt'] for line in batch.read(str(path))]
+  assert found == ['a\u2028b\u0085c', 'd', 'e']
+
+
+def test_a_batch_goes_on_behind_its_answers(tmp_path):
+  lines = [b'{"prompt": "a", "id": 1}', b'{"prompt": "b"}', b'{"prompt": "c"}']
+  output = tmp_path / 'out.jsonl'
+  assert batch.answered(str(output), lines) == batch.Answered(0, 0)
+  whole = '{"id": 1, "text": "é"}\n{"error": "no"}\n'
+  output.write_text(whole + '{"text": "cut of', encoding='utf-8')
+  before = batch.answered(str(output), lines)
+  assert before == batch.Answered(2, len(whole.encode()))
+  with batch.open_output(str(output), before) as file:
+    file.write('{"text": "c"}\n')
+  assert output.read_text(encoding='utf-8') == whole + '{"text": "c"}\n'
+  with pytest.raises(ConfigError, match=r'line 1 of --output=.* does not belong'):
+    batch.answered(str(output), lines[1:])
+  with pytest.raises(ConfigError, match=r'line 3 of --output=.* does not belong'):
+    batch.answered(str(output), lines[:2])
+  output.write_text('hello\n')
+  with pytest.raises(ConfigError, match=r'line 1 of --output=.* is no answer'):
+    batch.answered(str(output), lines)
+  with pytest.raises(ConfigError, match='is the file of --input'):
+    batch.check_output(str(output), str(tmp_path / '.' / 'out.jsonl'))
+  with pytest.raises(ConfigError, match='is a folder'):
+    batch.check_output(str(tmp_path), str(output))
 
 
 def shown(tokenizer, result, grows, **console):

@@ -11,7 +11,7 @@ import pytest
 import tiny_run
 
 from mor_jax.data import tokenizer as tokenizers
-from mor_jax.inference.requests import Request, RequestError
+from mor_jax.inference.requests import Request, RequestError, Result
 from mor_jax.inference.scheduler import Scheduler
 from mor_jax.inference.text import complete
 from tests import tiny, tiny_engine
@@ -114,6 +114,10 @@ def test_a_request_cancelled_in_flight_leaves_the_others_alone():
     ({'temperature': float('nan')}, 'temperature=nan'),
     ({'top_p': 0.0}, 'top_p=0.0'),
     ({'top_k': -1}, 'top_k=-1'),
+    ({'top_k': 2**31}, 'top_k=2147483648 is not allowed: must be from 0 to 2'),
+    ({'temperature': 1e300}, 'temperature=1e.300'),
+    ({'threshold_shift': -1e300}, 'threshold_shift=-1e.300'),
+    ({'repetition_penalty': 1e-300}, 'repetition_penalty=1e-300'),
     ({'repetition_penalty': 0.0}, 'repetition_penalty=0.0'),
     ({'max_new_tokens': 0}, 'max_new_tokens=0'),
     ({'seed': -1}, 'seed=-1'),
@@ -130,6 +134,19 @@ def test_bad_requests_are_refused_and_the_others_answered(change, message):
   with pytest.raises(RequestError, match=message):
     scheduler.submit(dataclasses.replace(good[0], **change))
   results.append(scheduler.submit(good[1]))
+  while scheduler.busy:
+    scheduler.step()
+  assert [result.tokens for result in results] == answers(good)
+
+
+def test_nobody_is_forgotten_when_prompts_cannot_be_computed(monkeypatch):
+  good = tiny_engine.requests((3, 5, 1, 4), max_new_tokens=6)
+  scheduler = Scheduler(engine())
+  results = [scheduler.submit(request) for request in good]
+  with monkeypatch.context() as patch:
+    patch.setattr(scheduler.engine, 'prefill', lambda requests: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      scheduler.step()
   while scheduler.busy:
     scheduler.step()
   assert [result.tokens for result in results] == answers(good)
@@ -182,6 +199,23 @@ def test_stop_strings_end_a_text_before_them(bytes_tokenizer):
     assert result.finish == 'stop_string'
     assert result.text == text[: text.index(stop)]
     assert bytes_tokenizer.decode(result.tokens).startswith(result.text)
+
+
+@pytest.mark.parametrize(
+  ('text', 'stop', 'tokens'),
+  [('déjà vu', ' v', 'déjà'), ('a€€b', '€b', 'a€'), ('a€', '€', 'a'), ('€€', '€', ''), ('ab', 'zz', 'ab')],
+)
+def test_tokens_are_those_of_the_text_before_a_stop_string(bytes_tokenizer, text, stop, tokens):
+  """Characters of several tokens, before the stop string and in it."""
+  given, before = tuple(text.encode()), (257, 71)
+  result = Result(
+    Request(before, stop_strings=(stop,)), list(given), depths=[1] * (len(before) + len(given) - 1)
+  )
+  stopped = Scheduler(text_engine(), bytes_tokenizer)._update_text(result)
+  assert stopped == (stop in text)
+  assert (bytes(result.tokens).decode(), result.text) == (tokens, tokens)
+  if stopped:
+    assert len(result.depths) == len(before) + len(result.tokens)
 
 
 def test_streamed_text_grows(bytes_tokenizer):

@@ -1,7 +1,11 @@
 """Many prompts in a JSONL file, answered together."""
 
+import codecs
+import contextlib
 import dataclasses
 import json
+import os
+import sys
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,61 +14,139 @@ from typing import Any, TextIO
 from mor_jax.config import ConfigError
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.files import parse_json
-from mor_jax.inference.requests import Request, RequestError, Result
+from mor_jax.inference.requests import Request, RequestError, Result, short
 from mor_jax.inference.scheduler import Scheduler
 
 _KINDS = {int: (int,), float: (int, float), tuple: (list,)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Answered:
+  """What an earlier run of the same batch left in its output.
+
+  Attributes:
+    lines: how many lines of the input it answered.
+    size: bytes of these answers; what stands behind them was being written when it ended.
+  """
+
+  lines: int = 0
+  size: int = 0
+
+
 def samples(template: Request, prompt: tuple[int, ...], count: int) -> list[Request]:
   """Requests for several continuations of a prompt, with consecutive seeds."""
-  return [
-    dataclasses.replace(template, prompt=prompt, seed=(template.seed + index) % 2**32)
-    for index in range(count)
-  ]
+  return [dataclasses.replace(template, prompt=prompt, seed=_seed(template, index)) for index in range(count)]
 
 
-def read(path: str) -> list[str]:
-  """The lines of a file that are not empty. Raises ConfigError if it cannot be read or has none."""
+def read(path: str) -> list[bytes]:
+  """The lines of a file that are not empty. Raises ConfigError if it cannot be read or has none.
+
+  Lines end with a newline alone: JSON may contain what Unicode calls line separators.
+  """
   try:
-    lines = [line for line in Path(path).read_text(encoding='utf-8').splitlines() if line.strip()]
-  except (OSError, UnicodeDecodeError) as error:
+    text = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+  except OSError as error:
     raise ConfigError(f'--input={path} cannot be read: {error}') from None
+  lines = [line for line in text.split(b'\n') if line.strip()]
   if not lines:
     raise ConfigError(f'--input={path} is empty: give a JSON object a line')
   return lines
 
 
+def check_output(path: str, source: str) -> None:
+  """Raises ConfigError if the answers cannot be written to a file, which is left as it is."""
+  if os.path.exists(path) and os.path.samefile(path, source):
+    raise ConfigError(f'--output={path} is the file of --input, which it would overwrite; name another')
+  folder = Path(path).absolute().parent
+  if Path(path).is_dir() or not folder.is_dir():
+    found = f'{path} is a folder' if Path(path).is_dir() else f'there is no folder {folder}'
+    raise ConfigError(f'--output={path} cannot be written: {found}')
+
+
+def answered(path: str, lines: Sequence[bytes]) -> Answered:
+  """What is left of an earlier run in its output, none: nothing.
+
+  Raises:
+    ConfigError: the file has no answers, or those of other lines.
+  """
+  if not os.path.exists(path):
+    return Answered()
+  done, size = 0, 0
+  for index, line in enumerate(Path(path).read_bytes().split(b'\n')[:-1]):
+    entry = _object(line)
+    if entry is None or not {'text', 'error'} & entry.keys():
+      raise ConfigError(f'--resume: line {index + 1} of --output={path} is no answer; name another file')
+    if index >= len(lines) or entry.get('id') != (_object(lines[index]) or {}).get('id'):
+      raise ConfigError(
+        f'--resume: line {index + 1} of --output={path} does not belong to this --input; name another file'
+      )
+    done, size = index + 1, size + len(line) + 1
+  return Answered(done, size)
+
+
+@contextlib.contextmanager
+def open_output(path: str | None, before: Answered) -> Iterator[TextIO]:
+  """The file for the answers, cut behind those to be kept; None: standard output.
+
+  Raises:
+    ConfigError: it cannot be written.
+  """
+  if path is None:
+    yield sys.stdout
+    return
+  try:
+    file = open(path, 'r+' if before.size else 'w', encoding='utf-8')  # noqa: SIM115
+  except OSError as error:
+    raise ConfigError(f'--output={path} cannot be written: {error}') from None
+  with file:
+    file.truncate(before.size)
+    file.seek(before.size)
+    yield file
+
+
 def answer(
-  scheduler: Scheduler, tokenizer: Tokenizer, template: Request, lines: Sequence[str], output: TextIO
+  scheduler: Scheduler,
+  tokenizer: Tokenizer,
+  template: Request,
+  lines: Sequence[bytes],
+  output: TextIO,
+  first: int = 0,
 ) -> int:
   """Writes an answer for every line, in their order, each as soon as those before are written.
+
+  Args:
+    first: line to begin with.
 
   Returns:
     How many lines could not be answered.
   """
-  entries: list[Result | dict[str, Any]] = []
-  for line in lines:
+  entries: list[Result | str] = []
+  for index, line in enumerate(lines[first:], start=first):
     try:
-      entries.append(scheduler.submit(parse(line, template, tokenizer)))
+      entries.append(scheduler.submit(parse(line, template, tokenizer, index)))
     except RequestError as error:
-      entries.append({'error': str(error)})
+      entries.append(str(error))
+  to_ascii = (getattr(output, 'encoding', None) or 'utf-8').lower() not in ('utf-8', 'utf8')
   written = 0
   while written < len(entries):
     for entry in _ended(entries[written:]):
-      output.write(json.dumps(entry, ensure_ascii=False) + '\n')
+      known = _object(lines[first + written]) or {}
+      entry = {'id': known['id'], **entry} if 'id' in known else entry
+      text = json.dumps(entry, ensure_ascii=to_ascii)
+      # What is no text in UTF-8, half of a surrogate pair, is written as JSON spells it.
+      output.write(text.encode('utf-8', 'backslashreplace').decode('utf-8') + '\n')
       output.flush()
       written += 1
     if scheduler.busy:
       scheduler.step()
-  return sum(isinstance(entry, dict) for entry in entries)
+  return sum(isinstance(entry, str) for entry in entries)
 
 
-def _ended(entries: Sequence[Result | dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _ended(entries: Sequence[Result | str]) -> Iterator[dict[str, Any]]:
   """Answers up to the first that is not complete."""
   for entry in entries:
-    if isinstance(entry, dict):
-      yield entry
+    if isinstance(entry, str):
+      yield {'error': entry}
     elif entry.finish:
       start = len(entry.request.prompt)
       depths = {'prompt_depths': entry.depths[:start], 'depths': entry.depths[start:]}
@@ -73,28 +155,61 @@ def _ended(entries: Sequence[Result | dict[str, Any]]) -> Iterator[dict[str, Any
       return
 
 
-def parse(line: str, template: Request, tokenizer: Tokenizer) -> Request:
-  """The request of a line. Raises RequestError if it is not a JSON object or has fields of another type."""
+def parse(line: bytes | str, template: Request, tokenizer: Tokenizer, index: int = 0) -> Request:
+  """The request of a line.
+
+  Args:
+    index: of the line. It is added to the seed, unless the line has its own, so that equal lines get other texts.
+
+  Raises:
+    RequestError: it is not a JSON object, or has fields of another type.
+  """
   try:
     fields = parse_json(line)
   except ValueError as error:
     raise RequestError(f'the line is not JSON: {error}') from None
   if not isinstance(fields, dict) or ('prompt' in fields) == ('tokens' in fields):
     raise RequestError('a line must be an object with either "prompt", a text, or "tokens", a list of ids')
+  fields.pop('id', None)
   hints = typing.get_type_hints(Request)
   if 'prompt' in fields:
     text = fields.pop('prompt')
     if not isinstance(text, str):
       raise RequestError(f'prompt={text!r} must be a text')
-    fields['prompt'] = tokenizer.encode_text(text)
+    fields['prompt'] = _encode(text, tokenizer)
   else:
     fields['prompt'] = fields.pop('tokens')
-  changes = {}
+  changes: dict[str, Any] = {'seed': _seed(template, index)}
   for name, value in fields.items():
     if name not in hints:
-      raise RequestError(f'unknown field "{name}"; known are prompt, tokens and {", ".join(list(hints)[1:])}')
+      raise RequestError(
+        f'unknown field "{name}"; known are prompt, tokens, id and {", ".join(list(hints)[1:])}'
+      )
     changes[name] = _convert(name, value, hints[name])
   return dataclasses.replace(template, **changes)
+
+
+def _seed(template: Request, index: int) -> int:
+  return (template.seed + index) % 2**32
+
+
+def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise RequestError(
+      f'prompt has {text[error.start]!r} at character {error.start}, half of a surrogate pair, which is no text'
+    ) from None
+  return tokenizer.encode_text(text)
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+  """The object of a line, None if it is something else."""
+  try:
+    found = parse_json(line)
+  except ValueError:
+    return None
+  return found if isinstance(found, dict) else None
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:
@@ -104,10 +219,13 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
   if kind not in _KINDS:  # int | None
     kind = int
   if not isinstance(value, _KINDS[kind]) or isinstance(value, bool):
-    raise RequestError(f'{name}={value!r} must be a {"list" if kind is tuple else kind.__name__}')
+    raise RequestError(f'{name}={short(value)} must be a {"list" if kind is tuple else kind.__name__}')
   if kind is not tuple:
-    return kind(value)
+    try:
+      return kind(value)
+    except OverflowError:
+      raise RequestError(f'{name}={short(value)} is too large') from None
   item = typing.get_args(hint)[0]
   if not all(isinstance(entry, item) and not isinstance(entry, bool) for entry in value):
-    raise RequestError(f'{name}={value!r} must be a list of {item.__name__}')
+    raise RequestError(f'{name}={short(value)} must be a list of {item.__name__}')
   return tuple(value)

@@ -17,7 +17,7 @@ from mor_jax.inference import prefill as prefill_lib
 from mor_jax.inference import shards, ticks
 from mor_jax.inference import state as state_lib
 from mor_jax.inference.prefill import Prefix
-from mor_jax.inference.requests import Request, RequestError
+from mor_jax.inference.requests import LEAST_TEMPERATURE, Request, RequestError
 from mor_jax.inference.sampling import SamplingRules
 from mor_jax.inference.state import NO_TOKEN, STOP_TOKENS, DecodeState, Rules
 from mor_jax.model import cache as cache_lib
@@ -227,7 +227,9 @@ class Engine:
       )
     bad = [token for token in (*request.prompt, *request.stop_tokens) if not 0 <= token < vocabulary]
     if bad:
-      raise RequestError(f'token {bad[0]} is outside the vocabulary, whose ids go from 0 to {vocabulary - 1}')
+      raise RequestError(
+        f'token {str(bad[0])[:20]} is outside the vocabulary, whose ids go from 0 to {vocabulary - 1}'
+      )
     config = self.cached.config
     if request.threshold_shift and (config.kind != 'mor' or config.router != 'expert_choice'):
       raise RequestError(
@@ -244,7 +246,7 @@ class Engine:
     stops[: len(request.stop_tokens)] = request.stop_tokens
     limit = min(self.max_len, len(request.prompt) + request.max_new_tokens)
     sampling = SamplingRules(
-      np.float32(request.temperature),
+      np.float32(request.temperature if request.temperature >= LEAST_TEMPERATURE else 0.0),
       np.int32(request.top_k),
       np.float32(request.top_p),
       np.float32(request.repetition_penalty),

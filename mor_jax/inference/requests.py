@@ -1,9 +1,13 @@
 """Requests to the engine and their results."""
 
 import dataclasses
+from typing import Any
 
 from mor_jax.inference.sampling import NO_LIMIT
 from mor_jax.inference.state import STOP_TOKENS
+
+HUGE = 1e30  # what floats of the device can hold, and their inverses
+LEAST_TEMPERATURE = 1e-6
 
 
 class RequestError(ValueError):
@@ -17,7 +21,7 @@ class Request:
   Attributes:
     prompt: token ids, at least one.
     max_new_tokens: maximum number of tokens to generate; fewer if the cache fills up first.
-    temperature: divides the logits; 0 takes the most likely token.
+    temperature: divides the logits; 0, or less than LEAST_TEMPERATURE, takes the most likely token.
     top_k: sample from this many of the most likely tokens; 0: from all.
     top_p: sample from the smallest set of most likely tokens with at least this total probability.
     repetition_penalty: a value above 1 makes tokens that already occurred less likely (divides positive logits).
@@ -45,19 +49,19 @@ class Request:
     if not self.prompt:
       raise RequestError('the prompt is empty; give at least one token')
     rules = {
-      'max_new_tokens': (self.max_new_tokens >= 1, '>= 1'),
-      'temperature': (0 <= self.temperature < float('inf'), '>= 0; 0 takes the most likely token'),
-      'top_k': (self.top_k >= 0, '>= 0; 0 means no limit'),
+      'max_new_tokens': (1 <= self.max_new_tokens < 2**31, 'from 1 to 2**31 - 1'),
+      'temperature': (0 <= self.temperature < HUGE, '>= 0 and finite; 0 takes the most likely token'),
+      'top_k': (0 <= self.top_k < 2**31, 'from 0 to 2**31 - 1; 0 means no limit'),
       'top_p': (0 < self.top_p <= 1, 'above 0 and at most 1'),
-      'repetition_penalty': (0 < self.repetition_penalty < float('inf'), '> 0; 1 means none'),
+      'repetition_penalty': (1 / HUGE < self.repetition_penalty < HUGE, '> 0 and finite; 1 means none'),
       'seed': (0 <= self.seed < 2**32, 'from 0 to 2**32 - 1'),
-      'threshold_shift': (abs(self.threshold_shift) < float('inf'), 'a finite number'),
+      'threshold_shift': (abs(self.threshold_shift) < HUGE, 'a finite number'),
       'stop_tokens': (len(self.stop_tokens) <= STOP_TOKENS, f'at most {STOP_TOKENS} ids'),
       'stop_strings': (all(self.stop_strings), 'non-empty texts'),
     }
     for name, (holds, allowed) in rules.items():
       if not holds:
-        raise RequestError(f'{name}={getattr(self, name)} is not allowed: must be {allowed}')
+        raise RequestError(f'{name}={short(getattr(self, name))} is not allowed: must be {allowed}')
 
 
 @dataclasses.dataclass(eq=False)
@@ -82,3 +86,12 @@ class Result:
   submitted: float = 0.0
   first_token: float = 0.0
   finished: float = 0.0
+
+
+def short(value: Any, most: int = 60) -> str:
+  """A value of any size as text for a message."""
+  try:
+    text = repr(value)
+  except (RecursionError, ValueError):
+    text = f'a {type(value).__name__}'
+  return text if len(text) <= most else f'{text[:most]}...'

@@ -172,6 +172,15 @@ class Scheduler:
     begin = time.perf_counter()
     free = self._free_slots()
     admitted = [(slot, self._queue.popleft()) for slot in free[: len(self._queue)]]
+    try:
+      self._begin(admitted)
+    except BaseException:  # such as memory that ends: nobody is forgotten
+      self._queue.extendleft(result for slot, result in reversed(admitted) if slot not in self._resident)
+      raise
+    self.statistics.prefill_seconds += time.perf_counter() - begin
+
+  def _begin(self, admitted: list[tuple[int, Result]]) -> None:
+    """Computes the prompts of requests and puts them into their slots."""
     for slot, result in admitted:
       if len(result.request.prompt) == 1:
         self._insert(None, 0, slot, result)
@@ -181,7 +190,6 @@ class Scheduler:
       for lane, entry in enumerate(lanes):
         if entry:
           self._insert(prefix, lane, *entry)
-    self.statistics.prefill_seconds += time.perf_counter() - begin
 
   def _free_slots(self) -> list[int]:
     """Free slots, starting with the parts of the mesh that have the most."""
@@ -236,8 +244,9 @@ class Scheduler:
     result.text = text if found is None else text[:found]
     if found is None:
       return False
-    while result.tokens and len(self._tokenizer.continuation(result.tokens[:-1], before=prompt)) >= found:
-      result.tokens.pop()  # tokens after those that the text needs
+    # Tokens after those that the text needs. Their number of characters does not tell: several may make one.
+    while result.tokens and self._tokenizer.continuation(result.tokens[:-1], prompt).startswith(result.text):
+      result.tokens.pop()
     del result.depths[len(prompt) + len(result.tokens) :]
     return True
 
