@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from lm_eval.api.instance import Instance
 from scipy.special import log_softmax
 
 from mor_jax.config import ConfigError
+from mor_jax.data.tokenizer import END_OF_TEXT, Tokenizer
 from mor_jax.evaluation import few_shot
 from mor_jax.evaluation.harness import HarnessModel
 from mor_jax.runs.restore import load_run
@@ -100,6 +102,55 @@ def test_log_likelihoods(run, model):
     assert score == pytest.approx(total(run, context.encode(), rest.encode()), abs=1e-3)
 
 
+@pytest.fixture(scope='module')
+def merging(run):
+  """A harness model whose tokenizer has the words 'ret' and 'return', and drops what it does not know."""
+  vocab = {
+    END_OF_TEXT: 0,
+    'r': 1,
+    'e': 2,
+    't': 3,
+    'u': 4,
+    'n': 5,
+    're': 6,
+    'ret': 7,
+    'ur': 8,
+    'urn': 9,
+    'return': 10,
+  }
+  merges = [('r', 'e'), ('re', 't'), ('u', 'r'), ('ur', 'n'), ('ret', 'urn')]
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+  backend.add_special_tokens([END_OF_TEXT])
+  made = HarnessModel(run, batch_size=4)
+  made._tokenizer, made._prefix = Tokenizer(backend, END_OF_TEXT, None), 0
+  return made
+
+
+@pytest.mark.parametrize(
+  ('context', 'continuation', 'expected'),
+  [
+    ('ne', 't', ([5, 2], [3])),
+    ('ret', 'urn', ([0], [10])),  # one token, which would count as certain
+    ('eret', 'urn', ([2], [10])),
+    ('nr', 'et', ([5], [7])),
+    ('ne', '', ([5, 2], [])),
+    (' ', 'ret', ([0], [7])),  # whitespace alone is no context
+  ],
+)
+def test_every_character_of_a_continuation_counts(merging, context, continuation, expected):
+  assert merging._encode_pair(context, continuation) == expected
+
+
+def test_a_continuation_that_merges_does_not_win_by_it(run, merging):
+  found = merging.loglikelihood(instances('loglikelihood', ('ret', 'urn'), ('ne', '')), disable_tqdm=True)
+  assert found[0] == (pytest.approx(log_softmax(logits(run, [0])[0])[10], abs=1e-3), False)
+  assert found[1] == (0.0, True)
+  with pytest.raises(
+    ConfigError, match="likelihood of 'xyz' after 'ne', which the tokenizer gives no tokens"
+  ):
+    merging.loglikelihood(instances('loglikelihood', ('ne', 'xyz')), disable_tqdm=True)
+
+
 def test_rolling_log_likelihood_of_texts_longer_than_the_model(run, model):
   """Each window is full; the last one scores only what the ones before have not."""
   text = ('the boats came in before the storm, ' * 4)[:100].encode()
@@ -129,6 +180,21 @@ def test_generation_is_greedy_and_ends_before_the_stop(run, model):
     instances('generate_until', (prompt, {**wishes, 'until': []}), (prompt, wishes)), disable_tqdm=True
   )
   assert found == [free, free[: free.index(stop)]]
+
+
+def test_samples_differ_and_can_be_drawn_again(model):
+  wishes = {
+    'until': [],
+    'max_gen_toks': 8,
+    'do_sample': True,
+    'num_beams': 1,
+    'top_k': -1,
+    'temperature': 1.0,
+  }
+  given = instances('generate_until', *[('the ', wishes)] * 4)
+  found = model.generate_until(given, disable_tqdm=True)
+  assert len(set(found)) == 4
+  assert model.generate_until(given, disable_tqdm=True) == found
 
 
 def test_generation_refuses_what_it_cannot_do(run, model):
@@ -171,6 +237,10 @@ def test_examples_before_the_question(tasks, model):
   manager = few_shot.load(['tiny_choice'], str(tasks))
   result = few_shot.run(model, ['tiny_choice'], manager, num_fewshot=2, limit=2)
   assert result['n-shot']['tiny_choice'] == 2
+  with pytest.raises(
+    ConfigError, match='--num_fewshot=8 of --tasks=tiny_choice is more than there are examples'
+  ):
+    few_shot.run(model, ['tiny_choice'], few_shot.load(['tiny_choice'], str(tasks)), num_fewshot=8, limit=2)
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,10 @@ def test_whatever_a_line_is_the_others_are_answered(tokenizer, line, message):
 
 def test_equal_lines_get_other_texts_whose_seeds_are_told(tokenizer):
   lines = ['{"prompt": "a"}'] * 3 + ['{"prompt": "a", "seed": 1, "id": "x"}']
+  lines.append('{"tokens": [97, 195]}')  # which ends inside a character
   found = answers_to(tokenizer, lines)
+  assert len(found.pop()['tokens']) == 8
+  lines.pop()
   texts = [entry['text'] for entry in found]
   assert len(set(texts)) == 3
   assert texts[3] == texts[1]

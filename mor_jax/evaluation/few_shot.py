@@ -14,6 +14,7 @@ from mor_jax.data import hubs
 
 PATIENCE = 5.0  # seconds after which the Hugging Face hub counts as unreachable
 OFFLINE = ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE', 'HF_EVALUATE_OFFLINE', 'TRANSFORMERS_OFFLINE')
+TOO_MANY_EXAMPLES = 'Sample larger than population', 'Error: number of fewshot samples requested exceeds'
 INSTALL = "pip install 'mor_jax[eval]', or pip install lm_eval"
 
 _NAMES = re.compile(r'^(?:task|group|tag):[ \t]*(.*)$((?:\n[ \t]*-[ \t]+.*$)*)', re.MULTILINE)
@@ -135,8 +136,15 @@ def run(model: Any, names: Sequence[str], manager: Any, **settings: Any) -> dict
 
   try:
     found = simple_evaluate(model, tasks=list(names), task_manager=manager, log_samples=False, **settings)
-  except ValueError as error:
+  except (ValueError, AssertionError) as error:
     if isinstance(error, ConfigError):
+      raise
+    if any(reason in str(error) for reason in TOO_MANY_EXAMPLES):
+      raise ConfigError(
+        f'--num_fewshot={settings.get("num_fewshot")} of --tasks={",".join(names)} is more than there are examples to '
+        f'draw from, which are those of the split for examples without the question itself; lower it'
+      ) from None
+    if isinstance(error, AssertionError):
       raise
     raise ConfigError(f'--tasks={",".join(names)}: {error}') from error
   found = {name: value for name, value in found.items() if name != 'samples'}

@@ -5,6 +5,7 @@ model = harness.HarnessModel(load_run('runs/tiny-mor'))
 simple_evaluate(model, tasks=['hellaswag'])
 """
 
+import itertools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,7 @@ from mor_jax.model import flops
 from mor_jax.runs.restore import LoadedRun
 
 MAX_NEW_TOKENS = 256  # where a task does not say, as the harness has it
+SAID_ANYWAY = (('num_beams', 1), ('num_return_sequences', 1), ('use_cache', True))  # what is done in any case
 
 
 class HarnessModel(TemplateLM):
@@ -108,6 +110,28 @@ class HarnessModel(TemplateLM):
 
   # ---- scores ----
 
+  def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Tokens of a context, and those of what follows it, which together are those of the whole text.
+
+    As in the harness, spaces at the end of the context belong to the continuation. Where the texts merge ('ret' and
+    'urn'), the tokens part where those of the whole text leave those of the context, so that every character of the
+    continuation counts.
+
+    Raises:
+      ConfigError: the continuation is a text without tokens.
+    """
+    told = context.rstrip()
+    continuation = context[len(told) :] + continuation
+    context_ids = self.tok_encode(told) if told else []
+    whole_ids = self.tok_encode(told + continuation) if told else self._tokenizer.encode(continuation)
+    pairs = zip(context_ids, whole_ids, strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    if continuation and shared == len(whole_ids):
+      raise ConfigError(
+        f'a task asks for the likelihood of {continuation!r} after {told[-20:]!r}, which the tokenizer gives no tokens'
+      )
+    return whole_ids[:shared] or [self.prefix_token_id], whole_ids[shared:]
+
   def _loglikelihood_tokens(
     self,
     requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
@@ -147,6 +171,8 @@ class HarnessModel(TemplateLM):
   def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
     """Continuations, without the text that ended them, by depth-wise batching; routing is always by threshold.
 
+    Sampled ones (`do_sample`) have the number of their request as seed: repeats of a question differ.
+
     Raises:
       ConfigError: under top-k routing, or for a sampling option that does not exist.
     """
@@ -160,7 +186,9 @@ class HarnessModel(TemplateLM):
     )
     scheduler = Scheduler(engine, self._tokenizer)
     try:
-      results = [scheduler.submit(self._request(*request.args)) for request in requests]
+      results = [
+        scheduler.submit(self._request(*request.args, seed=seed)) for seed, request in enumerate(requests)
+      ]
     except RequestError as error:
       raise ConfigError(f'a task asks for what cannot be generated: {error}') from None
     with _bar(len(requests), 'Generating texts', disable_tqdm) as bar:
@@ -170,12 +198,15 @@ class HarnessModel(TemplateLM):
       self.cache_hook.add_partial('generate_until', request.args, result.text)
     return [result.text for result in results]
 
-  def _request(self, context: str, wishes: dict[str, Any]) -> Request:
+  def _request(self, context: str, wishes: dict[str, Any], seed: int) -> Request:
     wishes = dict(normalize_gen_kwargs(wishes, MAX_NEW_TOKENS))
     max_new_tokens, until = wishes.pop('max_gen_toks'), wishes.pop('until')
     sampled = wishes.pop('do_sample')
     temperature = wishes.pop('temperature', 1.0 if sampled else 0.0)
     known = {name: wishes.pop(name) for name in ('top_k', 'top_p', 'repetition_penalty') if name in wishes}
+    if known.get('top_k') in (-1, None):  # as transformers and vLLM say that there is no limit
+      known.pop('top_k', None)
+    wishes = {name: value for name, value in wishes.items() if (name, value) not in SAID_ANYWAY}
     if wishes:
       name, value = next(iter(wishes.items()))
       raise RequestError(
@@ -187,14 +218,14 @@ class HarnessModel(TemplateLM):
       raise RequestError(
         f'max_gen_toks={max_new_tokens} leaves no room for a prompt; raise --max_len={self.max_length}'
       )
-    prompt = self.tok_encode(context) if context else [self.prefix_token_id]
-    prompt = prompt[-room:]
+    prompt = (self.tok_encode(context) or [self.prefix_token_id])[-room:]
     return Request(
       tuple(prompt),
       max_new_tokens=max_new_tokens,
       temperature=float(temperature) if sampled else 0.0,
       stop_tokens=self._ends,
       stop_strings=tuple(stop for stop in until if stop),
+      seed=seed,
       **known,
     )
 
