@@ -1,8 +1,14 @@
 """The report: one page that needs nothing else, true to the files of the runs, and frank about what is missing."""
 
+import html
 import json
+import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
+import types
 
 import entry_points
 import numpy as np
@@ -11,6 +17,7 @@ from absl.testing import flagsaver
 
 from mor_jax.config import ConfigError
 from mor_jax.evaluation import nll
+from mor_jax.evaluation.depth import Word
 from mor_jax.reporting import plots, runs, sections
 
 
@@ -84,15 +91,114 @@ def test_axes_agree_with_what_the_run_counted(finished_run):
   last = np.array([run.config.train.steps])
   assert run.at('tokens', last)[0] == run.summary['tokens']
   assert run.at('flops', last)[0] == pytest.approx(run.summary['train_flops'])
-  assert run.at('seconds', last)[0] == pytest.approx(run.summary['seconds'] / 3600)
+  assert run.at('seconds', last)[0] == pytest.approx(run.summary['seconds'])
 
 
 def test_broken_last_line_is_told_and_the_rest_shown(copied_run, tmp_path):
   with (copied_run / 'metrics.jsonl').open('a') as file:
     file.write('{"step": 21, "train/lo')
   text = write(tmp_path / 'page.html', str(copied_run), tokens=0)
-  assert '1 unreadable line(s) after step 20' in text
+  assert '1 line(s) that are no records, line 21 the first' in text
   assert 'train_loss_by_tokens' in text
+
+
+def test_lines_that_are_no_records_hide_no_others(copied_run, tmp_path):
+  path = copied_run / 'metrics.jsonl'
+  lines = path.read_text().splitlines()
+  told = ['', '7', '{"train/loss": 1.0}', '[]', 'null', '{"step": 1, "train/loss": 0.0}', '{"step": "6"}']
+  path.write_text('\n'.join([*lines[:5], *told, '  ', *lines[5:]]) + '\n')
+  (run,) = runs.read([str(copied_run)])
+  assert [record['step'] for record in run.records] == [json.loads(line)['step'] for line in lines]
+  assert '6 line(s) that are no records, line 7 the first' in write(
+    tmp_path / 'p.html', str(copied_run), tokens=0
+  )
+
+
+def test_numbers_that_are_not_finite_are_marked_and_told(copied_run, tmp_path):
+  path = copied_run / 'metrics.jsonl'
+  records = [json.loads(line) for line in path.read_text().splitlines()]
+  for record in records[3:6]:
+    record['train/loss'] = float('nan')
+  records[-1]['train/grad_norm'] = float('inf')
+  path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+  (run,) = runs.read([str(copied_run)])
+  steps = [record['step'] for record in records]
+  curve = run.curve('train/loss')
+  assert curve.lost.tolist() == steps[3:6]
+  assert curve.steps.tolist() == steps[:3] + steps[6:]
+  figure = plots.curves([run], lambda run: run.curve('train/loss'), 'steps', 'loss')
+  crosses = [line for line in figure.axes[0].lines if line.get_marker() == 'x']
+  assert crosses[0].get_xdata().tolist() == steps[3:6]
+  text = write(tmp_path / 'page.html', str(copied_run), tokens=0)
+  assert f'train/loss is not finite at step {steps[3]} and 2 more' in text
+  assert f'train/grad_norm is not finite at step {steps[-1]}, marked' in text
+
+
+def test_a_page_that_fails_leaves_the_old_one(copied_run, tmp_path, monkeypatch):
+  output = tmp_path / 'new' / 'page.html'
+  monkeypatch.setattr(sections, 'overview', lambda shown: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    write(output, str(copied_run), tokens=0)
+  assert not output.exists()
+
+
+def test_a_page_is_written_in_any_locale_and_to_readers_that_leave(copied_run, tmp_path):
+  config = json.loads((copied_run / 'config.json').read_text())
+  config['name'] = 'größe'
+  (copied_run / 'config.json').write_text(json.dumps(config))
+  folder = copied_run.rename(tmp_path / 'größe')
+  command = [sys.executable, '-m', 'mor_jax.report', str(folder), '--tokens=0']
+  environment = os.environ | {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
+  left = subprocess.run(
+    ['bash', '-c', f'set -o pipefail; {shlex.join(command)} | true'],
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert 'Traceback' not in left.stderr, left.stderr
+  assert 'größe' in (folder / 'report.html').read_text(encoding='utf-8')
+
+
+def test_a_single_run_shows_settings_yardsticks_and_its_text(page, finished_run):
+  summary = json.loads((finished_run[1] / 'summary.json').read_text())
+  for name in ('unigram_entropy', 'bigram_entropy'):
+    assert f'<td>{summary[f"validation/{name}"]:.4f}</td>' in page[0]
+  assert '<td>train.learning_rate</td>' in page[0]
+  assert (
+    html.escape(summary['sample'][:20]) in page[0]
+    if summary['sample']
+    else 'A text of its own' not in page[0]
+  )
+
+
+def test_one_validation_is_a_number_and_no_plot(copied_run, tmp_path):
+  path = copied_run / 'metrics.jsonl'
+  records = [json.loads(line) for line in path.read_text().splitlines()]
+  for record in records[:-1]:
+    record.pop('validation/nll', None)
+  path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+  text = write(tmp_path / 'page.html', str(copied_run), tokens=0)
+  assert f'{records[-1]["validation/nll"]:.4f} nats per token at step 20' in text
+  assert 'validation_loss_by_tokens' not in text
+
+
+@pytest.mark.parametrize(
+  ('content', 'function', 'verdict'),
+  [
+    ([2.0] * 50 + [3.0] * 50, [1.0, 1.2] * 50, 'as the paper has it'),
+    ([1.0, 1.2] * 50, [2.0] * 50 + [3.0] * 50, 'not as the paper has it'),
+    ([1.0, 3.0], [1.0, 2.0, 3.0], 'a difference that chance may make'),
+    ([3.0], [1.0, 1.1], 'a difference that chance may make'),
+  ],
+)
+def test_differences_between_kinds_of_words_come_with_their_uncertainty(content, function, verdict):
+  words = [Word('harbour', value, 'content word') for value in content]
+  words += [Word('the', value, 'function word') for value in function]
+  said = sections._content_against_function(
+    types.SimpleNamespace(label='run'), types.SimpleNamespace(words=words)
+  )
+  assert f': {verdict}, which says' in said
 
 
 def test_run_without_checkpoint_still_has_its_curves(copied_run, tmp_path):
@@ -196,7 +302,7 @@ def test_recursions_one_by_one_are_drawn(copied_run, tmp_path):
 
 
 def test_page_that_cannot_be_written_is_refused(copied_run, tmp_path):
-  with pytest.raises(ConfigError, match=r'--output=.* cannot be written'):
+  with pytest.raises(ConfigError, match=r'--output=.* is a folder'):
     write(tmp_path, str(copied_run), tokens=0)
 
 

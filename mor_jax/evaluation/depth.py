@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -134,20 +134,34 @@ def _kind(word: str) -> str:
   return 'number' if word[0].isdigit() else 'punctuation'
 
 
-def mean_by_kind(found: Iterable[Word]) -> dict[str, tuple[float, int]]:
-  """(mean depth, number of words) by kind of word."""
+class Mean(NamedTuple):
+  """A mean over `count` words, and its standard error, as if they were independent; not a number for one word."""
+
+  mean: float
+  count: int
+  error: float
+
+
+def mean_by_kind(found: Iterable[Word]) -> dict[str, Mean]:
+  """Mean depth by kind of word."""
   return _means((word.kind, word.depth) for word in found)
 
 
-def mean_by_word(found: Iterable[Word], least: int = 5) -> dict[str, tuple[float, int]]:
-  """(mean depth, occurrences) of every word that occurs at least `least` times, in order of depth."""
+def mean_by_word(found: Iterable[Word], least: int = 5) -> dict[str, Mean]:
+  """Mean depth of every word that occurs at least `least` times, in order of depth."""
   means = _means((word.text, word.depth) for word in found)
-  kept = {word: mean for word, mean in means.items() if mean[1] >= least}
-  return dict(sorted(kept.items(), key=lambda item: item[1][0]))
+  kept = {word: mean for word, mean in means.items() if mean.count >= least}
+  return dict(sorted(kept.items(), key=lambda item: item[1].mean))
 
 
-def _means(pairs: Iterable[tuple[str, float]]) -> dict[str, tuple[float, int]]:
+def _means(pairs: Iterable[tuple[str, float]]) -> dict[str, Mean]:
   collected = collections.defaultdict(list)
   for name, value in pairs:
     collected[name].append(value)
-  return {name: (float(np.mean(values)), len(values)) for name, values in collected.items()}
+  return {name: _mean(values) for name, values in collected.items()}
+
+
+def _mean(values: list[float]) -> Mean:
+  count = len(values)
+  error = float(np.std(values, ddof=1) / np.sqrt(count)) if count > 1 else float('nan')
+  return Mean(float(np.mean(values)), count, error)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mor_jax.files import write_atomically
 from mor_jax.reporting import depths, page, recursions, runs, sections
 
 MOST_MEASURED = 6  # runs whose models are run over a text: each has to be compiled
@@ -30,6 +31,7 @@ def write_page(paths: Sequence[str], output: Path, tokens: int, report: Callable
     ', '.join(run.label for run in shown),
     [
       sections.overview(shown),
+      sections.result(shown),
       sections.losses(shown, figures),
       sections.evaluations(shown),
       sections.routers(shown, figures),
@@ -40,7 +42,8 @@ def write_page(paths: Sequence[str], output: Path, tokens: int, report: Callable
       sections.settings(shown),
     ],
   )
-  output.write_text(text)
+  output.parent.mkdir(parents=True, exist_ok=True)
+  write_atomically(output, text)
   report(f'wrote {output} ({len(text) / 1e6:.1f} MB)')
 
 

@@ -13,7 +13,7 @@ from mor_jax.reporting.plots import DEPTH_COLOURS
 STYLES = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
-body { margin: 0; background: #f4f5f7; color: #22272e; font: 15px/1.5 system-ui, -apple-system, 'Segoe UI', sans-serif; }
+body { margin: 0; overflow-wrap: anywhere; background: #f4f5f7; color: #22272e; font: 15px/1.5 system-ui, -apple-system, 'Segoe UI', sans-serif; }
 header { background: #1f2a3a; color: #fff; padding: 28px max(24px, calc(50vw - 566px)); }
 header h1 { margin: 0; font-size: 24px; font-weight: 650; }
 header p { margin: 4px 0 0; color: #b9c4d3; max-height: 4.5em; overflow: hidden; }
@@ -28,12 +28,13 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: 4px 14px 4px 0; text-align: right; white-space: nowrap; border-bottom: 1px solid #eef0f3; }
 thead th { white-space: normal; vertical-align: bottom; line-height: 1.25; }
 tbody tr:hover { background: #f7f9fc; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 11ch; }
+.wraps td { white-space: normal; }
 th { color: #5d6570; font-weight: 600; }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 0 36px; }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: 0 36px; }
 .tabs > input { position: absolute; opacity: 0; }
 .tabs > label { display: inline-block; padding: 2px 12px; margin-right: 4px; border-radius: 12px; background: #eef0f3;
-  color: #3c434d; font-size: 13px; cursor: pointer; }
+  color: #3c434d; font-size: 13px; cursor: pointer; max-width: 100%; }
 .tabs > input:checked + label { background: #1f2a3a; color: #fff; }
 .tabs > input:focus-visible + label { outline: 2px solid #3b6fb6; }
 .tabs > div { display: none; padding-top: 8px; }
@@ -42,6 +43,7 @@ svg { display: block; max-width: 1000px; height: auto; }
   border: 1px solid #eef0f3; border-radius: 6px; padding: 10px 14px; max-height: 460px; overflow-y: auto; }
 .text span { border-radius: 2px; cursor: default; }
 .text span:hover { outline: 1.5px solid #22272e; }
+@media (max-width: 640px) { header { padding: 20px 12px; } main { padding: 4px 8px 40px; } section { padding: 14px 12px; } }
 .key span { display: inline-block; padding: 0 10px; margin-right: 6px; border-radius: 3px; font-size: 13px; }
 """
 
@@ -80,11 +82,17 @@ def notes(texts: Iterable[str]) -> str:
   return ''.join(f'<p class="note">{html.escape(text)}</p>' for text in texts)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-  """A table; the first column is left-aligned."""
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], wraps: bool = False) -> str:
+  """A table; the first column is left-aligned. `wraps`: long cells take several lines."""
   head = ''.join(f'<th>{html.escape(name)}</th>' for name in columns)
   body = ''.join('<tr>' + ''.join(f'<td>{html.escape(cell)}</td>' for cell in row) + '</tr>' for row in rows)
-  return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+  kind = 'scroll wraps' if wraps else 'scroll'
+  return f'<div class="{kind}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def preformatted(text: str) -> str:
+  """A text with its own line breaks."""
+  return f'<div class="text">{html.escape(text)}</div>'
 
 
 def columns(*parts: str) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,6 +39,8 @@ STYLE = {
 
 FEW = 8  # runs that a legend within the plot and colours of their own can tell apart
 
+UNITS = ((3600, 'hours'), (60, 'minutes'), (1, 'seconds'))
+
 Get = Callable[[Run], Curve | None]
 
 
@@ -56,24 +59,47 @@ def curves(
   drawn = [entry for entry in drawn if np.isfinite(entry[1].at(axis, entry[2].steps)).all()]
   if not drawn:
     return None
+  size, label = _time_unit(drawn) if axis == 'seconds' else (1, AXES[axis])
   with plt.rc_context(STYLE):
     figure, ax = plt.subplots(figsize=(9.2, 3.9))
     for index, run, curve in drawn:
       colour = colour_of(index, len(runs))
-      x, y = run.at(axis, curve.steps), curve.values
+      x, y = run.at(axis, curve.steps) / size, curve.values
+      ax.plot(
+        run.at(axis, curve.lost) / size,
+        np.ones(len(curve.lost)),
+        'x',
+        color=colour,
+        transform=ax.get_xaxis_transform(),
+        clip_on=False,
+      )
       if smooth and len(y) > 20:
         ax.plot(*_thin(x, y), color=colour, alpha=0.25, linewidth=0.8)
         y = _smoothed(y)
       marker = 'o' if len(y) < 30 else None
-      ax.plot(*_thin(x, y), color=colour, linewidth=1.7, marker=marker, markersize=3.5, label=run.label)
+      ax.plot(
+        *_thin(x, y), color=colour, linewidth=1.7, marker=marker, markersize=3.5, label=wrapped(run.label)
+      )
     if smooth:
       _focus(ax, [curve.values for *_, curve in drawn])
     if log:
       ax.set_yscale('log')
-    _finish(ax, AXES[axis], ylabel)
+    _finish(ax, label, ylabel)
     if axis in ('tokens', 'flops'):
       ax.xaxis.set_major_formatter(EngFormatter(sep=''))
     return figure
+
+
+def _time_unit(drawn: list[tuple[int, Run, Curve]]) -> tuple[int, str]:
+  """Seconds of the unit in which the longest run is told, and the label of the axis."""
+  longest = max(float(run.at('seconds', curve.steps).max()) for _, run, curve in drawn)
+  size, unit = next(((size, unit) for size, unit in UNITS if longest >= 2 * size), UNITS[-1])
+  return size, f'{AXES["seconds"]}, {unit}'
+
+
+def wrapped(label: str, width: int = 40) -> str:
+  """A label in lines of at most so many characters."""
+  return '\n'.join(textwrap.wrap(label, width)) or label
 
 
 def stacked_depths(run: Run) -> Figure | None:
@@ -107,28 +133,29 @@ def depth_by_position(profiles: Sequence[tuple[Any, str, np.ndarray, np.ndarray]
   with plt.rc_context(STYLE):
     figure, ax = plt.subplots(figsize=(9.2, 2.9))
     for colour, label, x, y in profiles:
-      ax.plot(x, y, color=colour, linewidth=1.7, label=label)
+      ax.plot(x, y, color=colour, linewidth=1.7, label=wrapped(label))
     ax.set_ylim(bottom=0)
     _finish(ax, 'place in the row', 'mean recursions')
     return figure
 
 
-def bars(groups: list[tuple[Any, str, list[tuple[str, float]]]], ylabel: str) -> Figure:
-  """Grouped bars. Args: (colour, label, [(name, value), ...]) of each run, with names in the same order."""
-  names = list(dict.fromkeys(name for *_, pairs in groups for name, _ in pairs))
+def bars(groups: list[tuple[Any, str, list[tuple[str, float, float]]]], ylabel: str) -> Figure:
+  """Grouped bars. Args: (colour, label, [(name, value, error), ...]) of each run, with names in the same order."""
+  names = list(dict.fromkeys(name for *_, bars in groups for name, *_ in bars))
   with plt.rc_context(STYLE):
     figure, ax = plt.subplots(figsize=(9.2, 2.9))
     width = 0.75 / len(groups)
-    for place, (colour, label, pairs) in enumerate(groups):
-      heights = dict(pairs)
+    for place, (colour, label, bars) in enumerate(groups):
+      told = {name: (value, error) for name, value, error in bars}
+      heights, errors = zip(*(told.get(name, (0.0, 0.0)) for name in names), strict=True)
       x = np.arange(len(names)) + (place - (len(groups) - 1) / 2) * width
-      drawn = ax.bar(x, [heights.get(name, 0) for name in names], width * 0.92, label=label)
-      for bar in drawn:
-        bar.set_color(colour)
-      ax.bar_label(drawn, fmt='%.2f', fontsize=7.5, color='#5d6570')
+      drawn = ax.bar(x, heights, width * 0.92, label=wrapped(label), color=colour)
+      ax.errorbar(x, heights, np.nan_to_num(errors), fmt='none', ecolor='#22272e', elinewidth=1, capsize=2)
+      if len(groups) <= FEW:
+        ax.bar_label(drawn, fmt='%.2f', fontsize=7.5, color='#3c434d', label_type='center')
     ax.set_xticks(np.arange(len(names)), names)
     ax.grid(axis='x', visible=False)
-    _finish(ax, '', ylabel)
+    _finish(ax, '', ylabel, is_outside=True)
     return figure
 
 
@@ -141,7 +168,11 @@ def goodput(runs: list[tuple[str, dict[str, float]]]) -> Figure:
     for index, kind in enumerate(kinds):
       widths = np.array([100 * seconds.get(kind, 0) / sum(seconds.values()) for _, seconds in runs])
       ax.barh(
-        [label for label, _ in runs], widths, left=left, label=kind, color=COLOURS[index % len(COLOURS)]
+        [wrapped(label, 28) for label, _ in runs],
+        widths,
+        left=left,
+        label=kind,
+        color=COLOURS[index % len(COLOURS)],
       )
       left += widths
     ax.invert_yaxis()
@@ -168,16 +199,16 @@ def to_svg(figure: Figure, title: str) -> str:
   return svg.replace('<svg', f'<svg role="img" aria-label="{title}"', 1)
 
 
-def _finish(ax, xlabel: str, ylabel: str) -> None:
+def _finish(ax, xlabel: str, ylabel: str, is_outside: bool = False) -> None:
   ax.set_xlabel(xlabel)
   ax.set_ylabel(ylabel)
   ax.set_axisbelow(True)
   labels = ax.get_legend_handles_labels()[1]
-  if len(labels) > FEW:
+  if len(labels) > FEW or (is_outside and len(labels) > 1):
     ax.legend(
       loc='upper left',
       bbox_to_anchor=(1.0, 1.02),
-      fontsize=6.5,
+      fontsize=6.5 if len(labels) > FEW else 8,
       ncols=-(-len(labels) // 24),
       labelspacing=0.3,
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from mor_jax.config import Config, ConfigError
 from mor_jax.evaluation import nll
-from mor_jax.files import parse_json
+from mor_jax.files import parse_json, require_writable
 from mor_jax.runs import metrics
 from mor_jax.runs.run_folder import RunFolder
 from mor_jax.training import budget
@@ -18,16 +19,20 @@ AXES = {
   'tokens': 'training tokens',
   'steps': 'optimiser steps',
   'flops': 'training FLOPs',
-  'seconds': 'hours of training',
+  'seconds': 'training time',
 }
+
+
+NUMBERS = ('train/loss', 'train/grad_norm', 'validation/nll')  # that must be finite
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-  """Values (N,) of a metric at ascending steps (N,)."""
+  """Finite values (N,) of a metric at ascending steps (N,), and the steps (M,) at which it was not finite."""
 
   steps: np.ndarray
   values: np.ndarray
+  lost: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +62,13 @@ class Run:
   def curve(self, name: str) -> Curve | None:
     """A metric by its key in metrics.jsonl; None if it has no finite value."""
     pairs = [(record['step'], record[name]) for record in self.records if name in record]
-    pairs = [(step, value) for step, value in pairs if isinstance(value, (int, float)) and np.isfinite(value)]
-    if not pairs:
+    pairs = [(step, value) for step, value in pairs if type(value) in (int, float)]
+    finite = [(step, value) for step, value in pairs if np.isfinite(value)]
+    if not finite:
       return None
-    steps, values = zip(*pairs, strict=True)
-    return Curve(np.array(steps), np.array(values, np.float64))
+    steps, values = zip(*finite, strict=True)
+    lost = [step for step, value in pairs if not np.isfinite(value)]
+    return Curve(np.array(steps), np.array(values, np.float64), np.array(lost, np.int64))
 
   def at(self, axis: str, steps: np.ndarray) -> np.ndarray:
     """Converts steps to the units of one of AXES. Wall time is interpolated between logged values."""
@@ -69,9 +76,7 @@ class Run:
       return steps
     if axis == 'seconds':
       clock = self.curve('train/seconds')
-      return (
-        np.full(len(steps), np.nan) if clock is None else np.interp(steps, clock.steps, clock.values) / 3600
-      )
+      return np.full(len(steps), np.nan) if clock is None else np.interp(steps, clock.steps, clock.values)
     seen = self.curve('train/tokens')
     length = self.config.data.seq_len
     if seen is None:
@@ -85,7 +90,8 @@ class Run:
     counts = self.data['splits'][split]
     if not counts['tokens']:  # read live: only the validation split was counted
       counts = self.data['splits']['validation']
-    return Curve(curve.steps, nll.bits_per_byte(curve.values, counts['tokens'], counts['bytes']))
+    values = nll.bits_per_byte(curve.values, counts['tokens'], counts['bytes'])
+    return dataclasses.replace(curve, values=values)
 
 
 def read(paths: list[str]) -> list[Run]:
@@ -96,19 +102,17 @@ def read(paths: list[str]) -> list[Run]:
   """
   names = [Path(path).resolve().name for path in paths]
   labels = names if len(set(names)) == len(names) else [str(Path(path)) for path in paths]
+  labels = [
+    os.fsencode(label).decode('utf-8', 'replace') for label in labels
+  ]  # in whatever locale they were named
   return [_read(path, label) for path, label in zip(paths, labels, strict=True)]
 
 
 def check_writable(output: Path) -> None:
-  """Raises ConfigError unless the page can be written. Creates its parent folder."""
-  try:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open('a'):
-      pass
-  except OSError as error:
-    raise ConfigError(
-      f'--output={output} cannot be written ({error.strerror}); name a file ending in .html'
-    ) from None
+  """Raises ConfigError unless the page can be written; leaves everything as it is."""
+  if output.is_dir():
+    raise ConfigError(f'--output={output} is a folder; name a file ending in .html')
+  require_writable(output.absolute().parent, '--output')
 
 
 def _read(path: str, label: str) -> Run:
@@ -116,16 +120,16 @@ def _read(path: str, label: str) -> Run:
   config = folder.read_config()
   if folder.is_converted:
     raise ConfigError(f'{path} holds a converted model, not a training: there are no curves to show')
-  records = metrics.read(folder.metrics)
+  records, damaged = metrics.read_and_judge(folder.metrics)
   if not records:
-    raise ConfigError(f'the run {path} has no metrics yet: {folder.metrics} is missing or empty')
+    raise ConfigError(f'the run {path} has no metrics yet: {folder.metrics} is missing or has no records')
   notes = []
-  lines = sum(1 for line in folder.metrics.read_text(errors='replace').splitlines() if line.strip())
-  if lines > len(records):
+  if damaged:
     notes.append(
-      f'metrics.jsonl has {lines - len(records)} unreadable line(s) after step {records[-1]["step"]} '
-      f'(written while the machine went down?); what stands before them is shown'
+      f'metrics.jsonl has {len(damaged)} line(s) that are no records, line {damaged[0]} the first (written while the '
+      f'machine went down?); all others are shown'
     )
+  notes += _not_finite(records)
   summary = folder.read_summary()
   if summary is None:
     notes.append(f'not finished: step {records[-1]["step"]:,} of {config.train.steps:,}')
@@ -139,10 +143,25 @@ def _read(path: str, label: str) -> Run:
   )
 
 
+def _not_finite(records: list[dict[str, Any]]) -> list[str]:
+  """What is to be said of losses and gradients that are no numbers."""
+  notes = []
+  for name in NUMBERS:
+    steps = [
+      record['step']
+      for record in records
+      if type(record.get(name)) in (int, float) and not np.isfinite(record[name])
+    ]
+    if steps:
+      more = f' and {len(steps) - 1} more' if len(steps) > 1 else ''
+      notes.append(f'{name} is not finite at step {steps[0]:,}{more}, marked by crosses above its curve')
+  return notes
+
+
 def _read_json(path: Path) -> Any:
   """The content of an optional file; None if it is missing or damaged."""
   try:
-    return parse_json(path.read_text())
+    return parse_json(path.read_text(encoding='utf-8'))
   except (OSError, ValueError):
     return None
 
@@ -153,6 +172,14 @@ def differing_settings(runs: list[Run]) -> list[tuple[str, list[str]]]:
   names = dict.fromkeys(name for settings in flat for name in settings if name != 'name')
   rows = [(name, [json.dumps(settings.get(name)) for settings in flat]) for name in names]
   return [(name, values) for name, values in rows if len(set(values)) > 1]
+
+
+def own_settings(run: Run) -> list[tuple[str, str, str]]:
+  """(name, value, default) of every setting of a run that is not the default."""
+  defaults = dict(_flatten(Config().to_dict()))
+  settings = dict(_flatten(run.config.to_dict())).items()
+  rows = [(name, json.dumps(value), json.dumps(defaults.get(name))) for name, value in settings]
+  return [(name, value, default) for name, value, default in rows if value != default and name != 'name']
 
 
 def same_tokenizer(runs: list[Run]) -> bool:

@@ -10,8 +10,8 @@ from mor_jax.evaluation import depth
 from mor_jax.model import flops
 from mor_jax.reporting import page, plots
 from mor_jax.reporting.depths import Depths, mean_depth
-from mor_jax.reporting.runs import AXES, Curve, Run, differing_settings, same_tokenizer
-from mor_jax.units import megabytes, quantity
+from mor_jax.reporting.runs import AXES, Curve, Run, differing_settings, own_settings, same_tokenizer
+from mor_jax.units import duration, megabytes, quantity
 
 ROUTER_METRICS = {
   'mean_depth': 'mean recursions per token',
@@ -25,6 +25,13 @@ TRAINING_METRICS = {
   'learning_rate': 'learning rate',
   'grad_norm': 'gradient norm before clipping',
   'tokens_per_second': 'tokens per second',
+}
+
+
+YARDSTICKS = {
+  'loss of the model': 'validation/nll',
+  'unigram entropy: the frequencies of tokens alone': 'validation/unigram_entropy',
+  'bigram entropy: the token before is known': 'validation/bigram_entropy',
 }
 
 
@@ -47,7 +54,7 @@ def overview(runs: list[Run]) -> str:
   """One row per run: size, cost and result."""
   shared = same_tokenizer(runs)
   columns = ['run', 'kind', 'parameters', 'outside embedding', 'FLOPs/token', 'tokens', 'training FLOPs']
-  columns += ['KV bytes/token', *(['validation nats'] if shared else []), 'bits/byte', 'hours']
+  columns += ['KV bytes/token', *(['validation nats'] if shared else []), 'bits/byte', 'time']
   rows = []
   for run in runs:
     model, length = run.config.model, run.config.data.seq_len
@@ -66,7 +73,7 @@ def overview(runs: list[Run]) -> str:
         f'{flops.kv_cache_bytes(model, length) / length:,.0f}',
         *([_number(nll, '.4f')] if shared else []),
         _number(nll and run.bits_per_byte(nll, 'validation'), '.4f'),
-        '-' if clock is None else f'{clock.values[-1] / 3600:.2f}',
+        '-' if clock is None else duration(clock.values[-1]),
       ]
     )
   remarks = [f'{run.label}: {note}' for run in runs for note in run.notes]
@@ -76,6 +83,23 @@ def overview(runs: list[Run]) -> str:
       'compared in bits per byte of text only.'
     )
   return page.section('Overview', '', page.notes(remarks), page.table(columns, rows))
+
+
+def result(runs: list[Run]) -> str:
+  """What a single run came to beside what its text says about itself, and a text of its own; '' for several."""
+  run, *others = runs
+  if others or run.summary is None:
+    return ''
+  told = run.summary
+  rows = [
+    [label, f'{told[name]:.4f}']
+    for label, name in YARDSTICKS.items()
+    if isinstance(told.get(name), float) and np.isfinite(told[name])
+  ]
+  parts = [page.table(['of the validation split', 'nats per token'], rows)] if rows else []
+  if told.get('sample'):
+    parts += [page.heading('A text of its own'), page.preformatted(told['sample'])]
+  return page.section('Result', '', *parts)
 
 
 def losses(runs: list[Run], figures: Plots) -> str:
@@ -96,6 +120,11 @@ def losses(runs: list[Run], figures: Plots) -> str:
     ('Training', 'train/loss', 'train'),
   ):
     panels = {}
+    found = [(run, curve) for run in runs if (curve := loss_of(name, split)(run)) is not None]
+    if found and all(len(curve.steps) == 1 for _, curve in found):  # no curve, but a number
+      told = (f'{run.label}: {curve.values[0]:.4f} {unit} at step {curve.steps[0]:,}' for run, curve in found)
+      parts += [page.heading(title), page.paragraph(*told)]
+      continue
     for axis, label in AXES.items():
       figure = plots.curves(runs, loss_of(name, split), axis, unit, smooth=split == 'train')
       panels[label] = figures.add(f'{split}_loss_by_{axis}', figure)
@@ -157,7 +186,9 @@ def tokens(runs: list[Run], measured: list[tuple[Depths | None, str]], figures: 
   kinds = []
   for colour, run, depths in found:
     means = depth.mean_by_kind(depths.words)
-    kinds.append((colour, run.label, [(kind, means[kind][0]) for kind in sorted(means)]))
+    kinds.append(
+      (colour, run.label, [(kind, means[kind].mean, 2 * means[kind].error) for kind in sorted(means)])
+    )
   return page.section(
     'How deep tokens go',
     'Validation text under threshold routing, as when generating. Hover over a token for its scores.',
@@ -165,7 +196,7 @@ def tokens(runs: list[Run], measured: list[tuple[Depths | None, str]], figures: 
     page.tabs('text', panels),
     page.heading('Depth by place in the row'),
     figures.add('depth_by_position', plots.depth_by_position(profiles)),
-    page.heading('Depth by kind of word'),
+    page.heading('Depth by kind of word, with twice the standard error'),
     figures.add('depth_by_kind_of_word', plots.bars(kinds, 'mean recursions')),
     page.paragraph(*(_content_against_function(run, depths) for _, run, depths in found)),
     page.tabs('words', {run.label: _extremes(depths) for _, run, depths in found}),
@@ -204,9 +235,10 @@ def costs(runs: list[Run], figures: Plots) -> str:
 
 
 def settings(runs: list[Run]) -> str:
-  """Settings that differ between the runs."""
-  if len(runs) < 2:
-    return ''
+  """Settings that differ between the runs; of a single one those that are not the defaults."""
+  if len(runs) == 1:
+    table = page.table(['setting', 'value', 'default'], own_settings(runs[0]), wraps=True)
+    return page.section('Settings', 'Those that are not the defaults.', table)
   rows = [[name, *values] for name, values in differing_settings(runs)]
   text = '' if rows else 'These runs have the same settings.'
   return page.section(
@@ -235,7 +267,10 @@ def _extremes(depths: Depths, shown: int = 15) -> str:
   kinds = {word.text: word.kind for word in depths.words}
 
   def listing(title: str, entries: list) -> str:
-    rows = [[word, kinds[word], f'{mean:.2f}', f'{count:,}'] for word, (mean, count) in entries]
+    rows = [
+      [word, kinds[word], f'{found.mean:.2f} ± {found.error:.2f}', f'{found.count:,}']
+      for word, found in entries
+    ]
     return page.heading(title) + page.table(['word', 'kind', 'mean recursions', 'times'], rows)
 
   if not means:
@@ -250,11 +285,16 @@ def _content_against_function(run: Run, depths: Depths) -> str:
   means = depth.mean_by_kind(depths.words)
   if not {'content word', 'function word'} <= means.keys():
     return ''
-  (content, contents), (function, functions) = means['content word'], means['function word']
-  verdict = 'as the paper has it' if content > function else 'not as the paper has it'
+  content, function = means['content word'], means['function word']
+  difference, error = content.mean - function.mean, np.hypot(content.error, function.error)
+  if not abs(difference) > 2 * error:
+    verdict = 'a difference that chance may make'
+  else:
+    verdict = 'as the paper has it' if difference > 0 else 'not as the paper has it'
   return (
-    f'{run.label}: {contents:,} content words take {content:.2f} recursions, {functions:,} function words '
-    f'{function:.2f}, {verdict}, which says that content words go deeper.'
+    f'{run.label}: {content.count:,} content words take {content.mean:.2f} ± {content.error:.2f} recursions, '
+    f'{function.count:,} function words {function.mean:.2f} ± {function.error:.2f} (standard errors): {verdict}, '
+    f'which says that content words go deeper.'
   )
 
 
@@ -277,4 +317,4 @@ def _number(curve: Curve | None, form: str) -> str:
 
 
 def _slug(label: str) -> str:
-  return ''.join(letter if letter.isalnum() else '_' for letter in label)
+  return ''.join(letter if letter.isascii() and letter.isalnum() else '_' for letter in label)

@@ -94,16 +94,31 @@ class MetricsLog:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-  """The records of a metrics.jsonl, in order. Skips an incomplete last line; [] if the file is missing."""
-  if not path.exists():
-    return []
-  records = []
-  for line in path.read_text(errors='replace').splitlines():
+  """The records of a metrics.jsonl, in order, without lines that are none; [] if the file is missing."""
+  return read_and_judge(path)[0]
+
+
+def read_and_judge(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+  """The records of a metrics.jsonl, and the numbers, from 1, of lines that are none.
+
+  A record is an object with a step that is not before that of the line before.
+  """
+  records: list[dict[str, Any]] = []
+  damaged = []
+  text = path.read_text(encoding='utf-8', errors='replace') if path.exists() else ''
+  for number, line in enumerate(text.split('\n'), start=1):
+    if not line.strip():
+      continue
     try:
       record = parse_json(line)
     except ValueError:
-      break
-    if not isinstance(record, dict) or type(record.get('step')) is not int:
-      break
-    records.append(record)
-  return records
+      record = None
+    if _is_record(record, records[-1]['step'] if records else 0):
+      records.append(record)
+    else:
+      damaged.append(number)
+  return records, damaged
+
+
+def _is_record(record: Any, last_step: int) -> bool:
+  return isinstance(record, dict) and type(record.get('step')) is int and record['step'] >= last_step
