@@ -58,7 +58,7 @@ class Part:
   def mean_depth(self) -> float:
     """Recursions of a token in the mean, as the capacities of its MoR models say."""
     if not self.is_task:
-      return (TEXT_RECURSIONS + 1) / 2
+      return (TEXT_RECURSIONS + 1) / 2  # by default the capacities fall in equal steps
     return sum(cli.load_config(self.config, self.settings).model.step_capacities)
 
   def chosen(self, names: list[str]) -> list[Contender]:
@@ -146,24 +146,21 @@ TEXT_SETTINGS = {
   'train.log_every': 100,
   'checkpoint.every_steps': 1000,
 }
-INITS = {
+SMALL, MIDDLE, LARGE = (
+  {'model.init': 'scaled', 'model.init_std': std, 'model.embed_std': 0.1} for std in (0.02, 0.06, 0.12)
+)
+INITS: dict[str, dict[str, Any]] = {
   'plain': {},
   'plain, embeddings 0.1': {'model.embed_std': 0.1},
   'plain, embeddings 0.3': {'model.embed_std': 0.3},
-  'scaled': {'model.init': 'scaled'},
-  'scaled, embeddings 0.1': {'model.init': 'scaled', 'model.embed_std': 0.1},
-  'scaled, embeddings 0.3': {'model.init': 'scaled', 'model.embed_std': 0.3},
-  'scaled from 0.06, embeddings 0.1': {
-    'model.init': 'scaled',
-    'model.init_std': 0.06,
-    'model.embed_std': 0.1,
-  },
-  'scaled from 0.12, embeddings 0.1': {
-    'model.init': 'scaled',
-    'model.init_std': 0.12,
-    'model.embed_std': 0.1,
-  },
+  'scaled': {**SMALL, 'model.embed_std': 0.02},
+  'scaled, embeddings 0.1': SMALL,
+  'scaled, embeddings 0.3': {**SMALL, 'model.embed_std': 0.3},
+  'scaled from 0.06, embeddings 0.1': MIDDLE,
+  'scaled from 0.12, embeddings 0.1': LARGE,
+  'plain from 0.06, embeddings 0.1': {'model.init_std': 0.06, 'model.embed_std': 0.1},
 }
+DEFAULT = {'model.init': 'scaled'}
 KINDS = {
   'vanilla': {},
   'recursive': {'model.kind': 'recursive'},
@@ -181,14 +178,10 @@ def of_inits() -> tuple[Contender, ...]:
   )
 
 
-def on_text(inits: dict[str, str]) -> tuple[Contender, ...]:
-  """Contenders for prose.
-
-  Args:
-    inits: which of INITS each of KINDS starts from.
-  """
-  vanilla, recursive, gate, benefit = ({**INITS[inits[kind]], **changes} for kind, changes in KINDS.items())
-  random = {**INITS[inits['benefit']], **RANDOM, 'model.kind': 'mor'}
+def on_text() -> tuple[Contender, ...]:
+  """Contenders for prose, which start from the default."""
+  vanilla, recursive, gate, benefit = ({**DEFAULT, **changes} for changes in KINDS.values())
+  random = {**DEFAULT, **RANDOM, 'model.kind': 'mor'}
   layers = TEXT_SETTINGS['model.num_layers']
   shallow = {**vanilla, 'model.num_layers': layers - TEXT_RECURSIONS + 1}
   return (
@@ -207,6 +200,16 @@ def on_text(inits: dict[str, str]) -> tuple[Contender, ...]:
     Contender('benefit', 'MoR, benefit', benefit, routers=('random', 'oracle')),
     Contender('benefit_flops', 'MoR, benefit', benefit, equal='flops', tuned_as='benefit'),
     Contender('random', 'MoR, random choice, gate 1', random, routers=('oracle',)),
+  )
+
+
+def of_first_study() -> tuple[Contender, ...]:
+  """Models of the first study (`benchmarks/study.py`) from its initial weights and from better ones."""
+  starts = {'plain': INITS['plain'], 'plain_embeddings': INITS['plain, embeddings 0.1'], 'scaled': DEFAULT}
+  return tuple(
+    Contender(f'{kind}_{start}', f'{kind}, {start.replace("_", ", larger ")}', {**changes, **KINDS[kind]})
+    for kind in ('vanilla', 'gate')
+    for start, changes in starts.items()
   )
 
 
@@ -235,10 +238,11 @@ PARTS = {
     _some(on_tasks()),
   ),
   'init': Part(TEXT, {**TEXT_SETTINGS, 'train.steps': 500}, of_inits(), is_task=False, seeds=1),
+  'first': Part(TEXT, {'train.steps': 500}, of_first_study(), is_task=False, seeds=2),
   'text': Part(
     TEXT,
     {**TEXT_SETTINGS, 'train.steps': 3000},
-    on_text(dict.fromkeys(KINDS, 'plain')),
+    on_text(),
     is_task=False,
     seeds=3,
   ),

@@ -17,7 +17,7 @@ from absl import flags
 
 from benchmarks import results
 from mor_jax import cli
-from mor_jax.config import Config, ConfigError, ModelConfig, with_changes
+from mor_jax.config import Config, ConfigError, with_changes
 from mor_jax.data import loader, schedule
 from mor_jax.evaluation import nll
 from mor_jax.interop import pretrained
@@ -121,7 +121,7 @@ def main() -> None:
       chosen = with_changes(config, init={'method': method})
       add(setup, method, pretrained.shared_weights(chosen, source))
     # The recipe's small init_std is meant for routers alone.
-    from_scratch = with_changes(config, model={'init_std': ModelConfig().init_std})
+    from_scratch = with_changes(config, model={'init': 'plain', 'init_std': None})
     add(Setup(from_scratch, mesh, dataset), 'random weights', None)
     if FLAGS.distilled:
       config = with_changes(config, init={'method': FLAGS.distilled}, distill={'weight': 1.0})

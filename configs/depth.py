@@ -43,6 +43,7 @@ def get_config(variant: str = 'benefit'):
   model.mlp_dim = 192
   model.dtype = 'float32'
   model.embed_factor = NODES
+  model.init = 'plain'
   model.embed_std = 1.0
   model.init_std = 0.1
   model.tie_embeddings = False

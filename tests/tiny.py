@@ -22,6 +22,7 @@ SHAPE = {
   'num_heads': 4,
   'num_kv_heads': 2,
   'mlp_dim': 48,
+  'init': 'plain',
   'init_std': 0.1,
   'dtype': 'float32',
 }

@@ -32,6 +32,7 @@ CONFIG = with_changes(
     'num_heads': 2,
     'num_kv_heads': 1,
     'mlp_dim': 64,
+    'init': 'plain',
     'dtype': 'float32',
   },
   data={'tokenizer': 'bytes', 'seq_len': SEQ_LEN},

@@ -6,6 +6,8 @@ import math
 from mor_jax.config.typed import setting
 
 SHARING_SCHEMES = ('cycle', 'sequence', 'middle_cycle', 'middle_sequence')
+PLAIN_STD = 0.02  # the authors'
+SCALED_STD, EMBED_STD = 0.5, 0.1  # the best of benchmarks/depth.py, part init, for vanilla and MoR alike
 AUTO = {  # what auto stands for, with router_target=benefit and without
   'gating': ('residual', 'weighted'),
   'causality': ('none', 'aux_loss'),
@@ -46,14 +48,19 @@ class ModelConfig:
     'embeddings as sums of two rows that tokens share, i // embed_factor of one table and i modulo embed_factor '
     'of another, for vocabularies of pairs; none: a row for each token',
   )
-  init_std: float = setting(0.02, 'standard deviation of initial weights')
   init: str = setting(
-    'plain',
-    'plain: all weights alike, as the authors; scaled: kernels that write to the residual stream smaller, by '
-    '1 / sqrt(2 * num_layers * uses), where a shared layer is used once in every recursion',
+    'scaled',
+    'initial weights; plain: all alike, as the authors; scaled: by the width, with kernels that write to the residual '
+    'stream smaller, by 1 / sqrt(2 * num_layers * uses), where a shared layer is used once in every recursion',
     ('plain', 'scaled'),
   )
-  embed_std: float | None = setting(None, 'standard deviation of initial embeddings; none: init_std')
+  init_std: float | None = setting(
+    None, 'standard deviation of initial weights; none: 0.02 with init=plain, 0.5 / sqrt(d_model) with scaled'
+  )
+  embed_std: float | None = setting(
+    None,
+    'standard deviation of initial embeddings; none: that of the weights with init=plain, 0.1 with scaled',
+  )
 
   num_recursions: int = setting(
     2, 'times R the shared block is applied (recursive and mor); passes that share keys and values (vanilla)'
@@ -216,9 +223,18 @@ class ModelConfig:
     }
 
   @property
+  def weight_std(self) -> float:
+    """Standard deviation of initial weights that do not write to the residual stream."""
+    if self.init_std is not None:
+      return self.init_std
+    return PLAIN_STD if self.init == 'plain' else SCALED_STD / math.sqrt(self.d_model)
+
+  @property
   def embedding_std(self) -> float:
     """Standard deviation of initial embeddings."""
-    return self.init_std if self.embed_std is None else self.embed_std
+    if self.embed_std is not None:
+      return self.embed_std
+    return self.weight_std if self.init == 'plain' else EMBED_STD
 
   def output_std(self, uses: int) -> float:
     """Standard deviation of initial kernels that write to the residual stream.
@@ -229,7 +245,9 @@ class ModelConfig:
     Args:
       uses: how often a token passes the layer.
     """
-    return self.init_std if self.init == 'plain' else self.init_std / math.sqrt(2 * self.num_layers * uses)
+    return (
+      self.weight_std if self.init == 'plain' else self.weight_std / math.sqrt(2 * self.num_layers * uses)
+    )
 
   @property
   def head_width(self) -> int:

@@ -35,7 +35,6 @@ def validate_model(model: ModelConfig) -> None:
   ):
     require(getattr(model, name) > 0, f'model.{name}', getattr(model, name), '> 0')
   for name in (
-    'init_std',
     'aux_loss_weight',
     'router_z_loss_weight',
     'balancing_loss_weight',
@@ -50,7 +49,7 @@ def validate_model(model: ModelConfig) -> None:
     require(getattr(model, name) >= 0, f'model.{name}', getattr(model, name), '>= 0')
   factor = model.embed_factor
   require(factor is None or 1 < factor < LARGEST, 'model.embed_factor', factor, 'at least 2, or none')
-  for name in ('embed_std', 'router_noise'):
+  for name in ('init_std', 'embed_std', 'router_noise'):
     value = getattr(model, name)
     require(value is None or value >= 0, f'model.{name}', value, '>= 0, or none')
   require(0 <= model.ema_decay < 1, 'model.ema_decay', model.ema_decay, 'in [0, 1)')

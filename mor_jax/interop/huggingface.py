@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mor_jax.config import Config, ConfigError, ModelConfig, with_changes
+from mor_jax.config.model import PLAIN_STD
 from mor_jax.data.conventions import Conventions
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.interop import folders, names, tensors, vocabulary, weights
@@ -144,7 +145,8 @@ def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     'head_dim': None if head_dim == sizes['d_model'] // heads else head_dim,
     'norm_epsilon': read.number('rms_norm_eps', 1e-6),
     'tie_embeddings': read.flag('tie_word_embeddings', False),
-    'init_std': read.number('initializer_range', 0.02),
+    'init': 'plain',
+    'init_std': read.number('initializer_range', PLAIN_STD),
     'dtype': 'float32' if (config.get('dtype') or config.get('torch_dtype')) == 'float32' else 'bfloat16',
   }
   if problems:
@@ -202,7 +204,7 @@ def llama_config(
     'rope_theta': config.rope_theta,
     'rope_scaling': scaling,
     'tie_word_embeddings': config.tie_embeddings,
-    'initializer_range': config.init_std,
+    'initializer_range': config.weight_std,
     **texts,
     'torch_dtype': str(dtype),
   }

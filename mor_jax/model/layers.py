@@ -117,7 +117,7 @@ class Attention(nn.Module):
     kernels, lora = projections(cfg), layer.own.get('lora', {})
 
     def linear(name, x):
-      std = cfg.output_std(self.uses) if name == 'output' else cfg.init_std
+      std = cfg.output_std(self.uses) if name == 'output' else cfg.weight_std
       made = Linear(cfg, kernels[f'attention/{name}'], std, name=name)
       return made(x, lora.get(f'attention_{name}'))
 
@@ -145,7 +145,7 @@ class MLP(nn.Module):
     kernels, lora = projections(cfg), layer.own.get('lora', {})
 
     def linear(name):
-      std = cfg.output_std(self.uses) if name == 'down' else cfg.init_std
+      std = cfg.output_std(self.uses) if name == 'down' else cfg.weight_std
       return Linear(cfg, kernels[f'mlp/{name}'], std, name=name)
 
     gate_BCF = linear('gate')(x_BCD, lora.get('mlp_gate'))

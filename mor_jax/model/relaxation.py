@@ -44,7 +44,7 @@ class Steps(nn.Module):
     if not cfg.share_norms:
       steps['norms'] = _NormScales(cfg, stacked, name='norms')()
     if cfg.recursion_encoding:
-      names, init = ('recursions', 'norm'), nn.initializers.normal(cfg.init_std)
+      names, init = ('recursions', 'norm'), nn.initializers.normal(cfg.weight_std)
       steps['encoding'] = axes.Leaf(
         'embedding', (cfg.recursions, cfg.d_model), names, init, name='encoding'
       )()

@@ -32,7 +32,7 @@ class RouterHead(nn.Module):
     return self._dense('output', self.outputs, ('router_input', 'scores'))(x)
 
   def _dense(self, name: str, features: int, names: tuple[str, str]) -> nn.Dense:
-    init = nn.with_logical_partitioning(nn.initializers.normal(self.config.init_std), names)
+    init = nn.with_logical_partitioning(nn.initializers.normal(self.config.weight_std), names)
     # By default, TPUs and some GPUs round float32 operands of a product.
     highest = jax.lax.Precision.HIGHEST
     return nn.Dense(features, use_bias=False, kernel_init=init, precision=highest, name=name)

@@ -50,7 +50,7 @@ class Transformer(nn.Module):
 
   def setup(self):
     cfg = self.config
-    init = nn.initializers.normal(cfg.init_std)
+    init = nn.initializers.normal(cfg.weight_std)
     self.embed = Embedding(cfg)
     self.block = stack.stacked_layers(cfg)
     if cfg.unique_ends:
