@@ -26,7 +26,7 @@ p.note { background: #fff7e0; border-left: 3px solid #e0a800; margin: 8px 0; pad
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13.5px; }
 .scroll { overflow-x: auto; }
 th, td { padding: 4px 14px 4px 0; text-align: right; white-space: nowrap; border-bottom: 1px solid #eef0f3; }
-thead th { white-space: normal; vertical-align: bottom; line-height: 1.25; }
+thead th { white-space: normal; overflow-wrap: normal; vertical-align: bottom; line-height: 1.25; }
 tbody tr:hover { background: #f7f9fc; }
 th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 11ch; }
 .wraps td { white-space: normal; }

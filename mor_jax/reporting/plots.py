@@ -151,7 +151,7 @@ def bars(groups: list[tuple[Any, str, list[tuple[str, float, float]]]], ylabel: 
       x = np.arange(len(names)) + (place - (len(groups) - 1) / 2) * width
       drawn = ax.bar(x, heights, width * 0.92, label=wrapped(label), color=colour)
       ax.errorbar(x, heights, np.nan_to_num(errors), fmt='none', ecolor='#22272e', elinewidth=1, capsize=2)
-      if len(groups) <= FEW:
+      if len(groups) <= 2:  # more of them would not be read
         ax.bar_label(drawn, fmt='%.2f', fontsize=7.5, color='#3c434d', label_type='center')
     ax.set_xticks(np.arange(len(names)), names)
     ax.grid(axis='x', visible=False)
@@ -204,7 +204,9 @@ def _finish(ax, xlabel: str, ylabel: str, is_outside: bool = False) -> None:
   ax.set_ylabel(ylabel)
   ax.set_axisbelow(True)
   labels = ax.get_legend_handles_labels()[1]
-  if len(labels) > FEW or (is_outside and len(labels) > 1):
+  if is_outside and len(labels) == 1:  # the page says which run it is
+    return
+  if len(labels) > FEW or is_outside:
     ax.legend(
       loc='upper left',
       bbox_to_anchor=(1.0, 1.02),

@@ -122,8 +122,8 @@ def losses(runs: list[Run], figures: Plots) -> str:
     panels = {}
     found = [(run, curve) for run in runs if (curve := loss_of(name, split)(run)) is not None]
     if found and all(len(curve.steps) == 1 for _, curve in found):  # no curve, but a number
-      told = (f'{run.label}: {curve.values[0]:.4f} {unit} at step {curve.steps[0]:,}' for run, curve in found)
-      parts += [page.heading(title), page.paragraph(*told)]
+      told = [[run.label, f'{curve.values[0]:.4f}', f'{curve.steps[0]:,}'] for run, curve in found]
+      parts += [page.heading(title), page.table(['run', unit, 'at step'], told)]
       continue
     for axis, label in AXES.items():
       figure = plots.curves(runs, loss_of(name, split), axis, unit, smooth=split == 'train')
