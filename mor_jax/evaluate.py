@@ -48,9 +48,12 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'data',
     None,
-    "folder of a prepared dataset, or documents as in data.source; default: the run's own validation split",
+    'folder of a prepared dataset, or documents as in data.source, all of which are measured; default: the validation '
+    'split of the run',
   )
-  flags.DEFINE_integer('rows', None, 'validation rows to use, 0: all; default: train.eval_rows of the run')
+  flags.DEFINE_integer(
+    'rows', None, 'validation rows to use, 0: all; default: train.eval_rows of the run, of --data all'
+  )
   flags.DEFINE_integer('batch_size', None, 'rows computed together; default: 8 for each device')
   flags.DEFINE_enum(
     'dtype', None, ['float32', 'bfloat16'], 'of activations and matrix products; default: as trained'
@@ -148,7 +151,8 @@ def _load() -> LoadedRun:
 
 def _held_out(console: Console, run: LoadedRun) -> dict:
   dataset = held_out.open_data(run, FLAGS.data, partial(print_line, console))
-  rows = run.config.train.eval_rows if FLAGS.rows is None else FLAGS.rows or None
+  default = run.config.train.eval_rows if FLAGS.data is None else 0
+  rows = (default if FLAGS.rows is None else FLAGS.rows) or None
   batch_size = FLAGS.batch_size or 8 * len(jax.devices())
   mesh, chooser = mesh_lib.make_mesh(), FLAGS.router
   weights = _weights()

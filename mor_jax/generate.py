@@ -223,7 +223,7 @@ def _prompt() -> str:
   else:
     flag = f'--prompt_file={FLAGS.prompt_file}'
     try:
-      text = Path(FLAGS.prompt_file).read_text(encoding='utf-8')
+      text = Path(FLAGS.prompt_file).read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as error:
       raise ConfigError(f'{flag} cannot be read: {error}') from None
   if not text:

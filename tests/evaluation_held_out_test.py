@@ -174,3 +174,28 @@ def test_data_of_another_tokenizer_is_refused(finished_run, tmp_path):
   assert made.tokenizer.digest == tokenizer_lib.Tokenizer.load(run.folder.tokenizer).digest
   with pytest.raises(ConfigError, match='there is no prepared dataset'):
     held_out.open_data(run, 'prepared:nowhere')
+
+
+def test_all_of_the_named_text_is_measured(tmp_path):
+  """Many documents, and a single one, which a training would cut in two; whatever the run's own limits are."""
+  data = {
+    'cache_dir': str(tmp_path / 'cache'),
+    'max_documents': 2,
+    'validation_fraction': 0.01,
+    'seq_len': 16,
+  }
+  config = with_changes(tiny_run.CONFIG, data=data)
+  folder = types.SimpleNamespace(tokenizer=tmp_path / 'tokenizer.json')
+  tokenizer_lib.build(config.data).save(folder.tokenizer)
+  run = types.SimpleNamespace(config=config, folder=folder)
+  lines = [f'{{"text": "boat number {number} came in"}}' for number in range(40)]
+  (tmp_path / 'many.jsonl').write_text('\n'.join(lines))
+  (tmp_path / 'one.txt').write_text('the boats came in before the storm ' * 3)
+  for name, documents in (('many.jsonl', 40), ('one.txt', 1)):
+    found = held_out.open_data(run, f'files:{tmp_path}/{name}').manifest.splits
+    assert (found['validation'].documents, found['train'].documents) == (documents, 0)
+  (tmp_path / 'short.txt').write_text('a boat')
+  with pytest.raises(
+    ConfigError, match=r'more than the 7 tokens of the validation split.* lower data.seq_len$'
+  ):
+    held_out.open_data(run, f'files:{tmp_path}/short.txt')

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from mor_jax.inference import sampling
 from mor_jax.inference.sampling import SamplingRules
@@ -114,3 +115,19 @@ def test_the_same_tokens_remain_as_in_transformers():
   got = sampling._penalize(jnp.asarray(logits_BV), ours.penalty_B, jnp.asarray(tokens_BT), jnp.full((50,), 4))
   got = sampling._truncate(got / 0.8, ours)
   np.testing.assert_allclose(got, expected.numpy(), atol=1e-5)
+
+
+def test_neighbouring_seeds_and_positions_draw_independently():
+  """Chi-square of the joint draws of seeds s and s + 1, and of places p and p + 1, of 4,000 pairs each."""
+  logits_BV = jnp.zeros((DRAWS, 4))
+  tokens_BT, known_B = jnp.zeros((DRAWS, 1), jnp.int32), jnp.zeros(DRAWS, jnp.int32)
+  places_B = jnp.arange(DRAWS)
+  first, second = (
+    sample(logits_BV, rules(DRAWS, seed=seed), places_B, tokens_BT, known_B) for seed in (7, 8)
+  )
+  for one, other in ((first, second), (first[:-1], first[1:])):
+    table = np.zeros((4, 4))
+    np.add.at(table, (np.asarray(one), np.asarray(other)), 1)
+    assert stats.chi2_contingency(table).pvalue > 1e-3
+  same = sample(logits_BV, rules(DRAWS, seed=7), places_B, tokens_BT, known_B)
+  assert (same == first).all()

@@ -44,12 +44,17 @@ def open_source(data: DataConfig) -> Source:
   return Mixture(sources, weights)
 
 
+ALL = 1.0
+"""`data.validation_fraction` where all text is to be measured and none to be trained on."""
+
+
 def _open_single(spec: str, data: DataConfig) -> Source:
   kind, _, rest = spec.partition(':')
   if spec == 'embedded':
     return EmbeddedCorpus()
   if kind == 'files' and rest:
-    return Files(rest, data.text_key, data.validation_fraction)
+    is_divided = data.validation_fraction < ALL
+    return Files(rest, data.text_key, data.validation_fraction if is_divided else None)
   if kind == 'tfds' and rest:
     return TfdsSource(rest)
   if kind == 'hf' and rest:

@@ -352,7 +352,8 @@ def _follow(reading: corpus.Reading, progress: Callable[[Progress], None]) -> Ca
 
 
 def _split_counts(data: DataConfig, split: str, counts: Counter[str]) -> SplitCounts:
-  if counts['tokens'] < data.seq_len:
+  needed = split == 'validation' or data.validation_fraction < corpus.ALL
+  if needed and counts['tokens'] < data.seq_len:
     raise _TooSmallError(_too_small(data, split, counts))
   return SplitCounts(**{field.name: counts[field.name] for field in dataclasses.fields(SplitCounts)})
 
@@ -365,7 +366,7 @@ def _too_small(data: DataConfig, split: str, counts: Counter) -> str:
   )
   if data.max_documents:
     remedies.append(f'raise data.max_documents={data.max_documents}')
-  if split == 'validation':
+  if split == 'validation' and data.validation_fraction < corpus.ALL:
     remedies.append(f'raise data.validation_fraction={data.validation_fraction}')
   return (
     f'data.seq_len={data.seq_len} is more than the {counts["tokens"]} tokens of the {split} split, which has '

@@ -104,6 +104,7 @@ def write_tfds_metadata(
   splits = [
     tfds.core.SplitInfo(name=split, shard_lengths=lengths[split], num_bytes=num_bytes[split])
     for split in lengths
+    if lengths[split]  # a split without rows has no file, and none is known of it
   ]
   tfds.folder_dataset.write_metadata(
     data_dir=folder,

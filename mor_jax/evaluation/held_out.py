@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mor_jax.config import ConfigError, ModelConfig
+from mor_jax.data import corpus, loader
 from mor_jax.data import dataset as dataset_lib
-from mor_jax.data import loader
 from mor_jax.data.tokenizer import MADE_HERE, Tokenizer
 from mor_jax.evaluation import choosers, difficulty, nll
 from mor_jax.runs.restore import LoadedRun
@@ -50,8 +50,8 @@ def open_data(
   """The dataset to evaluate a run on.
 
   Args:
-    source: folder of a prepared dataset, or documents in the format of `data.source`, which are prepared with
-      the run's tokenizer; None: the run's own data.
+    source: folder of a prepared dataset, of which its validation split counts; or documents in the format of
+      `data.source`, all of which count, prepared with the run's tokenizer; None: the run's own data.
 
   Raises:
     ConfigError: the dataset is unreadable, or its tokenizer differs from the run's.
@@ -66,7 +66,9 @@ def open_data(
   elif source.startswith(dataset_lib.PREPARED) or folder.is_dir():
     dataset = dataset_lib.open_dataset(folder)
   else:
-    dataset = loader.open_dataset(dataclasses.replace(data, source=source, tokenizer=str(path)), report)
+    named = dataclasses.replace(data, source=source, tokenizer=str(path), live=False)
+    named = dataclasses.replace(named, validation_fraction=corpus.ALL, max_documents=None)
+    dataset = loader.open_dataset(named, report)
   if dataset.manifest.tokenizer_digest != tokenizer.digest:
     raise ConfigError(
       f'the data of {source or data.source} has another tokenizer than the run: {dataset.manifest.tokenizer} with '
