@@ -1,5 +1,7 @@
 """python -m mor_jax.generate: streamed and coloured text, batches in JSONL, and what it refuses."""
 
+import dataclasses
+import functools
 import io
 import json
 import os
@@ -7,16 +9,20 @@ import shutil
 import subprocess
 import sys
 
+import entry_points
 import pytest
 import tiny_run
+from absl.testing import flagsaver
 from rich.console import Console
 
 from mor_jax.config import ConfigError
 from mor_jax.data import tokenizer as tokenizers
+from mor_jax.evaluation import calibration
 from mor_jax.inference import batch
 from mor_jax.inference.requests import Request, Result
 from mor_jax.inference.scheduler import Scheduler
 from mor_jax.inference.terminal import Writer
+from mor_jax.runs.restore import load_run
 from tests import tiny_engine
 
 
@@ -121,8 +127,7 @@ def test_a_run_without_tokenizer_is_refused(finished_run, tmp_path):
 
 
 def test_lines_are_answered_in_their_order_and_bad_ones_harm_nobody(tokenizer):
-  run = tiny_run.run()
-  engine = tiny_engine.engine(run.model, run.initial().variables, slots=2)
+  engine = two_slots()
   template = Request((256,), max_new_tokens=4)
   lines = [
     '{"prompt": "a", "max_new_tokens": 30}',
@@ -155,12 +160,17 @@ def test_lines_are_answered_in_their_order_and_bad_ones_harm_nobody(tokenizer):
   assert 'temperature=-1.0 is not allowed' in one.getvalue()
 
 
-def answers_to(tokenizer, lines, **options):
-  """The answers to lines, of a tiny model that is made for 64 tokens."""
+@functools.cache
+def two_slots():
+  """An engine of a tiny model for 64 tokens."""
   run = tiny_run.run()
-  engine = tiny_engine.engine(run.model, run.initial().variables, slots=2)
+  return tiny_engine.engine(run.model, run.initial().variables, slots=2)
+
+
+def answers_to(tokenizer, lines, **options):
+  """The answers to lines, of a tiny model."""
   template, output = Request((256,), max_new_tokens=8, temperature=1.0), io.StringIO()
-  batch.answer(Scheduler(engine, tokenizer), tokenizer, template, lines, output, **options)
+  batch.answer(Scheduler(two_slots(), tokenizer), tokenizer, template, lines, output, **options)
   text = output.getvalue()
   text.encode()
   return [json.loads(line) for line in text.split('\n')[:-1]]
@@ -273,3 +283,18 @@ def test_what_may_become_a_stop_string_is_held_back(tokenizer):
   result.text, result.finish = 'xyz', 'stop_string'
   writer.update(result)
   assert output.getvalue() == 'axyz'
+
+
+def test_thresholds_belong_to_a_checkpoint(finished_run, tmp_path):
+  run = load_run(shutil.copytree(finished_run[1], tmp_path / 'run'))
+  stored = calibration.Calibration((1.0, 0.5), (0.0, 0.1), step=run.step - 1, rows=4)
+  generate = entry_points.load('mor_jax.generate')
+  with flagsaver.flagsaver(capacities=['1.0', '0.5'], checkpoint=str(run.folder.path)):
+    calibration.store(run.folder.calibrations, stored)
+    with pytest.raises(
+      ConfigError, match=f'of step {run.step - 1}, and the thresholds of step {run.step} are'
+    ):
+      generate._calibrated(run)
+    calibration.store(run.folder.calibrations, dataclasses.replace(stored, step=run.step))
+    config, _ = generate._calibrated(run)
+  assert config.model.capacities == (1.0, 0.5)
