@@ -18,8 +18,9 @@ from mor_jax.parallel import rules
 from mor_jax.training.optimizer import make_optimizer
 from mor_jax.training.state import TrainState
 
-MESHES = [[1, 1, 1], [8, 1, 1], [1, 8, 1], [2, 2, 2], [1, 4, 2]]
-SPLIT = [1, 8, 1]
+ONE, SPLIT = (1, 1, 1), (1, 8, 1)
+QUICK = (ONE, SPLIT, (2, 2, 2))  # in the default suite
+MESHES = (*QUICK, (8, 1, 1), (1, 4, 2))
 CHUNK = 5  # tokens whose logits exist at once
 MODELS = {
   'vanilla': {'kind': 'vanilla'},
@@ -32,10 +33,10 @@ MODELS = {
 
 
 @functools.cache
-def on_all_meshes(name: str) -> list[dict]:
-  """Results for MESHES, and one for SPLIT in which routing is left to the compiler."""
-  cases = [{'model': MODELS[name], 'mesh': mesh, 'chunk': CHUNK} for mesh in MESHES]
-  return programs.measure('mesh_check', [*cases, cases[MESHES.index(SPLIT)] | {'local': False, 'init': True}])
+def on_meshes(name: str, meshes: tuple) -> list[dict]:
+  """Results for some meshes, and one for SPLIT in which routing is left to the compiler."""
+  cases = [{'model': MODELS[name], 'mesh': mesh, 'chunk': CHUNK} for mesh in meshes]
+  return programs.measure('mesh_check', [*cases, cases[meshes.index(SPLIT)] | {'local': False, 'init': True}])
 
 
 def state_shapes(model) -> TrainState:
@@ -105,30 +106,32 @@ def test_parameters_left_whole_are_noticed():
 
 
 def also_slow(*names: str) -> list:
-  """The first of the models in the default suite, the others among the slow tests."""
-  return [names[0], *(pytest.param(name, marks=pytest.mark.slow) for name in names[1:])]
+  """The first of the models on few meshes in the default suite, all of them on all meshes among the slow tests."""
+  return [(names[0], QUICK), *(pytest.param(name, MESHES, marks=pytest.mark.slow) for name in names)]
 
 
-@pytest.mark.parametrize('name', also_slow('expert_choice', *sorted(set(MODELS) - {'expert_choice'})))
-def test_every_mesh_computes_what_one_device_does(name):
-  one, *others = on_all_meshes(name)
+@pytest.mark.parametrize(
+  ('name', 'meshes'), also_slow('expert_choice', *sorted(set(MODELS) - {'expert_choice'}))
+)
+def test_every_mesh_computes_what_one_device_does(name, meshes):
+  one, *others = on_meshes(name, meshes)
   for result in others:
     assert result['loss'] == pytest.approx(one['loss'], abs=1e-5)
     assert result['error'] < 1e-5
     assert result['bytes']  # the devices did work together
 
 
-@pytest.mark.parametrize('name', also_slow('expert_choice', 'shared', 'token_choice'))
-def test_routing_needs_no_communication(name):
+@pytest.mark.parametrize(('name', 'meshes'), also_slow('expert_choice', 'shared', 'token_choice'))
+def test_routing_needs_no_communication(name, meshes):
   """Against a vanilla model, whose layers are as many to gather as the passes of the shared block."""
-  *routed, left_to_compiler = on_all_meshes(name)
-  vanilla = on_all_meshes('vanilla')
-  for mesh, result, reference in zip(MESHES, routed, vanilla, strict=False):
+  *routed, left_to_compiler = on_meshes(name, meshes)
+  vanilla = on_meshes('vanilla', meshes)
+  for mesh, result, reference in zip(meshes, routed, vanilla, strict=False):
     assert mesh_check.communicates_no_more(result['bytes'], reference['bytes']), mesh
-  assert not mesh_check.communicates_no_more(left_to_compiler['bytes'], vanilla[MESHES.index(SPLIT)]['bytes'])
+  assert not mesh_check.communicates_no_more(left_to_compiler['bytes'], vanilla[meshes.index(SPLIT)]['bytes'])
 
 
 def test_the_state_is_made_in_parts():
   """No device, and so no host, holds the whole of it."""
-  made = on_all_meshes('expert_choice')[-1]
+  made = on_meshes('expert_choice', QUICK)[-1]
   assert made['init'] < made['state'] / 8 * 2
