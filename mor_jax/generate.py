@@ -3,11 +3,12 @@
 Text appears as it is generated; routing is causal (threshold), keys and values are cached. --show_depth
 colours every token by the recursions that it took. With --input=FILE.jsonl many prompts are answered
 together: each line is an object with "prompt" (text) or "tokens" (ids), and, where it differs from the
-flags, any of max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop_tokens, stop_strings,
-max_recursions, threshold_shift; an "id" comes back with the answer. Line i (from 0) has the seed --seed + i, so that
-equal lines get different texts. --output has a line for each, in the same order: "text", "tokens", "depths",
-"finish" (length, stop_token or stop_string), or "error" where a line cannot be answered. A batch that was
-interrupted goes on with --resume.
+flags, any of max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
+frequency_penalty, logit_bias ({"id": number}), seed, stop_tokens, stop_strings, max_recursions, threshold_shift; an "id"
+comes back with the answer. Line i (from 0) has the seed --seed + i, so that equal lines get different texts. --output
+has a line for each, in the same order: "text", "tokens", "depths", "finish" (length, stop_token or stop_string), with
+--logprobs=K the log-probabilities of prompt and text and the K likeliest tokens in each place, or "error" where a line
+cannot be answered. A batch that was interrupted goes on with --resume.
 
 One device is used, unless the settings below ask for all: --config.parallel.tensor=4 splits heads and matrices
 over four, texts are divided among the rest.
@@ -52,12 +53,18 @@ def define_flags() -> None:
   flags.DEFINE_boolean(
     'resume', False, 'batch mode: keep the answers that are in --output, and go on behind them'
   )
+  flags.DEFINE_integer(
+    'logprobs', None, 'batch mode: also give log-probabilities, and so many of the likeliest tokens'
+  )
   flags.DEFINE_integer('num_samples', 1, 'continuations of the prompt, with seeds --seed, --seed + 1, ...')
   flags.DEFINE_integer('max_new_tokens', 128, 'tokens to generate at most; --max_len may end a text before')
   flags.DEFINE_float('temperature', 0.7, 'divides the logits; 0 always takes the most likely token')
   flags.DEFINE_integer('top_k', 0, 'sample from so many of the most likely tokens; 0: from all')
   flags.DEFINE_float('top_p', 1.0, 'sample from the most likely tokens that together have this probability')
   flags.DEFINE_float('repetition_penalty', 1.0, 'above 1: tokens that occurred before become less likely')
+  flags.DEFINE_float('min_p', 0.0, 'drop tokens below this share of the probability of the likeliest one')
+  flags.DEFINE_float('presence_penalty', 0.0, 'taken from the logits of tokens that were generated before')
+  flags.DEFINE_float('frequency_penalty', 0.0, 'the same, as often as they were')
   flags.DEFINE_integer('seed', 0, 'equal seeds give equal texts')
   flags.DEFINE_multi_string('stop', [], 'text that ends the continuation; may be given several times')
   flags.DEFINE_boolean('ignore_end_of_text', False, 'go on after the token that ends documents')
@@ -112,13 +119,14 @@ def _check_flags() -> None:
       '--show_depth and --num_samples are for a single prompt; with --input the answers have "depths", and a '
       'prompt that is wanted several times stands on several lines'
     )
-  if FLAGS.output and not FLAGS.input:
-    raise ConfigError(f'--output={FLAGS.output} is for batch mode: give --input too')
+  for name in ('output', 'logprobs'):
+    if FLAGS[name].value is not None and not FLAGS.input:
+      raise ConfigError(f'--{name}={FLAGS[name].value} is for batch mode: give --input too')
   if FLAGS.resume and not FLAGS.output:
     raise ConfigError('--resume goes on with the answers in a file: name it with --output')
   if FLAGS.output:
     batch.check_output(FLAGS.output, FLAGS.input)
-  cli.check_least(num_samples=1, slots=1)
+  cli.check_least(num_samples=1, slots=1, logprobs=0)
 
 
 def _tokenizer(run: LoadedRun) -> Tokenizer:
@@ -142,7 +150,10 @@ def _template(tokenizer: Tokenizer, conventions: Conventions) -> Request:
     temperature=FLAGS.temperature,
     top_k=FLAGS.top_k,
     top_p=FLAGS.top_p,
+    min_p=FLAGS.min_p,
     repetition_penalty=FLAGS.repetition_penalty,
+    presence_penalty=FLAGS.presence_penalty,
+    frequency_penalty=FLAGS.frequency_penalty,
     seed=FLAGS.seed,
     stop_tokens=() if FLAGS.ignore_end_of_text else conventions.ends[:STOP_TOKENS],
     stop_strings=tuple(FLAGS.stop),
@@ -172,6 +183,7 @@ def _engine(run: LoadedRun, wanted: int, mesh: Mesh) -> Engine:
     slack=FLAGS.slack,
     cache_dtype=FLAGS.cache_dtype,
     max_recursions=FLAGS.max_recursions,
+    top_logprobs=FLAGS.logprobs,
     mesh=mesh if mesh.size > 1 else None,
   )
 

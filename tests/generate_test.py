@@ -105,6 +105,7 @@ def test_a_mesh_prints_the_same_text(finished_run):
     (('--prompt=a', '--temperature=-1'), '--temperature=-1.0 is not allowed: must be >= 0'),
     (('--prompt=' + 'a' * 64,), 'the prompt has 64 tokens, which leaves no room in a cache of max_len=64'),
     (('--prompt=a', '--capacities=1.0,0.1'), 'first run python -m mor_jax.calibrate'),
+    (('--prompt=a', '--logprobs=2'), '--logprobs=2 is for batch mode'),
     (('--prompt=a', '--resume'), '--resume goes on with the answers in a file'),
   ],
 )
@@ -188,6 +189,10 @@ def answers_to(tokenizer, lines, **options):
     ('{"prompt": "a", "temperature": 1' + '0' * 400 + '}', '... is too large'),
     ('{"prompt": "a", "temperature": 1e300}', 'temperature=1e+300 is not allowed'),
     ('{"prompt": "a", "top_p": NaN}', 'top_p=nan is not allowed'),
+    ('{"prompt": "a", "min_p": 1.5}', 'min_p=1.5 is not allowed'),
+    ('{"prompt": "a", "logit_bias": {"a": 1}}', 'must be an object of numbers by token id'),
+    ('{"prompt": "a", "logit_bias": {"999": 1}}', 'token 999 is outside the vocabulary'),
+    ('{"prompt": "a", "logit_bias": {"1": 1e400}}', 'is not allowed: must be finite numbers for at most 300'),
     ('{"prompt": "a", "max_new_tokens": 1' + '0' * 400 + '}', 'max_new_tokens=1'),
     ('{"prompt": "a", "seed": ' + '1' * 5000 + '}', 'the line is not JSON'),
     ('{"tokens": [1' + '0' * 400 + ']}', 'is outside the vocabulary'),
@@ -216,6 +221,20 @@ def test_equal_lines_get_other_texts_whose_seeds_are_told(tokenizer):
   assert texts[3] == texts[1]
   assert [entry.get('id') for entry in found] == [None, None, None, 'x']
   assert answers_to(tokenizer, lines, first=2) == found[2:]
+
+
+def test_answers_have_log_probabilities_if_wanted(tokenizer):
+  run = tiny_run.run()
+  engine = tiny_engine.engine(run.model, run.initial().variables, slots=2, top_logprobs=2)
+  output = io.StringIO()
+  line = '{"prompt": "ab", "logit_bias": {"99": 100}, "max_new_tokens": 3}'
+  batch.answer(Scheduler(engine, tokenizer), tokenizer, Request((256,)), [line], output)
+  found = json.loads(output.getvalue())
+  assert found['text'] == 'ccc'
+  assert found['logprobs'][0] is None
+  assert len(found['logprobs']) == 2 + 3
+  assert all(value < 0 for value in found['logprobs'][1:])  # of the model, which the bias does not change
+  assert [len(top) for top in found['top_logprobs']] == [0, 2, 2, 2, 2]
 
 
 def test_lines_end_with_newlines_alone(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 from mor_jax.config import ConfigError
 from mor_jax.inference.requests import Request, RequestError
+from mor_jax.inference.scheduler import Scheduler
 from mor_jax.model import flops
 from mor_jax.model.transformer import Transformer
 from tests import decoding_cases, tiny, tiny_engine
@@ -50,6 +51,32 @@ def test_prompt_and_decoding_agree_through_a_rounded_cache(dtype):
   assert 1e-4 < error < 0.1, 'rounded, and no more than that'
   # Float32 noise may turn the rounding of single values.
   assert difference < error / 4
+
+
+@pytest.mark.parametrize('stop', [(), ('given',)])
+def test_log_probabilities_are_those_of_the_full_forward(stop):
+  """Of prompts, computed in chunks of 16, and of what follows; to 1e-4 in float32, whatever else is in the batch."""
+  made, variables = tiny.model(seed=9, **EXPERT)
+  scheduler = Scheduler(tiny_engine.engine(made, variables, slots=2, slack=1.0, top_logprobs=3))
+  requests = tiny_engine.requests((1, 20, 45), temperature=1.0, max_new_tokens=8)
+  if stop:
+    drawn = scheduler.run(requests)
+    requests = [
+      dataclasses.replace(request, stop_tokens=(result.tokens[4],))
+      for request, result in zip(requests, drawn, strict=True)
+    ]
+  results = scheduler.run(requests)
+  for row in tiny_engine.rows(made, variables, results, 64, 1.0):
+    tokens = (*row.result.request.prompt, *row.result.tokens)
+    assert len(row.result.logprobs) == len(row.result.top_logprobs) == len(tokens)
+    assert (row.result.logprobs[0], row.result.top_logprobs[0]) == (None, [])
+    logprobs_TV = np.asarray(jax.nn.log_softmax(row.full.logits[0]))
+    for place in range(1, len(tokens)):
+      logprobs_V = logprobs_TV[place - 1]
+      assert row.result.logprobs[place] == pytest.approx(logprobs_V[tokens[place]], abs=1e-4)
+      ids, values = zip(*row.result.top_logprobs[place], strict=True)
+      np.testing.assert_allclose(values, np.sort(logprobs_V)[::-1][:3], atol=1e-4)
+      np.testing.assert_allclose(values, logprobs_V[list(ids)], atol=1e-4)
 
 
 @pytest.mark.parametrize('kind', [pytest.param('recursive', marks=pytest.mark.slow), 'mor'])

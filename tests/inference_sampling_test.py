@@ -7,19 +7,29 @@ import pytest
 from scipy import stats
 
 from mor_jax.inference import sampling
-from mor_jax.inference.sampling import SamplingRules
 
 VOCABULARY = 12
 DRAWS = 4000
 sample = jax.jit(sampling.sample)
 
 
-def rules(count, temperature=1.0, top_k=0, top_p=1.0, penalty=1.0, seed=None):
+def rules(count, seed=None, biases=None, **options):
+  """Rules of `count` lanes: values of fields of SamplingRules, {token: bias}, seeds 0, 1, ... or the same one."""
   seeds = np.arange(count) if seed is None else np.full((count,), seed)
-  values = temperature, top_k, top_p, penalty
-  kinds = jnp.float32, jnp.int32, jnp.float32, jnp.float32
-  columns = [jnp.broadcast_to(jnp.asarray(v, k), (count,)) for v, k in zip(values, kinds, strict=True)]
-  return SamplingRules(*columns, jnp.asarray(seeds, jnp.uint32))
+  given = {'temperature': 1.0, **options}
+  made = sampling.default_rules(count).replace(seed_B=jnp.asarray(seeds, jnp.uint32))
+  columns = {f'{name}_B': value for name, value in given.items()}
+  made = made.replace(
+    **{
+      name: jnp.broadcast_to(jnp.asarray(v, getattr(made, name).dtype), (count,))
+      for name, v in columns.items()
+    }
+  )
+  for place, (token, bias) in enumerate((biases or {}).items()):
+    made = made.replace(
+      biased_BM=made.biased_BM.at[:, place].set(token), bias_BM=made.bias_BM.at[:, place].set(bias)
+    )
+  return made
 
 
 def frequencies(logits_V, tokens=(), **options):
@@ -84,6 +94,30 @@ def test_repetition_penalty():
   np.testing.assert_allclose(frequencies(LOGITS, tokens, penalty=1.8), softmax(punished), atol=0.03)
 
 
+def test_biases_and_penalties_of_what_was_generated():
+  """The first two tokens are the prompt's: only repetition counts them."""
+  tokens, generated = (0, 1, 2, 2, 2, 3), {2: 3, 3: 1}
+  expected = LOGITS.copy()
+  for token, times in generated.items():
+    expected[token] -= 0.4 + 0.3 * times
+  expected[5] += 2.0
+  options = {'presence': 0.4, 'frequency': 0.3, 'start': 2, 'biases': {5: 2.0, 7: -100.0}}
+  drawn = frequencies(LOGITS, tokens, **options)
+  expected[7] = -np.inf
+  np.testing.assert_allclose(drawn, softmax(expected), atol=0.03)
+  assert drawn[7] == 0
+  assert frequencies(LOGITS, biases={7: 100.0}, temperature=0.0)[7] == 1
+
+
+@pytest.mark.parametrize('min_p', [0.0, 0.1, 0.5, 1.0])
+def test_min_p(min_p):
+  kept = softmax(LOGITS) >= min_p * softmax(LOGITS).max()
+  expected = softmax(np.where(kept, LOGITS, -np.inf))
+  drawn = frequencies(LOGITS, min_p=min_p)
+  np.testing.assert_allclose(drawn, expected, atol=0.03)
+  assert set(np.flatnonzero(drawn)) <= set(np.flatnonzero(kept))
+
+
 def test_a_draw_depends_on_seed_and_position_alone():
   logits_BV = jnp.broadcast_to(jnp.asarray(LOGITS, jnp.float32), (64, VOCABULARY))
   nothing = jnp.zeros((64, 4), jnp.int32), jnp.zeros((64,), jnp.int32)
@@ -107,13 +141,14 @@ def test_the_same_tokens_remain_as_in_transformers():
     theirs.TemperatureLogitsWarper(0.8),
     theirs.TopKLogitsWarper(7),
     theirs.TopPLogitsWarper(0.85),
+    theirs.MinPLogitsWarper(0.2),
   ]
   expected = torch.tensor(logits_BV)
   for processor in processors:
     expected = processor(torch.tensor(tokens_BT), expected)
-  ours = rules(50, temperature=0.8, top_k=7, top_p=0.85, penalty=1.3)
-  got = sampling._penalize(jnp.asarray(logits_BV), ours.penalty_B, jnp.asarray(tokens_BT), jnp.full((50,), 4))
-  got = sampling._truncate(got / 0.8, ours)
+  ours = rules(50, temperature=0.8, top_k=7, top_p=0.85, penalty=1.3, min_p=0.2)
+  got = sampling._penalize(jnp.asarray(logits_BV), ours, jnp.asarray(tokens_BT), jnp.full((50,), 4))
+  got = sampling._drop_unlikely(sampling._truncate(got / 0.8, ours), ours.min_p_B)
   np.testing.assert_allclose(got, expected.numpy(), atol=1e-5)
 
 

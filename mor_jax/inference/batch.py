@@ -150,7 +150,8 @@ def _ended(entries: Sequence[Result | str]) -> Iterator[dict[str, Any]]:
     elif entry.finish:
       start = len(entry.request.prompt)
       depths = {'prompt_depths': entry.depths[:start], 'depths': entry.depths[start:]}
-      yield {'text': entry.text, 'tokens': entry.tokens, **depths, 'finish': entry.finish}
+      said = {'logprobs': entry.logprobs, 'top_logprobs': entry.top_logprobs} if entry.logprobs else {}
+      yield {'text': entry.text, 'tokens': entry.tokens, **depths, **said, 'finish': entry.finish}
     else:
       return
 
@@ -212,9 +213,21 @@ def _object(line: bytes) -> dict[str, Any] | None:
   return found if isinstance(found, dict) else None
 
 
+def _biases(value: Any) -> tuple[tuple[int, float], ...]:
+  """{"id": number} as the request has it."""
+  try:
+    if not isinstance(value, dict) or any(type(bias) not in (int, float) for bias in value.values()):
+      raise ValueError
+    return tuple((int(token), float(bias)) for token, bias in value.items())
+  except (ValueError, OverflowError):
+    raise RequestError(f'logit_bias={short(value)} must be an object of numbers by token id') from None
+
+
 def _convert(name: str, value: Any, hint: Any) -> Any:
   if value is None and type(None) in typing.get_args(hint):
     return None
+  if name == 'logit_bias':
+    return _biases(value)
   kind = typing.get_origin(hint) or hint
   if kind not in _KINDS:  # int | None
     kind = int

@@ -18,7 +18,7 @@ from mor_jax.inference import shards, ticks
 from mor_jax.inference import state as state_lib
 from mor_jax.inference.prefill import Prefix
 from mor_jax.inference.requests import LEAST_TEMPERATURE, Request, RequestError
-from mor_jax.inference.sampling import SamplingRules
+from mor_jax.inference.sampling import MOST_BIASES, NO_BIAS, SamplingRules
 from mor_jax.inference.state import NO_TOKEN, STOP_TOKENS, DecodeState, Rules
 from mor_jax.model import cache as cache_lib
 from mor_jax.model import decode
@@ -57,6 +57,7 @@ class Engine:
     unroll: bool | None = None,
     read: str | None = None,
     keep_logits: bool = False,
+    top_logprobs: int | None = None,
     mesh: Mesh | None = None,
   ):
     """Lays out the caches and brings the variables into the form that decoding reads.
@@ -73,6 +74,8 @@ class Engine:
       unroll: compile layers separately; default: on CPU.
       read: how the cache is read (`cached_attention`); default: 'lanes' on CPU, else 'gather'.
       keep_logits: keep the logits of every token in the state, for analysis.
+      top_logprobs: keep the log-probability of every token, prompts included, and so many of the likeliest tokens
+        in its place; 0: no others; None: nothing, which saves the head's work on prompts.
       mesh: devices to use (`shards`); sizes are those of all parts together. None: where the variables lie.
 
     Raises:
@@ -96,6 +99,10 @@ class Engine:
       mesh_lib.check_split(mesh, config, ('tensor',))
     if max_len < 2:
       raise ConfigError(f'max_len={max_len} is not allowed: must be >= 2, a token and its successor')
+    if top_logprobs is not None and not 0 <= top_logprobs <= config.vocab_size:
+      raise ConfigError(
+        f'top_logprobs={top_logprobs} is not allowed: must be from 0 to the {config.vocab_size} ids'
+      )
     if max(lanes, boundary_lanes) > slots:
       raise ConfigError(f'lanes={lanes} and boundary_lanes={boundary_lanes} must be at most slots={slots}')
     cache_dtype = cache_dtype or config.dtype
@@ -115,7 +122,7 @@ class Engine:
     self.batches = ticks.Batches(lanes_each, boundary_lanes // parts)
     self.prefill_lanes = prefill_lanes
     self._chunks = tuple(sorted({min(chunk, max_len) for chunk in chunks}))
-    self._dtype, self._keep_logits = cache_dtype, keep_logits
+    self._dtype, self._keep_logits, self.top_logprobs = cache_dtype, keep_logits, top_logprobs
 
   @staticmethod
   def _steps(config, max_recursions: int | None) -> int:
@@ -138,7 +145,7 @@ class Engine:
 
   def init_state(self) -> DecodeState:
     """A state with all slots idle."""
-    sizes = self.slots, self._dtype, self._keep_logits, self.parts
+    sizes = self.slots, self._dtype, self._keep_logits, self.parts, self.top_logprobs
     return shards.make(self._mesh, functools.partial(state_lib.init_state, self.cached, *sizes))
 
   def part_of(self, slot: int) -> int:
@@ -161,17 +168,18 @@ class Engine:
       np.array([rule.shift_N for rule in rules], np.float32),
     )
     left = [list(request.prompt[:-1]) if request else [] for request in requests]
-    empty = functools.partial(prefill_lib.empty, self.cached, lanes, self._dtype, self.parts)
+    following = [list(request.prompt[1:]) if request else [] for request in requests]
+    sizes = lanes, self._dtype, self.parts, self.top_logprobs
+    empty = functools.partial(prefill_lib.empty, self.cached, *sizes)
     prefix = shards.make(self._mesh, empty)
     while longest := max(map(len, left)):
       size = next((chunk for chunk in self._chunks if chunk >= longest), self._chunks[-1])
-      tokens_BC = np.zeros((lanes, size), np.int32)
       lengths_B = np.array([min(size, len(tokens)) for tokens in left], np.int32)
-      for row, tokens in enumerate(left):
-        tokens_BC[row, : lengths_B[row]] = tokens[: lengths_B[row]]
-      left = [tokens[size:] for tokens in left]
+      tokens_BC, next_BC = _filled(left, size), _filled(following, size)
+      left, following = ([tokens[size:] for tokens in rows] for rows in (left, following))
+      scored = None if self.top_logprobs is None else next_BC
       prefix, _ = prefill_lib.extend(
-        self.cached, self._mesh, self.params, prefix, tokens_BC, lengths_B, budget
+        self.cached, self._mesh, self.params, prefix, tokens_BC, lengths_B, budget, scored
       )
     return prefix
 
@@ -225,7 +233,8 @@ class Engine:
         f'the prompt has {size} tokens, which leaves no room in a cache of max_len={self.max_len}; shorten it '
         f'or raise max_len above {size}'
       )
-    bad = [token for token in (*request.prompt, *request.stop_tokens) if not 0 <= token < vocabulary]
+    biased = (token for token, _ in request.logit_bias)
+    bad = [token for token in (*request.prompt, *request.stop_tokens, *biased) if not 0 <= token < vocabulary]
     if bad:
       raise RequestError(
         f'token {str(bad[0])[:20]} is outside the vocabulary, whose ids go from 0 to {vocabulary - 1}'
@@ -245,21 +254,37 @@ class Engine:
     stops = np.full((STOP_TOKENS,), NO_TOKEN, np.int32)
     stops[: len(request.stop_tokens)] = request.stop_tokens
     limit = min(self.max_len, len(request.prompt) + request.max_new_tokens)
-    sampling = SamplingRules(
+    biases = np.full((MOST_BIASES,), NO_BIAS, np.int32), np.zeros((MOST_BIASES,), np.float32)
+    for place, (token, bias) in enumerate(request.logit_bias):
+      biases[0][place], biases[1][place] = token, bias
+    chosen_by = SamplingRules(
       np.float32(request.temperature if request.temperature >= LEAST_TEMPERATURE else 0.0),
       np.int32(request.top_k),
       np.float32(request.top_p),
       np.float32(request.repetition_penalty),
       np.uint32(request.seed),
+      np.float32(request.min_p),
+      np.float32(request.presence_penalty),
+      np.float32(request.frequency_penalty),
+      np.int32(len(request.prompt)),
+      *biases,
     )
     most = self.steps if request.max_recursions is None else request.max_recursions
-    return Rules(sampling, stops, np.int32(limit), np.int32(most), np.float32(request.threshold_shift))
+    return Rules(chosen_by, stops, np.int32(limit), np.int32(most), np.float32(request.threshold_shift))
 
   def cache_bytes(self) -> int:
     """Bytes of keys, values and scales of all slots."""
     layout, config = self.cached.layout, self.cached.config
     shapes = jax.eval_shape(lambda: cache_lib.init_cache(config, layout, self.slots, self._dtype))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes.replace(versions=None)))
+
+
+def _filled(rows: Sequence[Sequence[int]], size: int) -> np.ndarray:
+  """The beginnings of rows of tokens, (rows, size)."""
+  filled_BC = np.zeros((len(rows), size), np.int32)
+  for filled_C, tokens in zip(filled_BC, rows, strict=True):
+    filled_C[: len(tokens)] = tokens[:size]
+  return filled_BC
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
 
-from mor_jax.inference import shards
+from mor_jax.inference import scores, shards
+from mor_jax.inference.scores import Scores
 from mor_jax.model import cache as cache_lib
 from mor_jax.model import decode, lane_routing
 from mor_jax.model.cache import Cache
@@ -25,6 +26,7 @@ class Prefix:
     counts_BP: places taken of each recursion step.
     depths_BT: recursions that each token took.
     overflow_GP: tokens that found no place at a step, in each of the G parts of a mesh (`shards`).
+    scores: what the model said of the tokens that follow those computed, where it is kept; else None.
   """
 
   cache: Cache
@@ -32,9 +34,12 @@ class Prefix:
   counts_BP: jax.Array
   depths_BT: jax.Array
   overflow_GP: jax.Array
+  scores: Scores | None
 
 
-def empty(cached: CachedModel, lanes: int, dtype: str, parts: int = 1) -> Prefix:
+def empty(
+  cached: CachedModel, lanes: int, dtype: str, parts: int = 1, top_logprobs: int | None = None
+) -> Prefix:
   """A prefix without tokens, in the lanes of all `parts` of a mesh together."""
   layout = cached.layout
   steps = len(layout.places)
@@ -44,10 +49,11 @@ def empty(cached: CachedModel, lanes: int, dtype: str, parts: int = 1) -> Prefix
     jnp.zeros((lanes, steps), jnp.int32),
     jnp.zeros((lanes, layout.max_len), jnp.int8),
     jnp.zeros((parts, steps), jnp.int32),
+    None if top_logprobs is None else scores.empty(lanes, layout.max_len, top_logprobs),
   )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 7), donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=(0, 1, 8), donate_argnums=3)
 def extend(
   cached: CachedModel,
   mesh: Mesh | None,
@@ -56,6 +62,7 @@ def extend(
   tokens_BC: jax.Array,
   lengths_B: jax.Array,
   rules: tuple[jax.Array, jax.Array],
+  next_BC: jax.Array | None = None,
   with_logits: bool = False,
 ) -> tuple[Prefix, jax.Array | None]:
   """The prefix with up to C more tokens in each lane.
@@ -65,13 +72,14 @@ def extend(
     tokens_BC: token ids.
     lengths_B: how many of each lane's are real.
     rules: most recursions, and shift of the thresholds, of each lane (B,).
+    next_BC: the token that follows each, which a prefix with scores needs.
     with_logits: also return the logits (B, C, V) after every token.
   """
   local = functools.partial(_extend, cached, with_logits)
-  return shards.run(mesh, local, params, prefix, tokens_BC, lengths_B, rules)
+  return shards.run(mesh, local, params, prefix, tokens_BC, lengths_B, rules, next_BC)
 
 
-def _extend(cached, with_logits, params, prefix, tokens_BC, lengths_B, rules):
+def _extend(cached, with_logits, params, prefix, tokens_BC, lengths_B, rules, next_BC):
   steps = len(cached.layout.places)
   columns_1C = jnp.arange(tokens_BC.shape[1])[None]
   real_BC = columns_1C < lengths_B[:, None]
@@ -104,12 +112,17 @@ def _extend(cached, with_logits, params, prefix, tokens_BC, lengths_B, rules):
   depths_BT = prefix.depths_BT.at[slots_B[:, None], where_BC].set(
     selected_PBC.sum(axis=0, dtype=jnp.int8), mode='drop'
   )
+  said = prefix.scores
+  if said is not None:
+    head = functools.partial(decode.logits, cached, params)
+    said = scores.put_chunk(said, where_BC + 1, next_BC, x_BCD, head)
   longer = Prefix(
     cache.replace(last=last),
     prefix.lengths_B + lengths_B,
     counts_BP,
     depths_BT,
     prefix.overflow_GP + overflow_P,
+    said,
   )
   if not with_logits:
     return longer, None

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from mor_jax.inference.sampling import NO_LIMIT
+from mor_jax.inference.sampling import MOST_BIASES, NO_LIMIT
 from mor_jax.inference.state import STOP_TOKENS
 
 HUGE = 1e30  # what floats of the device can hold, and their inverses
@@ -30,6 +30,10 @@ class Request:
     stop_strings: strings that end the text; they are not part of it.
     max_recursions: maximum number of recursions per token; None: the engine's.
     threshold_shift: added to the routers' thresholds; a positive value means fewer recursions, a negative more.
+    min_p: drop tokens whose probability is below this share of that of the likeliest.
+    presence_penalty: taken from the logit of every token that was generated before; frequency_penalty: as often as it
+      was.
+    logit_bias: (token, what is added to its logit), at most MOST_BIASES.
   """
 
   prompt: tuple[int, ...]
@@ -43,6 +47,10 @@ class Request:
   stop_strings: tuple[str, ...] = ()
   max_recursions: int | None = None
   threshold_shift: float = 0.0
+  min_p: float = 0.0
+  presence_penalty: float = 0.0
+  frequency_penalty: float = 0.0
+  logit_bias: tuple[tuple[int, float], ...] = ()
 
   def check(self) -> None:
     """Raises RequestError if a value is invalid for any engine."""
@@ -56,6 +64,13 @@ class Request:
       'repetition_penalty': (1 / HUGE < self.repetition_penalty < HUGE, '> 0 and finite; 1 means none'),
       'seed': (0 <= self.seed < 2**32, 'from 0 to 2**32 - 1'),
       'threshold_shift': (abs(self.threshold_shift) < HUGE, 'a finite number'),
+      'min_p': (0 <= self.min_p <= 1, 'from 0 to 1'),
+      'presence_penalty': (abs(self.presence_penalty) < HUGE, 'a finite number'),
+      'frequency_penalty': (abs(self.frequency_penalty) < HUGE, 'a finite number'),
+      'logit_bias': (
+        len(self.logit_bias) <= MOST_BIASES and all(abs(bias) < HUGE for _, bias in self.logit_bias),
+        f'finite numbers for at most {MOST_BIASES} tokens',
+      ),
       'stop_tokens': (len(self.stop_tokens) <= STOP_TOKENS, f'at most {STOP_TOKENS} ids'),
       'stop_strings': (all(self.stop_strings), 'non-empty texts'),
     }
@@ -74,6 +89,9 @@ class Result:
     text: the decoded tokens, without the stop string; '' if there is no tokenizer.
     depths: number of recursions of each prompt token and generated token, except the last: the model never
       processes that one.
+    logprobs: of prompt and generated tokens: the natural logarithm of each one's probability after those before it,
+      None for the first; [] unless the engine keeps them (`top_logprobs`).
+    top_logprobs: the likeliest tokens in the place of each and their logprobs, [] for the first.
     finish: reason for the end: 'stop_token', 'stop_string', 'length' or 'cancelled'; '' while it is running.
     submitted, first_token, finished: times in seconds on the clock of `time.perf_counter`; 0 until they occur.
   """
@@ -82,6 +100,8 @@ class Result:
   tokens: list[int] = dataclasses.field(default_factory=list)
   text: str = ''
   depths: list[int] = dataclasses.field(default_factory=list)
+  logprobs: list[float | None] = dataclasses.field(default_factory=list)
+  top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
   finish: str = ''
   submitted: float = 0.0
   first_token: float = 0.0

@@ -11,6 +11,7 @@ import numpy as np
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.inference.engine import Engine
 from mor_jax.inference.requests import Request, RequestError, Result
+from mor_jax.inference.scores import Scores
 from mor_jax.inference.state import IDLE
 
 
@@ -211,8 +212,8 @@ class Scheduler:
   def _collect(self) -> list[Result]:
     """Fetches new tokens and returns the results that have finished."""
     state = self._state
-    phase_N, known_N, tokens_NT, depths_NT = jax.device_get(
-      (state.phase_N, state.known_N, state.tokens_NT, state.depths_NT)
+    phase_N, known_N, tokens_NT, depths_NT, said = jax.device_get(
+      (state.phase_N, state.known_N, state.tokens_NT, state.depths_NT, state.scores)
     )
     now, ended = time.perf_counter(), []
     for slot, result in list(self._resident.items()):
@@ -224,6 +225,8 @@ class Scheduler:
       stopped = bool(tokens) and tokens[-1] in result.request.stop_tokens
       result.tokens = tokens[:-1] if stopped else tokens
       result.depths = depths_NT[slot, : max(known - 1, 0)].tolist()
+      if said is not None:
+        _take_scores(result, said, slot, start + len(result.tokens))
       reason = ''
       if phase_N[slot] == IDLE:
         reason = 'stop_token' if stopped else 'length'
@@ -247,7 +250,8 @@ class Scheduler:
     # Tokens after those that the text needs. Their number of characters does not tell: several may make one.
     while result.tokens and self._tokenizer.continuation(result.tokens[:-1], prompt).startswith(result.text):
       result.tokens.pop()
-    del result.depths[len(prompt) + len(result.tokens) :]
+    for of_tokens in (result.depths, result.logprobs, result.top_logprobs):
+      del of_tokens[len(prompt) + len(result.tokens) :]
     return True
 
   def _free(self, slot: int) -> None:
@@ -266,6 +270,16 @@ class Scheduler:
       setattr(self.statistics, name, getattr(self.statistics, name) + int(getattr(tally, name).sum()))
     self.statistics.ticks += int(tally.ticks.max())  # parts of a mesh that have ended wait for the others
     self.statistics.overflow = self.statistics.overflow + tally.overflow_GP.sum(axis=0)
+
+
+def _take_scores(result: Result, said: Scores, slot: int, count: int) -> None:
+  """Adds the scores of new tokens, of which there are `count` with the prompt."""
+  if not result.logprobs:
+    result.logprobs, result.top_logprobs = [None], [[]]
+  new = slice(len(result.logprobs), count)
+  result.logprobs += said.logprob_NT[slot, new].tolist()
+  tops = zip(said.top_NTK[slot, new].tolist(), said.top_logprob_NTK[slot, new].tolist(), strict=True)
+  result.top_logprobs += [list(zip(ids, logprobs, strict=True)) for ids, logprobs in tops]
 
 
 def _lanes(admitted: list[tuple[int, Result]], engine: Engine) -> Iterator[list[tuple[int, Result] | None]]:

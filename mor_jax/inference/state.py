@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mor_jax.inference import scores
 from mor_jax.inference.prefill import Prefix
 from mor_jax.inference.sampling import SamplingRules, default_rules
+from mor_jax.inference.scores import Scores
 from mor_jax.model import cache as cache_lib
 from mor_jax.model import lane_routing
 from mor_jax.model.cache import Cache
@@ -57,6 +59,7 @@ class DecodeState:
     rules: what the requests ask for.
     clock_G: ticks so far, of each of the G parts of a mesh (`shards`); a part sees its own.
     logits_NTV: logits after every token, where they are kept; else None.
+    scores: what the model said of every token, where it is kept; else None.
   """
 
   cache: Cache
@@ -76,6 +79,7 @@ class DecodeState:
   rules: Rules
   clock_G: jax.Array
   logits_NTV: jax.Array | None
+  scores: Scores | None
 
   def walk(self, slots_B: jax.Array) -> Walk:
     """The tokens in flight of some slots, one a lane."""
@@ -100,7 +104,12 @@ class DecodeState:
 
 
 def init_state(
-  cached: CachedModel, slots: int, dtype: str, keep_logits: bool = False, parts: int = 1
+  cached: CachedModel,
+  slots: int,
+  dtype: str,
+  keep_logits: bool = False,
+  parts: int = 1,
+  top_logprobs: int | None = None,
 ) -> DecodeState:
   """All slots idle, of all `parts` of a mesh together."""
   config, layout = cached.config, cached.layout
@@ -137,6 +146,7 @@ def init_state(
     rules=rules,
     clock_G=jnp.zeros((parts,), jnp.int32),
     logits_NTV=jnp.zeros((slots, layout.max_len, config.vocab_size)) if keep_logits else None,
+    scores=None if top_logprobs is None else scores.empty(slots, layout.max_len, top_logprobs),
   )
 
 
@@ -162,6 +172,10 @@ def insert(
     return leaf.at[slots_B].set(value, mode='drop')
 
   computed_B = 0 if prefix is None else prefix.lengths_B[lanes_B]
+  if prefix is not None and state.scores is not None:
+    state = state.replace(
+      scores=jax.tree.map(lambda mine, theirs: put(mine, theirs[lanes_B]), state.scores, prefix.scores)
+    )
   if prefix is not None:
     state = state.replace(
       cache=cache_lib.copy_slots(state.cache, slots_B, prefix.cache, lanes_B),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
 
-from mor_jax.inference import shards
+from mor_jax.inference import scores, shards
 from mor_jax.inference.sampling import sample
 from mor_jax.inference.state import BLOCK, ENTRY, EXIT, IDLE, DecodeState
 from mor_jax.model import decode, lane_routing
@@ -194,6 +194,9 @@ def _pass_boundary(cached, batches, params, carry):
   going_B = active_B & ~ends_B
 
   nobody = state.phase_N.shape[0]
+  if state.scores is not None:
+    rows_B = jnp.where(leaving_B, slots_B, nobody)
+    state = state.replace(scores=scores.put(state.scores, rows_B, next_B, logits_BV, token_B))
   state = state.replace(
     tokens_NT=state.tokens_NT.at[jnp.where(sampled_B, slots_B, nobody), next_B].set(token_B, mode='drop'),
     known_N=state.known_N.at[jnp.where(sampled_B, slots_B, nobody)].set(next_B + 1, mode='drop'),
