@@ -158,6 +158,7 @@ def _template(tokenizer: Tokenizer, conventions: Conventions) -> Request:
     stop_tokens=() if FLAGS.ignore_end_of_text else conventions.ends[:STOP_TOKENS],
     stop_strings=tuple(FLAGS.stop),
     threshold_shift=FLAGS.threshold_shift,
+    prompt_logprobs=FLAGS.logprobs is not None,
   )
 
 

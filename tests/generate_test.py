@@ -227,7 +227,7 @@ def test_answers_have_log_probabilities_if_wanted(tokenizer):
   run = tiny_run.run()
   engine = tiny_engine.engine(run.model, run.initial().variables, slots=2, top_logprobs=2)
   output = io.StringIO()
-  line = '{"prompt": "ab", "logit_bias": {"99": 100}, "max_new_tokens": 3}'
+  line = '{"prompt": "ab", "logit_bias": {"99": 100}, "max_new_tokens": 3, "prompt_logprobs": true}'
   batch.answer(Scheduler(engine, tokenizer), tokenizer, Request((256,)), [line], output)
   found = json.loads(output.getvalue())
   assert found['text'] == 'ccc'

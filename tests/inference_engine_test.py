@@ -58,7 +58,7 @@ def test_log_probabilities_are_those_of_the_full_forward(stop):
   """Of prompts, computed in chunks of 16, and of what follows; to 1e-4 in float32, whatever else is in the batch."""
   made, variables = tiny.model(seed=9, **EXPERT)
   scheduler = Scheduler(tiny_engine.engine(made, variables, slots=2, slack=1.0, top_logprobs=3))
-  requests = tiny_engine.requests((1, 20, 45), temperature=1.0, max_new_tokens=8)
+  requests = tiny_engine.requests((1, 20, 45), temperature=1.0, max_new_tokens=8, prompt_logprobs=True)
   if stop:
     drawn = scheduler.run(requests)
     requests = [

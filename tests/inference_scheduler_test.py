@@ -139,6 +139,23 @@ def test_bad_requests_are_refused_and_the_others_answered(change, message):
   assert [result.tokens for result in results] == answers(good)
 
 
+def test_samples_of_a_prompt_share_its_computation(monkeypatch):
+  """Equal prompts take one lane of prefill, and get the tokens that they get alone."""
+  request = tiny_engine.requests((20,), temperature=1.0, max_new_tokens=6)[0]
+  samples = [dataclasses.replace(request, seed=seed) for seed in (3, 4, 3)]
+  other = dataclasses.replace(request, max_recursions=1)
+  scheduler, seen = Scheduler(engine()), []
+  prefill = scheduler.engine.prefill
+  monkeypatch.setattr(
+    scheduler.engine, 'prefill', lambda requests: seen.append(requests) or prefill(requests)
+  )
+  results = scheduler.run([*samples, other])
+  assert [[request is not None for request in requests] for requests in seen] == [[True, True, False, False]]
+  alone = [scheduler.run([sample])[0].tokens for sample in (*samples, other)]
+  assert [result.tokens for result in results] == alone
+  assert results[0].tokens == results[2].tokens != results[1].tokens
+
+
 def test_nobody_is_forgotten_when_prompts_cannot_be_computed(monkeypatch):
   good = tiny_engine.requests((3, 5, 1, 4), max_new_tokens=6)
   scheduler = Scheduler(engine())

@@ -17,7 +17,7 @@ from mor_jax.files import parse_json
 from mor_jax.inference.requests import Request, RequestError, Result, short
 from mor_jax.inference.scheduler import Scheduler
 
-_KINDS = {int: (int,), float: (int, float), tuple: (list,)}
+_KINDS = {int: (int,), float: (int, float), tuple: (list,), bool: (bool,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +231,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
   kind = typing.get_origin(hint) or hint
   if kind not in _KINDS:  # int | None
     kind = int
-  if not isinstance(value, _KINDS[kind]) or isinstance(value, bool):
+  if not isinstance(value, _KINDS[kind]) or (isinstance(value, bool) and kind is not bool):
     raise RequestError(f'{name}={short(value)} must be a {"list" if kind is tuple else kind.__name__}')
   if kind is not tuple:
     try:

@@ -169,7 +169,8 @@ class Engine:
     )
     left = [list(request.prompt[:-1]) if request else [] for request in requests]
     following = [list(request.prompt[1:]) if request else [] for request in requests]
-    sizes = lanes, self._dtype, self.parts, self.top_logprobs
+    is_scored = any(request is not None and request.prompt_logprobs for request in requests)
+    sizes = lanes, self._dtype, self.parts, self.top_logprobs if is_scored else None
     empty = functools.partial(prefill_lib.empty, self.cached, *sizes)
     prefix = shards.make(self._mesh, empty)
     while longest := max(map(len, left)):
@@ -177,7 +178,7 @@ class Engine:
       lengths_B = np.array([min(size, len(tokens)) for tokens in left], np.int32)
       tokens_BC, next_BC = _filled(left, size), _filled(following, size)
       left, following = ([tokens[size:] for tokens in rows] for rows in (left, following))
-      scored = None if self.top_logprobs is None else next_BC
+      scored = next_BC if is_scored and self.top_logprobs is not None else None
       prefix, _ = prefill_lib.extend(
         self.cached, self._mesh, self.params, prefix, tokens_BC, lengths_B, budget, scored
       )

@@ -34,6 +34,7 @@ class Request:
     presence_penalty: taken from the logit of every token that was generated before; frequency_penalty: as often as it
       was.
     logit_bias: (token, what is added to its logit), at most MOST_BIASES.
+    prompt_logprobs: also score the prompt, if the engine keeps scores (`top_logprobs`).
   """
 
   prompt: tuple[int, ...]
@@ -51,6 +52,7 @@ class Request:
   presence_penalty: float = 0.0
   frequency_penalty: float = 0.0
   logit_bias: tuple[tuple[int, float], ...] = ()
+  prompt_logprobs: bool = False
 
   def check(self) -> None:
     """Raises RequestError if a value is invalid for any engine."""
@@ -90,8 +92,8 @@ class Result:
     depths: number of recursions of each prompt token and generated token, except the last: the model never
       processes that one.
     logprobs: of prompt and generated tokens: the natural logarithm of each one's probability after those before it,
-      None for the first; [] unless the engine keeps them (`top_logprobs`).
-    top_logprobs: the likeliest tokens in the place of each and their logprobs, [] for the first.
+      None for the first, and for all of a prompt without `prompt_logprobs`; [] unless the engine keeps scores.
+    top_logprobs: the likeliest tokens in the place of each and their logprobs, [] where logprobs are None.
     finish: reason for the end: 'stop_token', 'stop_string', 'length' or 'cancelled'; '' while it is running.
     submitted, first_token, finished: times in seconds on the clock of `time.perf_counter`; 0 until they occur.
   """

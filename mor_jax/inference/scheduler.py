@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -134,6 +135,11 @@ class Scheduler:
     self._finish(result, 'cancelled')
 
   @property
+  def waiting(self) -> int:
+    """Requests that have no slot yet."""
+    return len(self._queue)
+
+  @property
   def busy(self) -> bool:
     """Whether any request is queued or running."""
     return bool(self._queue or self._resident)
@@ -186,11 +192,11 @@ class Scheduler:
       if len(result.request.prompt) == 1:
         self._insert(None, 0, slot, result)
     for lanes in _lanes([entry for entry in admitted if len(entry[1].request.prompt) > 1], self.engine):
-      prefix = self.engine.prefill([entry and entry[1].request for entry in lanes])
+      prefix = self.engine.prefill([entries[0][1].request if entries else None for entries in lanes])
       self.statistics.overflow = self.statistics.overflow + np.asarray(prefix.overflow_GP).sum(axis=0)
-      for lane, entry in enumerate(lanes):
-        if entry:
-          self._insert(prefix, lane, *entry)
+      for lane, entries in enumerate(lanes):
+        for slot, result in entries:
+          self._insert(prefix, lane, slot, result)
 
   def _free_slots(self) -> list[int]:
     """Free slots, starting with the parts of the mesh that have the most."""
@@ -275,21 +281,28 @@ class Scheduler:
 def _take_scores(result: Result, said: Scores, slot: int, count: int) -> None:
   """Adds the scores of new tokens, of which there are `count` with the prompt."""
   if not result.logprobs:
-    result.logprobs, result.top_logprobs = [None], [[]]
+    unsaid = 1 if result.request.prompt_logprobs else len(result.request.prompt)
+    result.logprobs, result.top_logprobs = [None] * unsaid, [[] for _ in range(unsaid)]
   new = slice(len(result.logprobs), count)
   result.logprobs += said.logprob_NT[slot, new].tolist()
   tops = zip(said.top_NTK[slot, new].tolist(), said.top_logprob_NTK[slot, new].tolist(), strict=True)
   result.top_logprobs += [list(zip(ids, logprobs, strict=True)) for ids, logprobs in tops]
 
 
-def _lanes(admitted: list[tuple[int, Result]], engine: Engine) -> Iterator[list[tuple[int, Result] | None]]:
-  """Groups prompts into prefill batches; each prompt gets a lane in the part of the mesh that holds its slot."""
-  each, waiting = engine.prefill_lanes // engine.parts, collections.defaultdict(list)
+def _lanes(admitted: list[tuple[int, Result]], engine: Engine) -> Iterator[list[list[tuple[int, Result]]]]:
+  """Groups prompts into prefill batches: for each lane the slots, of its part of the mesh, that get what it computes.
+
+  Requests whose prompts are computed alike, such as samples of one prompt, share a lane.
+  """
+  each = engine.prefill_lanes // engine.parts
+  waiting: dict[int, dict[Any, list[tuple[int, Result]]]] = collections.defaultdict(dict)
   for slot, result in admitted:
-    waiting[engine.part_of(slot)].append((slot, result))
+    request = result.request
+    alike = request.prompt, request.max_recursions, request.threshold_shift, request.prompt_logprobs
+    waiting[engine.part_of(slot)].setdefault(alike, []).append((slot, result))
   for start in range(0, max(map(len, waiting.values()), default=0), each):
-    lanes = []
+    lanes: list[list[tuple[int, Result]]] = []
     for part in range(engine.parts):
-      some = waiting[part][start : start + each]
-      lanes += [*some, *[None] * (each - len(some))]
+      some = list(waiting[part].values())[start : start + each]
+      lanes += [*some, *[[]] * (each - len(some))]
     yield lanes

@@ -172,7 +172,7 @@ def insert(
     return leaf.at[slots_B].set(value, mode='drop')
 
   computed_B = 0 if prefix is None else prefix.lengths_B[lanes_B]
-  if prefix is not None and state.scores is not None:
+  if prefix is not None and prefix.scores is not None:
     state = state.replace(
       scores=jax.tree.map(lambda mine, theirs: put(mine, theirs[lanes_B]), state.scores, prefix.scores)
     )
