@@ -135,6 +135,16 @@ class Tokenizer:
   def _begins(self) -> list[int]:
     return [] if self.begin_of_text is None else [self.begin_of_text]
 
+  def encode_special(self, text: str) -> list[int]:
+    """Token ids of a text in which special tokens are spelled out, as chat templates do; none is added."""
+    return self._special.encode(text, add_special_tokens=False).ids
+
+  @functools.cached_property
+  def _special(self) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+    backend.encode_special_tokens = False
+    return backend
+
   def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
     """`encode_text` of several texts, on all cores."""
     return [[*self._begins, *ids] for ids in self.encode_batch(texts)]

@@ -38,6 +38,7 @@ class Engine:
     steps: most recursions of a token.
     batches: sizes of the batches of a tick, on each part of the mesh.
     prefill_lanes: prompts that are computed together.
+    chunks: numbers of tokens in which prompts are computed, rising.
     parts: parts of the mesh, the first of which has the first slots and lanes, and so on.
   """
 
@@ -121,7 +122,7 @@ class Engine:
     self.parts, self._mesh = parts, mesh
     self.batches = ticks.Batches(lanes_each, boundary_lanes // parts)
     self.prefill_lanes = prefill_lanes
-    self._chunks = tuple(sorted({min(chunk, max_len) for chunk in chunks}))
+    self.chunks = tuple(sorted({min(chunk, max_len) for chunk in chunks}))
     self._dtype, self._keep_logits, self.top_logprobs = cache_dtype, keep_logits, top_logprobs
 
   @staticmethod
@@ -174,7 +175,7 @@ class Engine:
     empty = functools.partial(prefill_lib.empty, self.cached, *sizes)
     prefix = shards.make(self._mesh, empty)
     while longest := max(map(len, left)):
-      size = next((chunk for chunk in self._chunks if chunk >= longest), self._chunks[-1])
+      size = next((chunk for chunk in self.chunks if chunk >= longest), self.chunks[-1])
       lengths_B = np.array([min(size, len(tokens)) for tokens in left], np.int32)
       tokens_BC, next_BC = _filled(left, size), _filled(following, size)
       left, following = ([tokens[size:] for tokens in rows] for rows in (left, following))

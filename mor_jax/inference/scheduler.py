@@ -134,10 +134,23 @@ class Scheduler:
         self._free(slot)
     self._finish(result, 'cancelled')
 
+  def reset(self) -> None:
+    """Cancels everything and begins with an empty engine, as after an error that left its state unusable."""
+    for result in [*self._resident.values(), *self._queue]:
+      self._finish(result, 'cancelled')
+    self._resident.clear()
+    self._queue.clear()
+    self._state = self.engine.init_state()
+
   @property
   def waiting(self) -> int:
     """Requests that have no slot yet."""
     return len(self._queue)
+
+  @property
+  def resident(self) -> int:
+    """Requests that have a slot."""
+    return len(self._resident)
 
   @property
   def busy(self) -> bool:

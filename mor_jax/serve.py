@@ -1,0 +1,145 @@
+"""Serves a trained model: python -m mor_jax.serve --checkpoint=runs/tiny-mor [--port=8000]
+
+An OpenAI-compatible server on the engine of mor_jax.generate:
+
+  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
+    -d '{"model": "tiny-mor", "prompt": "def ", "max_tokens": 32, "depths": true}'
+
+  from openai import OpenAI
+  client = OpenAI(base_url='http://127.0.0.1:8000/v1', api_key='none')
+  client.completions.create(model='tiny-mor', prompt='def ', max_tokens=32, extra_body={'max_recursions': 2})
+
+/v1/models, /v1/completions, /v1/chat/completions, /tokenize, /detokenize, /health and /metrics (docs/serving.md).
+Only this machine can reach it unless --host says otherwise; then set --api_key, or the environment variable
+MOR_JAX_API_KEY. SIGTERM or Ctrl-C: new requests are refused, those that run end; once more: at once.
+
+One device is used, unless the settings below ask for all: --config.parallel.tensor=4 splits heads and matrices over
+four, texts are divided among the rest.
+"""
+
+import importlib.util
+import os
+from functools import partial
+
+import jax
+from absl import flags
+
+from mor_jax import cli
+from mor_jax.config import ConfigError
+from mor_jax.console import open_console, print_line
+from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.inference.engine import Engine
+from mor_jax.inference.scheduler import Scheduler
+from mor_jax.inference.state import STOP_TOKENS
+from mor_jax.model import cache
+from mor_jax.parallel import mesh as mesh_lib
+from mor_jax.runs.restore import LoadedRun, load_run
+
+FLAGS = flags.FLAGS
+PACKAGES = ('starlette', 'uvicorn', 'prometheus_client', 'jinja2')
+
+
+def define_flags() -> None:
+  """Defines the flags of this command."""
+  cli.define_checkpoint()
+  flags.DEFINE_string('name', None, 'name of the model in requests; default: that of the folder')
+  flags.DEFINE_string('host', '127.0.0.1', 'address to listen at; 0.0.0.0: all of this machine')
+  flags.DEFINE_integer('port', 8000, 'port to listen at; 0: any that is free')
+  flags.DEFINE_string('api_key', None, 'key that clients must send; default: MOR_JAX_API_KEY, or none')
+  flags.DEFINE_integer('max_queue', 256, 'requests that may wait for a slot')
+  flags.DEFINE_integer('max_body_bytes', 2**22, 'largest body of a request')
+  flags.DEFINE_integer('slots', 16, 'texts generated together')
+  flags.DEFINE_integer(
+    'max_len', None, 'longest text in tokens, prompt included; default: data.seq_len of the run'
+  )
+  flags.DEFINE_float(
+    'slack', None, 'places of a recursion per token expected; default: model.threshold_slack'
+  )
+  flags.DEFINE_enum(
+    'cache_dtype', None, sorted(cache.DTYPES), 'keys and values; default: the dtype of the model'
+  )
+  flags.DEFINE_integer('ticks_per_call', 8, 'passes of the block between two pieces of a stream')
+  flags.DEFINE_float('drain_seconds', 30.0, 'time that running requests have to end after SIGTERM')
+
+
+def main() -> int:
+  """Serves until a signal; returns the exit code. Raises ConfigError for flags that cannot work."""
+  cli.require_checkpoint()
+  cli.check_least(max_queue=0, max_body_bytes=1, slots=1, max_len=2, ticks_per_call=1, port=0)
+  missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+  if missing:
+    raise ConfigError(f"the server needs {', '.join(missing)}: pip install 'mor_jax[serve]'")
+  from mor_jax.serving import schemas, server, templates
+  from mor_jax.serving.application import Application
+  from mor_jax.serving.worker import Worker
+
+  mesh = _mesh()
+  run = load_run(FLAGS.checkpoint, mesh=mesh)
+  cli.use_compilation_cache(run.config)
+  tokenizer = _tokenizer(run)
+  conventions = run.folder.conventions(run.config, tokenizer)
+  model = run.config.model
+  engine = _engine(run, mesh, schemas.MOST_LOGPROBS)
+  served = schemas.Served(
+    FLAGS.name or run.folder.path.resolve().name,
+    tokenizer,
+    engine.max_len,
+    conventions.ends[:STOP_TOKENS],
+    templates.of(conventions),
+    thresholds=model.kind == 'mor' and model.router == 'expert_choice',
+    recursions=engine.steps,
+  )
+  worker = Worker(Scheduler(engine, tokenizer, FLAGS.ticks_per_call), FLAGS.max_queue)
+  key = FLAGS.api_key if FLAGS.api_key is not None else os.environ.get('MOR_JAX_API_KEY', '')
+  app = Application(served, _about(run, engine), worker, FLAGS.max_body_bytes, key)
+  report = partial(print_line, open_console(lost=lambda: None))
+  return server.serve(app, FLAGS.host, FLAGS.port, FLAGS.drain_seconds, report)
+
+
+def _mesh():
+  changes = cli.overrides()
+  if not changes:
+    return mesh_lib.make_mesh(devices=jax.devices()[:1])
+  return mesh_lib.make_mesh(cli.load_config(None, changes).parallel)
+
+
+def _tokenizer(run: LoadedRun) -> Tokenizer:
+  path = run.folder.tokenizer
+  if not path.exists():
+    raise ConfigError(
+      f'--checkpoint={FLAGS.checkpoint} has no tokenizer: put the tokenizer.json that the model was trained with at '
+      f'{path}'
+    )
+  try:
+    return Tokenizer.load(path, run.config.data.separator, run.config.data.begin)
+  except ValueError as error:
+    raise ConfigError(f'--checkpoint={FLAGS.checkpoint}: {error}') from None
+
+
+def _engine(run: LoadedRun, mesh, top_logprobs: int) -> Engine:
+  parts = mesh_lib.row_shards(mesh)
+  return Engine(
+    run.model,
+    run.variables,
+    slots=-(-FLAGS.slots // parts) * parts,
+    max_len=FLAGS.max_len or run.config.data.seq_len,
+    slack=FLAGS.slack,
+    cache_dtype=FLAGS.cache_dtype,
+    top_logprobs=min(top_logprobs, run.config.model.vocab_size),
+    mesh=mesh if mesh.size > 1 else None,
+  )
+
+
+def _about(run: LoadedRun, engine: Engine) -> dict:
+  """What /v1/models tells of the model beyond OpenAI's fields: how scores come about."""
+  model = run.config.model
+  about = {'kind': model.kind, 'step': run.step, 'dtype': model.dtype, 'recursions': engine.steps}
+  if model.kind == 'mor':
+    slack = model.threshold_slack if FLAGS.slack is None else FLAGS.slack
+    about |= {'routing': 'threshold', 'capacities': list(model.step_capacities), 'slack': slack}
+  return about
+
+
+if __name__ == '__main__':
+  define_flags()
+  cli.run(main, __doc__, with_config=False, sections=('parallel',))

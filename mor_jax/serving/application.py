@@ -1,0 +1,295 @@
+"""The server's routes: OpenAI's API over the engine. `worker.py` has the engine, `schemas.py` and `answers.py` the forms."""
+
+import asyncio
+import contextlib
+import functools
+import hmac
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from mor_jax.files import parse_json
+from mor_jax.inference.requests import RequestError
+from mor_jax.serving import schemas
+from mor_jax.serving.answers import Answers
+from mor_jax.serving.errors import ApiError
+from mor_jax.serving.fields import Fields
+from mor_jax.serving.metrics import Metrics
+from mor_jax.serving.schemas import Served, Wanted
+from mor_jax.serving.worker import NOTHING, Job, Worker
+
+Handler = Callable[[HttpRequest], Awaitable[Response]]
+CLIENT_GONE = 499
+
+
+class Application:
+  """The routes, and what they share.
+
+  Attributes:
+    is_warm: whether the engine's programs are compiled; until then /health says 503.
+  """
+
+  def __init__(
+    self, served: Served, about: dict[str, Any], worker: Worker, max_body_bytes: int, api_key: str
+  ):
+    """Args:
+    about: what /v1/models tells of the model beyond OpenAI's fields.
+    api_key: that clients must send; '': none.
+    """
+    self._served, self._about, self.worker = served, about, worker
+    self._max_body_bytes, self._api_key = max_body_bytes, api_key
+    self.metrics, self.is_warm = Metrics(worker), False
+    self._started = int(time.time())
+    routes = {
+      ('/v1/models', 'GET'): self._models,
+      ('/v1/models/{name:path}', 'GET'): self._model,
+      ('/v1/completions', 'POST'): functools.partial(self._answer, False),
+      ('/v1/chat/completions', 'POST'): functools.partial(self._answer, True),
+      ('/tokenize', 'POST'): self._tokenize,
+      ('/detokenize', 'POST'): self._detokenize,
+    }
+    made = [
+      Route(path, self._guarded(path, handler), methods=[method])
+      for (path, method), handler in routes.items()
+    ]
+    made += [
+      Route('/health', self._health, methods=['GET']),
+      Route('/metrics', self._metrics, methods=['GET']),
+    ]
+    self.asgi = Starlette(routes=made, exception_handlers={HTTPException: _http_error, Exception: _failure})
+
+  @property
+  def name(self) -> str:
+    """The model's."""
+    return self._served.name
+
+  # ---- every route ----
+
+  def _guarded(self, route: str, handler: Handler) -> Handler:
+    """The handler for those who have the key, with errors in OpenAI's form, and counted."""
+
+    async def guarded(request: HttpRequest) -> Response:
+      try:
+        self._check_key(request)
+        response = await handler(request)
+      except ApiError as error:
+        response = JSONResponse(error.body(), error.status, error.headers)
+      self.metrics.answers.labels(route, str(response.status_code)).inc()
+      return response
+
+    return guarded
+
+  def _check_key(self, request: HttpRequest) -> None:
+    scheme, _, given = request.headers.get('authorization', '').partition(' ')
+    if not self._api_key:
+      return
+    if scheme.lower() != 'bearer' or not hmac.compare_digest(given.strip().encode(), self._api_key.encode()):
+      headers = {'WWW-Authenticate': 'Bearer'}
+      raise ApiError(
+        401,
+        'the API key is missing or wrong: send Authorization: Bearer KEY',
+        None,
+        'invalid_api_key',
+        headers,
+      )
+
+  async def _body(self, request: HttpRequest) -> Any:
+    too_large = ApiError(
+      413,
+      f'the body is larger than the {self._max_body_bytes} bytes that this server takes (--max_body_bytes)',
+    )
+    told = request.headers.get('content-length', '0')
+    if told.isdecimal() and int(told) > self._max_body_bytes:
+      raise too_large
+    body = b''
+    async for piece in request.stream():
+      body += piece
+      if len(body) > self._max_body_bytes:
+        raise too_large
+    try:
+      return parse_json(body)
+    except ValueError as error:
+      raise ApiError(400, f'the body is not JSON: {error}') from None
+
+  # ---- about the server ----
+
+  async def _models(self, _: HttpRequest) -> Response:
+    return JSONResponse({'object': 'list', 'data': [self._card()]})
+
+  async def _model(self, request: HttpRequest) -> Response:
+    name = request.path_params['name']
+    if name != self._served.name:
+      message = f'the model {name} does not exist; this server has {self._served.name}'
+      raise ApiError(404, message, 'model', 'model_not_found')
+    return JSONResponse(self._card())
+
+  def _card(self) -> dict[str, Any]:
+    card = {'id': self._served.name, 'object': 'model', 'created': self._started, 'owned_by': 'mor_jax'}
+    return {**card, 'max_model_len': self._served.max_len, **self._about}
+
+  async def _health(self, _: HttpRequest) -> Response:
+    state = 'draining' if self.worker.is_draining else 'ready' if self.is_warm else 'compiling'
+    alive = self.worker.is_alive()
+    return JSONResponse({'status': state if alive else 'dead'}, 200 if state == 'ready' and alive else 503)
+
+  async def _metrics(self, _: HttpRequest) -> Response:
+    return Response(self.metrics.text(), media_type='text/plain; version=0.0.4; charset=utf-8')
+
+  # ---- tokens ----
+
+  async def _tokenize(self, request: HttpRequest) -> Response:
+    fields = Fields(await self._body(request))
+    text = fields.text('prompt')
+    if text is None:
+      raise fields.refuse('prompt', 'a text')
+    tokenizer = self._served.tokenizer
+    is_special = fields.boolean('add_special_tokens', True)
+    tokens = tokenizer.encode_text(text) if is_special else tokenizer.encode(text)
+    return JSONResponse({'tokens': tokens, 'count': len(tokens), 'max_model_len': self._served.max_len})
+
+  async def _detokenize(self, request: HttpRequest) -> Response:
+    fields = Fields(await self._body(request))
+    tokens, most = fields.get('tokens'), self._served.tokenizer.vocab_size
+    if not isinstance(tokens, list) or not all(type(one) is int and 0 <= one < most for one in tokens):
+      raise fields.refuse('tokens', f'a list of ids from 0 to {most - 1}')
+    return JSONResponse({'prompt': self._served.tokenizer.decode(tokens)})
+
+  # ---- completions ----
+
+  async def _answer(self, is_chat: bool, request: HttpRequest) -> Response:
+    body = await self._body(request)
+    wanted = (schemas.chat if is_chat else schemas.completion)(body, self._served)
+    try:
+      for one in wanted.requests:
+        self.worker.scheduler.engine.check(one)
+    except RequestError as error:
+      raise ApiError(400, str(error)) from None
+    follow = _Follow(self.worker, wanted, self.metrics)
+    answers = Answers(self._served, wanted, is_chat)
+    if wanted.stream:
+      return _EventStream(follow, answers, wanted)
+    gone = asyncio.create_task(_disconnected(request.receive))
+    try:
+      async for _ in follow.changes(gone):
+        pass
+    finally:
+      gone.cancel()
+      follow.end()
+    job = follow.job
+    if not job.is_finished:
+      return Response(status_code=CLIENT_GONE)
+    follow.raise_error()
+    return JSONResponse(answers.whole(job.told))
+
+
+class _Follow:
+  """A job, and when it changes, for a coroutine."""
+
+  def __init__(self, worker: Worker, wanted: Wanted, metrics: Metrics):
+    loop, self._event = asyncio.get_running_loop(), asyncio.Event()
+    self._worker, self._metrics, self._begin = worker, metrics, time.perf_counter()
+
+    def changed() -> None:
+      with contextlib.suppress(RuntimeError):  # the loop has ended
+        loop.call_soon_threadsafe(self._event.set)
+
+    self.job: Job = worker.submit(wanted.requests, changed)
+    self._has_begun = False
+
+  async def changes(self, gone: 'asyncio.Task | None' = None) -> AsyncIterator[None]:
+    """Once for whatever is new, until the job has ended or the client is gone."""
+    while not self.job.is_finished:
+      changed = asyncio.create_task(self._event.wait())
+      await asyncio.wait({changed, gone} if gone else {changed}, return_when=asyncio.FIRST_COMPLETED)
+      changed.cancel()
+      if gone is not None and gone.done():
+        return
+      self._event.clear()
+      if not self._has_begun and any(one is not NOTHING for one in self.job.told):
+        self._has_begun = True
+        self._metrics.first_token.observe(time.perf_counter() - self._begin)
+      yield
+
+  def end(self) -> None:
+    """Frees what the job holds, if it has not ended, and counts it."""
+    job, metrics = self.job, self._metrics
+    if not job.is_finished:
+      self._worker.cancel(job)
+      metrics.cancelled.inc()
+    metrics.duration.observe(time.perf_counter() - self._begin)
+    metrics.prompt_tokens.inc(sum(len(one.prompt) for one in job.requests))
+    metrics.completion_tokens.inc(sum(len(one.tokens) for one in job.told))
+    metrics.block_passes.inc(sum(sum(one.depths) for one in job.told))
+
+  def raise_error(self) -> None:
+    """Raises ApiError if the engine failed."""
+    if self.job.error is not None:
+      raise ApiError(500, f'the engine failed: {self.job.error}', code='engine_failed')
+
+
+class _EventStream(Response):
+  """Server-sent events of a job, until it has ended or the client is gone."""
+
+  def __init__(self, follow: _Follow, answers: Answers, wanted: Wanted):
+    super().__init__(
+      media_type='text/event-stream', headers={'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'}
+    )
+    del self.headers['content-length']
+    self._follow, self._answers, self._wanted = follow, answers, wanted
+
+  async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    """Sends the events."""
+    gone = asyncio.create_task(_disconnected(receive))
+    start = {'type': 'http.response.start', 'status': self.status_code, 'headers': self.raw_headers}
+    try:
+      await send(start)
+      async for _ in self._follow.changes(gone):
+        await self._send_pieces(send)
+      if not gone.done():
+        await self._send_pieces(send)
+        await self._send_end(send)
+    except OSError:  # the client is gone
+      pass
+    finally:
+      gone.cancel()
+      self._follow.end()
+
+  async def _send_pieces(self, send: Any) -> None:
+    for piece in self._answers.pieces(self._follow.job.told):
+      await send({'type': 'http.response.body', 'body': _event(piece), 'more_body': True})
+
+  async def _send_end(self, send: Any) -> None:
+    events = b''
+    try:
+      self._follow.raise_error()
+    except ApiError as error:
+      events += _event(error.body())
+    if self._wanted.include_usage:
+      events += _event(self._answers.last(self._follow.job.told))
+    await send({'type': 'http.response.body', 'body': events + b'data: [DONE]\n\n', 'more_body': False})
+
+
+def _event(piece: dict[str, Any]) -> bytes:
+  return f'data: {json.dumps(piece, ensure_ascii=False)}\n\n'.encode('utf-8', 'backslashreplace')
+
+
+async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
+  while (await receive())['type'] != 'http.disconnect':
+    pass
+
+
+async def _http_error(_: HttpRequest, error: Exception) -> Response:
+  """What Starlette refuses itself: paths and methods that do not exist."""
+  assert isinstance(error, HTTPException)
+  return JSONResponse(ApiError(error.status_code, str(error.detail)).body(), error.status_code, error.headers)
+
+
+async def _failure(_: HttpRequest, error: Exception) -> Response:
+  return JSONResponse(ApiError(500, f'the server failed: {type(error).__name__}').body(), 500)

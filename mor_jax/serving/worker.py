@@ -1,0 +1,172 @@
+"""The one thread that owns the engine. Everybody else hands it jobs, and reads what it tells of them."""
+
+import dataclasses
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from mor_jax.inference.requests import Request, Result
+from mor_jax.inference.scheduler import Scheduler
+from mor_jax.serving.errors import ApiError
+
+
+class Told(NamedTuple):
+  """A result as it was between two calls of the engine; see `requests.Result`."""
+
+  text: str
+  tokens: tuple[int, ...]
+  depths: tuple[int, ...]
+  logprobs: tuple[float | None, ...]
+  top_logprobs: tuple[list[tuple[int, float]], ...]
+  finish: str
+
+
+NOTHING = Told('', (), (), (), (), '')
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+  """Requests of one client.
+
+  Attributes:
+    told: the latest of every request; replaced as a whole by the worker.
+    error: why the engine could not answer; None: it could.
+    changed: called by the worker whenever there is something new.
+  """
+
+  requests: tuple[Request, ...]
+  changed: Callable[[], None]
+  told: tuple[Told, ...]
+  error: Exception | None = None
+  results: list[Result] = dataclasses.field(default_factory=list)
+
+  @property
+  def is_finished(self) -> bool:
+    """Whether nothing more will come."""
+    return self.error is not None or all(one.finish for one in self.told)
+
+
+class Worker(threading.Thread):
+  """Runs jobs, first come, first served, until it is stopped.
+
+  Attributes:
+    scheduler: whose statistics others may read.
+  """
+
+  def __init__(self, scheduler: Scheduler, max_queue: int):
+    """Args:
+    max_queue: requests that may wait for a slot.
+    """
+    super().__init__(name='engine', daemon=True)
+    self.scheduler, self._max_queue = scheduler, max_queue
+    self._inbox: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
+    self._lock = threading.Lock()
+    self._coming, self._is_draining = 0, False
+    self._jobs: list[Job] = []
+
+  @property
+  def waiting(self) -> int:
+    """Requests that have no slot yet."""
+    return self._coming + self.scheduler.waiting
+
+  @property
+  def is_draining(self) -> bool:
+    """Whether new jobs are refused."""
+    return self._is_draining
+
+  @property
+  def is_idle(self) -> bool:
+    """Whether every job has ended."""
+    return not self._coming and not self._jobs
+
+  def submit(self, requests: Sequence[Request], changed: Callable[[], None]) -> Job:
+    """Hands over requests, which the engine has checked (`Engine.check`).
+
+    Raises:
+      ApiError: 429, the queue is full; 503, the server drains.
+    """
+    with self._lock:
+      if self._is_draining:
+        raise ApiError(503, 'the server is shutting down', code='draining', headers={'Retry-After': '5'})
+      waiting = self.waiting
+      if waiting and waiting + len(requests) > self._max_queue:
+        raise ApiError(
+          429,
+          f'{waiting} requests are waiting, and at most {self._max_queue} may (--max_queue); try again later',
+          code='queue_full',
+          headers={'Retry-After': '1'},
+        )
+      self._coming += len(requests)
+    job = Job(tuple(requests), changed, (NOTHING,) * len(requests))
+    self._inbox.put(('begin', job))
+    return job
+
+  def cancel(self, job: Job) -> None:
+    """Ends a job, finished or not: its slots are free after the call of the engine that is running."""
+    self._inbox.put(('end', job))
+
+  def drain(self) -> None:
+    """Refuses new jobs; those there are go on."""
+    with self._lock:
+      self._is_draining = True
+
+  def stop(self) -> None:
+    """Ends the thread after what it is doing; jobs that run are left."""
+    self._inbox.put(('stop', None))
+
+  # ---- in the thread ----
+
+  def run(self) -> None:
+    """Takes jobs and runs the engine, until `stop`."""
+    while self._take(wait=not self.scheduler.busy):
+      if not self.scheduler.busy:
+        continue
+      try:
+        self.scheduler.step()
+      except Exception as error:
+        logging.exception('the engine failed')
+        self._fail(error)
+      self._tell()
+
+  def _take(self, wait: bool) -> bool:
+    """Does what the inbox asks for; False: stop."""
+    while True:
+      try:
+        order, job = self._inbox.get(block=wait)
+      except queue.Empty:
+        return True
+      wait = False
+      if job is None:
+        return False
+      if order == 'begin':
+        job.results = [self.scheduler.submit(request) for request in job.requests]
+        self._jobs.append(job)
+        with self._lock:
+          self._coming -= len(job.requests)
+      else:
+        for result in job.results:
+          self.scheduler.cancel(result)
+        if job in self._jobs:
+          self._jobs.remove(job)
+
+  def _tell(self) -> None:
+    for job in list(self._jobs):
+      told = tuple(map(_told, job.results))
+      if told != job.told or job.error is not None:
+        job.told = told
+        job.changed()
+      if job.is_finished:
+        self._jobs.remove(job)
+
+  def _fail(self, error: Exception) -> None:
+    """Every job gets the error; the engine begins anew."""
+    for job in self._jobs:
+      job.error = error
+    self.scheduler.reset()
+
+
+def _told(result: Result) -> Told:
+  fields = (tuple(getattr(result, name)) for name in ('tokens', 'depths', 'logprobs', 'top_logprobs'))
+  return Told(result.text, *fields, result.finish)

@@ -1,0 +1,405 @@
+"""The server over HTTP: the forms of OpenAI's API, the engine's own answers in them, and what it refuses."""
+
+import asyncio
+import json
+import time
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import serving
+import tiny_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mor_jax.evaluation.scoring import Scorer
+from mor_jax.inference.requests import Request
+from mor_jax.inference.scheduler import Scheduler
+from mor_jax.serving import schemas
+from mor_jax.serving.errors import ApiError
+from mor_jax.serving.templates import Template
+
+COMPLETIONS, CHATS = '/v1/completions', '/v1/chat/completions'
+
+
+@pytest.fixture(scope='module')
+def server():
+  with serving.running() as (address, app):
+    yield address, app
+
+
+@pytest.fixture(scope='module')
+def address(server):
+  return server[0]
+
+
+def complete(address: str, **fields) -> dict:
+  answer = serving.post(address, COMPLETIONS, {'model': serving.NAME, 'prompt': 'the boats ', **fields})
+  assert answer.status_code == 200, answer.text
+  return answer.json()
+
+
+def direct(prompt: str, **options):
+  """What the engine says itself."""
+  request = Request(tuple(prompt.encode()), stop_tokens=(256,), **options)
+  return Scheduler(serving.engine(), serving.tokenizer()).run([request])[0]
+
+
+def events(address: str, path: str, **fields) -> list[dict]:
+  body = {'model': serving.NAME, 'stream': True, **fields}
+  with httpx.stream('POST', f'{address}{path}', json=body, timeout=60) as answer:
+    lines = [line for line in answer.iter_lines() if line]
+  assert all(line.startswith('data: ') for line in lines)
+  assert lines[-1] == 'data: [DONE]'
+  return [json.loads(line.removeprefix('data: ')) for line in lines[:-1]]
+
+
+# ---- what is answered ----
+
+
+def test_about_the_server(address):
+  (card,) = httpx.get(f'{address}/v1/models').json()['data']
+  assert (card['id'], card['object'], card['max_model_len'], card['kind']) == ('tiny', 'model', 64, 'mor')
+  assert httpx.get(f'{address}/v1/models/tiny').json() == card
+  assert httpx.get(f'{address}/v1/models/other').status_code == 404
+  assert httpx.get(f'{address}/health').json() == {'status': 'ready'}
+  tokens = serving.post(address, '/tokenize', {'prompt': 'é!'}).json()
+  assert tokens == {'tokens': [0xC3, 0xA9, 33], 'count': 3, 'max_model_len': 64}
+  assert serving.post(address, '/detokenize', {'tokens': tokens['tokens']}).json() == {'prompt': 'é!'}
+
+
+def test_a_completion_is_what_the_engine_says(address):
+  found = complete(address, max_tokens=12, temperature=0, depths=True)
+  expected = direct('the boats ', max_new_tokens=12)
+  (choice,) = found['choices']
+  assert choice['text'] == expected.text
+  assert choice['depths'] == {'prompt': expected.depths[:10], 'tokens': expected.depths[10:]}
+  assert choice['finish_reason'] == ('length' if expected.finish == 'length' else 'stop')
+  assert found['usage']['prompt_tokens'] == 10
+  assert found['usage']['completion_tokens'] == len(expected.tokens)
+  assert found['usage']['block_passes'] == sum(expected.depths)
+  drawn = complete(
+    address, max_tokens=12, seed=5, n=2, temperature=1.5, top_p=0.9, top_k=-1, max_recursions=1
+  )
+  texts = [choice['text'] for choice in drawn['choices']]
+  options = {'max_new_tokens': 12, 'temperature': 1.5, 'top_p': 0.9, 'max_recursions': 1}
+  assert texts == [direct('the boats ', seed=seed, **options).text for seed in (5, 6)]
+
+
+def test_prompts_of_every_form(address):
+  ids = list(b'the boats ')
+  texts = [
+    [choice['text'] for choice in complete(address, prompt=prompt, max_tokens=4, temperature=0)['choices']]
+    for prompt in ('the boats ', ids, ['the boats ', 'a'], [ids, [97]])
+  ]
+  assert texts[0] == texts[1] == texts[2][:1]
+  assert texts[2] == texts[3]
+  assert len(complete(address, prompt='', max_tokens=2)['choices']) == 1
+
+
+def test_log_probabilities_are_those_of_the_evaluation(address):
+  """Of the whole text, to 1e-4; the form that lm-evaluation-harness reads."""
+  found = complete(address, max_tokens=0, echo=True, logprobs=3, temperature=0)
+  (choice,) = found['choices']
+  said = choice['logprobs']
+  assert choice['text'] == ''.join(said['tokens']) == 'the boats '
+  assert said['token_logprobs'][0] is said['top_logprobs'][0] is None
+  assert said['text_offset'] == list(range(10))
+  assert found['usage']['completion_tokens'] == 0
+  run = tiny_run.run()
+  scorer = Scorer(run.model, run.initial().variables, max_len=64, batch_size=1)
+  text = list(b'the boats ')
+  ((total, _),) = scorer.score([(text[:1], text[1:])])
+  assert sum(said['token_logprobs'][1:]) == pytest.approx(total, abs=1e-4)
+  for place, top in enumerate(said['top_logprobs'][1:], start=1):
+    assert len(top) <= 3
+    assert max(top.values()) >= said['token_logprobs'][place] - 1e-6
+  more = complete(address, max_tokens=3, echo=True, logprobs=0, temperature=0)['choices'][0]
+  assert more['logprobs']['tokens'][:10] == said['tokens']
+  assert len(more['logprobs']['tokens']) == 13
+  assert more['logprobs']['token_logprobs'][1:10] == pytest.approx(said['token_logprobs'][1:], abs=1e-5)
+
+
+def test_the_best_of_some(address):
+  options = {'max_tokens': 6, 'seed': 3, 'temperature': 1.0, 'logprobs': 0}
+  every = complete(address, n=4, **options)['choices']
+  best = complete(address, best_of=4, n=1, **options)['choices']
+  means = [np.mean(choice['logprobs']['token_logprobs']) for choice in every]
+  assert [choice['text'] for choice in best] == [every[int(np.argmax(means))]['text']]
+
+
+@pytest.mark.parametrize('stop', [None, 'given'])
+def test_a_stream_says_what_a_whole_answer_does(address, stop):
+  fields = {
+    'prompt': ['the boats ', 'in'],
+    'max_tokens': 20,
+    'seed': 2,
+    'logprobs': 1,
+    'depths': True,
+    'n': 2,
+  }
+  fields |= {'temperature': 1.0}
+  if stop:
+    text = complete(address, **fields)['choices'][0]['text']
+    fields['stop'] = [text[9:12]]
+  whole = complete(address, **fields)
+  pieces = events(address, COMPLETIONS, **fields, stream_options={'include_usage': True})
+  *pieces, last = pieces
+  assert (last['choices'], last['usage']) == ([], whole['usage'])
+  assert len({piece['id'] for piece in pieces}) == 1
+  for index, choice in enumerate(whole['choices']):
+    parts = [piece['choices'][0] for piece in pieces if piece['choices'][0]['index'] == index]
+    assert ''.join(part['text'] for part in parts) == choice['text']
+    assert [part['finish_reason'] for part in parts[:-1]] == [None] * (len(parts) - 1)
+    assert parts[-1]['finish_reason'] == choice['finish_reason']
+    for name in ('tokens', 'token_logprobs', 'text_offset'):
+      assert [one for part in parts for one in part['logprobs'][name]] == choice['logprobs'][name], name
+    assert [depth for part in parts for depth in part['depths']['tokens']] == choice['depths']['tokens']
+    assert parts[0]['depths']['prompt'] == choice['depths']['prompt']
+    if stop and index == 0:
+      assert choice['finish_reason'] == 'stop'
+      assert fields['stop'][0] not in choice['text']
+  assert len(pieces) > 4, 'it came in pieces'
+
+
+def test_chats_go_through_the_template(address):
+  fields = {'messages': [{'role': 'user', 'content': 'boats?'}], 'max_tokens': 6, 'temperature': 0}
+  answer = serving.post(
+    address, CHATS, {'model': 'tiny', 'logprobs': True, 'top_logprobs': 2, **fields}
+  ).json()
+  expected = direct('[user] boats?\n[assistant] ', max_new_tokens=6)
+  (choice,) = answer['choices']
+  assert choice['message'] == {'role': 'assistant', 'content': expected.text, 'refusal': None}
+  content = choice['logprobs']['content']
+  assert ''.join(entry['token'] for entry in content) == expected.text
+  assert all(len(entry['top_logprobs']) == 2 for entry in content)
+  deltas = [piece['choices'][0]['delta'] for piece in events(address, CHATS, **fields)]
+  assert deltas[0]['role'] == 'assistant'
+  assert ''.join(delta['content'] for delta in deltas) == expected.text
+
+
+def test_openai_s_client(address):
+  client = openai.OpenAI(base_url=f'{address}/v1', api_key='none')
+  expected = direct('the boats ', max_new_tokens=8).text
+  wanted = {'model': 'tiny', 'prompt': 'the boats ', 'max_tokens': 8, 'temperature': 0}
+  assert client.models.list().data[0].id == 'tiny'
+  assert client.completions.create(**wanted, extra_body={'depths': True}).choices[0].text == expected
+  assert (
+    ''.join(piece.choices[0].text for piece in client.completions.create(**wanted, stream=True)) == expected
+  )
+  with pytest.raises(openai.BadRequestError, match='temperature=9 is not allowed') as refused:
+    client.completions.create(**{**wanted, 'temperature': 9})
+  assert refused.value.param == 'temperature'
+
+  async def chat():
+    async with openai.AsyncOpenAI(base_url=f'{address}/v1', api_key='none') as client:
+      messages = [{'role': 'user', 'content': 'boats?'}]
+      answer = await client.chat.completions.create(model='tiny', messages=messages, max_tokens=4)
+      return answer.choices[0].message.content
+
+  assert isinstance(asyncio.run(chat()), str)
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+  ('path', 'body', 'status', 'param'),
+  [
+    (COMPLETIONS, [], 400, None),
+    (COMPLETIONS, {'prompt': 'a'}, 400, 'model'),
+    (COMPLETIONS, {'model': 'other', 'prompt': 'a'}, 404, 'model'),
+    (COMPLETIONS, {'prompt': 7}, 400, 'prompt'),
+    (COMPLETIONS, {'prompt': []}, 400, 'prompt'),
+    (COMPLETIONS, {'prompt': ['a', []]}, 400, 'prompt'),
+    (COMPLETIONS, {'prompt': 'a' * 64}, 400, 'prompt'),
+    (COMPLETIONS, {'prompt': '\ud800'}, 400, 'prompt'),
+    (COMPLETIONS, {'prompt': [1, 999]}, 400, None),
+    (COMPLETIONS, {'max_tokens': 0}, 400, 'max_tokens'),
+    (COMPLETIONS, {'max_tokens': True}, 400, 'max_tokens'),
+    (COMPLETIONS, {'n': 0}, 400, 'n'),
+    (COMPLETIONS, {'n': 3, 'best_of': 2}, 400, 'best_of'),
+    (COMPLETIONS, {'best_of': 2, 'stream': True}, 400, 'best_of'),
+    (COMPLETIONS, {'logprobs': 21}, 400, 'logprobs'),
+    (COMPLETIONS, {'temperature': 'hot'}, 400, 'temperature'),
+    (COMPLETIONS, {'temperature': 10**400}, 400, 'temperature'),
+    (COMPLETIONS, {'top_p': 0}, 400, 'top_p'),
+    (COMPLETIONS, {'min_p': 2}, 400, 'min_p'),
+    (COMPLETIONS, {'presence_penalty': 3}, 400, 'presence_penalty'),
+    (COMPLETIONS, {'logit_bias': {'a': 1}}, 400, 'logit_bias'),
+    (COMPLETIONS, {'logit_bias': {'1': 101}}, 400, 'logit_bias'),
+    (COMPLETIONS, {'stop': ['a', '']}, 400, 'stop'),
+    (COMPLETIONS, {'stop': ['a'] * 17}, 400, 'stop'),
+    (COMPLETIONS, {'stop_token_ids': list(range(9))}, 400, 'stop_token_ids'),
+    (COMPLETIONS, {'seed': 0.5}, 400, 'seed'),
+    (COMPLETIONS, {'max_recursions': 3}, 400, 'max_recursions'),
+    (COMPLETIONS, {'suffix': 'b'}, 400, 'suffix'),
+    (COMPLETIONS, {'stream': 'yes'}, 400, 'stream'),
+    (COMPLETIONS, {'stream_options': 1}, 400, None),
+    (CHATS, {}, 400, 'messages'),
+    (CHATS, {'messages': [{'role': 'user'}]}, 400, 'messages'),
+    (CHATS, {'messages': [{'role': 'user', 'content': [{'type': 'image_url'}]}]}, 400, 'messages'),
+    (CHATS, {'messages': [{'role': 'user', 'content': 'a'}], 'top_logprobs': 2}, 400, 'top_logprobs'),
+    (CHATS, {'messages': [{'role': 'user', 'content': 'a'}], 'tools': [{}]}, 400, 'tools'),
+    ('/tokenize', {'prompt': 1}, 400, 'prompt'),
+    ('/detokenize', {'tokens': [257]}, 400, 'tokens'),
+  ],
+)
+def test_a_wrong_value_is_named(address, path, body, status, param):
+  if isinstance(body, dict) and path in (COMPLETIONS, CHATS):
+    body = {'model': 'tiny', 'prompt': 'a', **body} if body != {'prompt': 'a'} else body
+  answer = httpx.post(f'{address}{path}', content=json.dumps(body))
+  error = answer.json()['error']
+  assert (answer.status_code, error['param']) == (status, param), error
+  assert error['type'] == 'invalid_request_error'
+  assert 10 < len(error['message']) < 400
+
+
+def test_other_refusals(address):
+  assert (
+    httpx.post(f'{address}{COMPLETIONS}', content=b'{')
+    .json()['error']['message']
+    .startswith('the body is not JSON')
+  )
+  assert httpx.post(f'{address}{COMPLETIONS}', content=b'[' * 5000).status_code == 400
+  assert httpx.post(f'{address}{COMPLETIONS}', content=b' ' * 20_001).status_code == 413
+  pieces = (b' ' * 9000 for _ in range(3))  # without a length
+  assert httpx.post(f'{address}{COMPLETIONS}', content=pieces).status_code == 413
+  assert httpx.get(f'{address}{COMPLETIONS}').status_code == 405
+  assert httpx.get(f'{address}/nowhere').json()['error']['message'] == 'Not Found'
+
+
+JSON = st.recursive(
+  st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+  max_leaves=5,
+)
+FIELDS = [
+  'prompt',
+  'messages',
+  'max_tokens',
+  'n',
+  'best_of',
+  'echo',
+  'logprobs',
+  'stream',
+  'stream_options',
+  'stop',
+  'stop_token_ids',
+  'seed',
+  'temperature',
+  'top_p',
+  'top_k',
+  'min_p',
+  'logit_bias',
+  'presence_penalty',
+  'ignore_eos',
+  'depths',
+  'max_recursions',
+  'threshold_shift',
+]
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4) | JSON)
+def test_whatever_a_body_is_it_is_read_or_refused(body):
+  if isinstance(body, dict):
+    body = {'model': 'tiny', **body}
+  for read in (schemas.completion, schemas.chat):
+    found = None
+    try:
+      for request in read(body, serving.served()).requests:
+        request.check()
+    except ApiError as error:
+      found = error
+    if found is not None:
+      assert 400 <= found.status < 500
+      json.dumps(found.body()).encode()
+
+
+def test_a_key_is_asked_for():
+  with serving.running(api_key=serving.KEY) as (address, _):
+    for headers in ({}, {'Authorization': 'Bearer wrong'}, {'Authorization': serving.KEY}):
+      answer = httpx.get(f'{address}/v1/models', headers=headers)
+      assert (answer.status_code, answer.json()['error']['code']) == (401, 'invalid_api_key')
+    right = {'Authorization': f'Bearer {serving.KEY}'}
+    assert httpx.get(f'{address}/v1/models', headers=right).status_code == 200
+    assert httpx.get(f'{address}/health').status_code == 200
+
+
+# ---- load ----
+
+
+def waits_until(holds) -> None:
+  end = time.monotonic() + 20
+  while not holds():
+    assert time.monotonic() < end
+    time.sleep(0.01)
+
+
+def test_a_client_that_leaves_frees_its_slots(server):
+  address, app = server
+  scheduler = app.worker.scheduler
+  body = {'model': 'tiny', 'prompt': 'a', 'max_tokens': 60, 'ignore_eos': True, 'n': 2}
+  for stream in (True, False):
+    before = app.metrics.cancelled._value.get()
+    with httpx.Client(timeout=0.3 if not stream else 20) as client:
+      if stream:
+        with client.stream('POST', f'{address}{COMPLETIONS}', json={**body, 'stream': True}) as answer:
+          next(answer.iter_lines())
+      else:
+        slow = {**body, 'n': 8, 'best_of': 8}
+        with pytest.raises(httpx.ReadTimeout):
+          client.post(f'{address}{COMPLETIONS}', json=slow, timeout=0.02)
+    waits_until(lambda: app.worker.is_idle and not scheduler.busy)
+    assert app.metrics.cancelled._value.get() == before + 1, stream
+  assert complete(address, max_tokens=2)['choices'][0]['text'] is not None
+
+
+def test_a_full_queue_and_a_draining_server_say_so():
+  with serving.running(max_queue=2) as (address, app):
+    body = {'model': 'tiny', 'prompt': 'a', 'max_tokens': 60, 'ignore_eos': True, 'n': 6, 'stream': True}
+    with httpx.stream('POST', f'{address}{COMPLETIONS}', json=body, timeout=20) as answer:
+      assert app.worker.waiting
+      full = serving.post(address, COMPLETIONS, {'model': 'tiny', 'prompt': 'a'})
+      assert (full.status_code, full.headers['retry-after']) == (429, '1')
+      app.worker.drain()
+      assert httpx.get(f'{address}/health').status_code == 503
+      refused = serving.post(address, COMPLETIONS, {'model': 'tiny', 'prompt': 'a'})
+      assert (refused.status_code, refused.json()['error']['code']) == (503, 'draining')
+      assert list(answer.iter_lines())[-2] == 'data: [DONE]', 'what runs ends'
+
+
+def test_an_engine_that_fails_answers_with_an_error_and_goes_on(server, monkeypatch):
+  address, app = server
+  with monkeypatch.context() as patch:
+    patch.setattr(app.worker.scheduler.engine, 'generate', lambda *args: 1 / 0)
+    answer = serving.post(address, COMPLETIONS, {'model': 'tiny', 'prompt': 'ab'})
+  assert (answer.status_code, answer.json()['error']['code']) == (500, 'engine_failed')
+  assert (
+    complete(address, max_tokens=3, temperature=0)['choices'][0]['text']
+    == direct('the boats ', max_new_tokens=3).text
+  )
+
+
+def test_what_is_counted(server):
+  address, app = server
+  before = app.metrics.completion_tokens._value.get()
+  complete(address, max_tokens=5, ignore_eos=True)
+  text = httpx.get(f'{address}/metrics').text
+  assert f'mor_jax_completion_tokens_total {before + 5}' in text
+  assert 'mor_jax_answers_total{route="/v1/completions",status="200"}' in text
+  assert 'mor_jax_slots 2.0' in text
+
+
+# ---- templates ----
+
+
+def test_templates_are_in_a_sandbox():
+  refuse = Template("{{ raise_exception('roles must alternate') }}", {})
+  with pytest.raises(ApiError, match='refuses these messages: roles must alternate'):
+    refuse.render([])
+  spy = Template('{{ messages.__class__.__mro__[1].__subclasses__() }}', {})
+  with pytest.raises(ApiError, match='does what it must not'):
+    spy.render([])
