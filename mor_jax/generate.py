@@ -17,25 +17,20 @@ over four, texts are divided among the rest.
 import sys
 from pathlib import Path
 
-import jax
 from absl import flags
 from jax.sharding import Mesh
 
 from mor_jax import cli
+from mor_jax.cli import engines
 from mor_jax.config import ConfigError
 from mor_jax.console import open_console
 from mor_jax.data.conventions import Conventions
 from mor_jax.data.tokenizer import Tokenizer
-from mor_jax.evaluation import calibration
 from mor_jax.inference import batch
-from mor_jax.inference.engine import Engine
 from mor_jax.inference.requests import Request, RequestError
 from mor_jax.inference.scheduler import Scheduler
 from mor_jax.inference.state import STOP_TOKENS
 from mor_jax.inference.terminal import Writer, describe_statistics
-from mor_jax.model import cache
-from mor_jax.model.transformer import Transformer
-from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.runs.restore import LoadedRun, load_run
 
 FLAGS = flags.FLAGS
@@ -68,36 +63,21 @@ def define_flags() -> None:
   flags.DEFINE_integer('seed', 0, 'equal seeds give equal texts')
   flags.DEFINE_multi_string('stop', [], 'text that ends the continuation; may be given several times')
   flags.DEFINE_boolean('ignore_end_of_text', False, 'go on after the token that ends documents')
-  flags.DEFINE_integer('max_recursions', None, 'recursions a token takes at most; default: as trained')
   flags.DEFINE_float(
     'threshold_shift', 0.0, 'added to the router thresholds: above 0 saves computation, below 0 spends more'
   )
-  flags.DEFINE_list(
-    'capacities', None, 'use the thresholds that mor_jax.calibrate stored for these capacities'
-  )
   flags.DEFINE_boolean('show_depth', False, 'colour every token by the recursions that it took')
-  flags.DEFINE_integer(
-    'max_len', None, 'longest text in tokens, prompt included; default: data.seq_len of the run'
-  )
-  flags.DEFINE_integer(
-    'slots',
-    None,
-    'texts generated together; default: --num_samples, or 16 in batch mode, and more if devices need it',
-  )
-  flags.DEFINE_float(
-    'slack', None, 'places of a recursion per token expected; default: model.threshold_slack'
-  )
-  flags.DEFINE_enum(
-    'cache_dtype', None, sorted(cache.DTYPES), 'keys and values; default: the dtype of the model'
+  engines.define_flags(
+    None, 'texts generated together; default: --num_samples, or 16 in batch mode, and more if devices need it'
   )
 
 
 def main() -> int:
   """Generates, and returns the exit code. Raises ConfigError for flags that cannot work."""
   _check_flags()
-  mesh = _mesh()
+  mesh = engines.make_mesh()
   run = load_run(FLAGS.checkpoint, mesh=mesh)
-  tokenizer = _tokenizer(run)
+  tokenizer = engines.tokenizer_of(run)
   template = _template(tokenizer, run.folder.conventions(run.config, tokenizer))
   try:
     template.check()
@@ -129,19 +109,6 @@ def _check_flags() -> None:
   cli.check_least(num_samples=1, slots=1, logprobs=0)
 
 
-def _tokenizer(run: LoadedRun) -> Tokenizer:
-  path = run.folder.tokenizer
-  if not path.exists():
-    raise ConfigError(
-      f'--checkpoint={FLAGS.checkpoint} has no tokenizer: put the tokenizer.json that the model was trained '
-      f'with at {path}'
-    )
-  try:
-    return Tokenizer.load(path, run.config.data.separator, run.config.data.begin)
-  except ValueError as error:
-    raise ConfigError(f'--checkpoint={FLAGS.checkpoint}: {error}') from None
-
-
 def _template(tokenizer: Tokenizer, conventions: Conventions) -> Request:
   """The request that the flags describe, with a prompt to be filled in."""
   return Request(
@@ -162,48 +129,6 @@ def _template(tokenizer: Tokenizer, conventions: Conventions) -> Request:
   )
 
 
-def _mesh() -> Mesh:
-  """All devices, if the flags say how; else the first."""
-  changes = cli.overrides()
-  if not changes:
-    return mesh_lib.make_mesh(devices=jax.devices()[:1])
-  return mesh_lib.make_mesh(cli.load_config(None, changes).parallel)
-
-
-def _engine(run: LoadedRun, wanted: int, mesh: Mesh) -> Engine:
-  """An engine with --slots slots, or at least `wanted`, as many on every part of the mesh."""
-  parts = mesh_lib.row_shards(mesh)
-  config, variables = run.config, run.variables
-  if FLAGS.capacities:
-    config, variables = _calibrated(run)
-  return Engine(
-    Transformer(config.model),
-    variables,
-    slots=FLAGS.slots or -(-wanted // parts) * parts,
-    max_len=config.data.seq_len if FLAGS.max_len is None else FLAGS.max_len,
-    slack=FLAGS.slack,
-    cache_dtype=FLAGS.cache_dtype,
-    max_recursions=FLAGS.max_recursions,
-    top_logprobs=FLAGS.logprobs,
-    mesh=mesh if mesh.size > 1 else None,
-  )
-
-
-def _calibrated(run: LoadedRun):
-  wanted = cli.numbers('capacities')
-  stored = {entry.capacities: entry for entry in calibration.read(run.folder.calibrations)}
-  text = ','.join(FLAGS.capacities)
-  command = f'python -m mor_jax.calibrate --checkpoint={FLAGS.checkpoint} --capacities={text}'
-  if wanted not in stored:
-    raise ConfigError(f'--capacities={text} has not been calibrated for this run: first run {command}')
-  if stored[wanted].step != run.step:
-    raise ConfigError(
-      f'--capacities={text} was calibrated with the checkpoint of step {stored[wanted].step}, and the thresholds of '
-      f'step {run.step} are others: run {command} again'
-    )
-  return calibration.apply(run.config, run.variables, stored[wanted])
-
-
 # ---- one prompt, streamed ----
 
 
@@ -213,7 +138,7 @@ def _stream(run: LoadedRun, tokenizer: Tokenizer, template: Request, mesh: Mesh)
       f'--show_depth: this run has model.kind={run.config.model.kind}, whose tokens all take the same depth'
     )
   requests = batch.samples(template, tuple(tokenizer.encode_text(_prompt())), FLAGS.num_samples)
-  engine = _engine(run, FLAGS.num_samples, mesh)
+  engine, _ = engines.make_engine(run, FLAGS.num_samples, mesh)
   scheduler = Scheduler(engine, tokenizer, ticks_per_call=STREAMING_TICKS)
   try:
     results = [scheduler.submit(request) for request in requests]
@@ -253,7 +178,9 @@ def _answer_file(run: LoadedRun, tokenizer: Tokenizer, template: Request, mesh: 
   if before.lines == len(lines):
     print(f'all {len(lines)} lines have been answered', file=sys.stderr)
     return 0
-  scheduler = Scheduler(_engine(run, min(DEFAULT_SLOTS, len(lines) - before.lines), mesh), tokenizer)
+  slots = min(DEFAULT_SLOTS, len(lines) - before.lines)
+  engine, _ = engines.make_engine(run, slots, mesh, FLAGS.logprobs)
+  scheduler = Scheduler(engine, tokenizer)
   with batch.open_output(
     FLAGS.output, before
   ) as output:  # opened last: nothing is lost if something does not work

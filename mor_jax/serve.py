@@ -20,20 +20,18 @@ four, texts are divided among the rest.
 import importlib.util
 import os
 from functools import partial
+from typing import Any
 
-import jax
 from absl import flags
 
 from mor_jax import cli
-from mor_jax.config import ConfigError
+from mor_jax.cli import engines
+from mor_jax.config import Config, ConfigError
 from mor_jax.console import open_console, print_line
-from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.inference.engine import Engine
 from mor_jax.inference.scheduler import Scheduler
 from mor_jax.inference.state import STOP_TOKENS
-from mor_jax.model import cache
-from mor_jax.parallel import mesh as mesh_lib
-from mor_jax.runs.restore import LoadedRun, load_run
+from mor_jax.runs.restore import load_run
 
 FLAGS = flags.FLAGS
 PACKAGES = ('starlette', 'uvicorn', 'prometheus_client', 'jinja2')
@@ -48,16 +46,7 @@ def define_flags() -> None:
   flags.DEFINE_string('api_key', None, 'key that clients must send; default: MOR_JAX_API_KEY, or none')
   flags.DEFINE_integer('max_queue', 256, 'requests that may wait for a slot')
   flags.DEFINE_integer('max_body_bytes', 2**22, 'largest body of a request')
-  flags.DEFINE_integer('slots', 16, 'texts generated together')
-  flags.DEFINE_integer(
-    'max_len', None, 'longest text in tokens, prompt included; default: data.seq_len of the run'
-  )
-  flags.DEFINE_float(
-    'slack', None, 'places of a recursion per token expected; default: model.threshold_slack'
-  )
-  flags.DEFINE_enum(
-    'cache_dtype', None, sorted(cache.DTYPES), 'keys and values; default: the dtype of the model'
-  )
+  engines.define_flags(16, 'texts generated together')
   flags.DEFINE_integer('ticks_per_call', 8, 'passes of the block between two pieces of a stream')
   flags.DEFINE_float('drain_seconds', 30.0, 'time that running requests have to end after SIGTERM')
 
@@ -65,7 +54,9 @@ def define_flags() -> None:
 def main() -> int:
   """Serves until a signal; returns the exit code. Raises ConfigError for flags that cannot work."""
   cli.require_checkpoint()
-  cli.check_least(max_queue=0, max_body_bytes=1, slots=1, max_len=2, ticks_per_call=1, port=0)
+  cli.check_least(
+    max_queue=0, max_body_bytes=1, slots=1, max_len=2, ticks_per_call=1, port=0, drain_seconds=0
+  )
   missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
   if missing:
     raise ConfigError(f"the server needs {', '.join(missing)}: pip install 'mor_jax[serve]'")
@@ -73,13 +64,14 @@ def main() -> int:
   from mor_jax.serving.application import Application
   from mor_jax.serving.worker import Worker
 
-  mesh = _mesh()
+  mesh = engines.make_mesh()
   run = load_run(FLAGS.checkpoint, mesh=mesh)
   cli.use_compilation_cache(run.config)
-  tokenizer = _tokenizer(run)
+  tokenizer = engines.tokenizer_of(run)
   conventions = run.folder.conventions(run.config, tokenizer)
-  model = run.config.model
-  engine = _engine(run, mesh, schemas.MOST_LOGPROBS)
+  top = min(schemas.MOST_LOGPROBS, run.config.model.vocab_size)
+  engine, config = engines.make_engine(run, FLAGS.slots, mesh, top)
+  model = config.model
   served = schemas.Served(
     FLAGS.name or run.folder.path.resolve().name,
     tokenizer,
@@ -91,49 +83,15 @@ def main() -> int:
   )
   worker = Worker(Scheduler(engine, tokenizer, FLAGS.ticks_per_call), FLAGS.max_queue)
   key = FLAGS.api_key if FLAGS.api_key is not None else os.environ.get('MOR_JAX_API_KEY', '')
-  app = Application(served, _about(run, engine), worker, FLAGS.max_body_bytes, key)
+  app = Application(served, _about(config, run.step, engine), worker, FLAGS.max_body_bytes, key)
   report = partial(print_line, open_console(lost=lambda: None))
   return server.serve(app, FLAGS.host, FLAGS.port, FLAGS.drain_seconds, report)
 
 
-def _mesh():
-  changes = cli.overrides()
-  if not changes:
-    return mesh_lib.make_mesh(devices=jax.devices()[:1])
-  return mesh_lib.make_mesh(cli.load_config(None, changes).parallel)
-
-
-def _tokenizer(run: LoadedRun) -> Tokenizer:
-  path = run.folder.tokenizer
-  if not path.exists():
-    raise ConfigError(
-      f'--checkpoint={FLAGS.checkpoint} has no tokenizer: put the tokenizer.json that the model was trained with at '
-      f'{path}'
-    )
-  try:
-    return Tokenizer.load(path, run.config.data.separator, run.config.data.begin)
-  except ValueError as error:
-    raise ConfigError(f'--checkpoint={FLAGS.checkpoint}: {error}') from None
-
-
-def _engine(run: LoadedRun, mesh, top_logprobs: int) -> Engine:
-  parts = mesh_lib.row_shards(mesh)
-  return Engine(
-    run.model,
-    run.variables,
-    slots=-(-FLAGS.slots // parts) * parts,
-    max_len=FLAGS.max_len or run.config.data.seq_len,
-    slack=FLAGS.slack,
-    cache_dtype=FLAGS.cache_dtype,
-    top_logprobs=min(top_logprobs, run.config.model.vocab_size),
-    mesh=mesh if mesh.size > 1 else None,
-  )
-
-
-def _about(run: LoadedRun, engine: Engine) -> dict:
+def _about(config: Config, step: int, engine: Engine) -> dict[str, Any]:
   """What /v1/models tells of the model beyond OpenAI's fields: how scores come about."""
-  model = run.config.model
-  about = {'kind': model.kind, 'step': run.step, 'dtype': model.dtype, 'recursions': engine.steps}
+  model = config.model
+  about = {'kind': model.kind, 'step': step, 'dtype': model.dtype, 'recursions': engine.steps}
   if model.kind == 'mor':
     slack = model.threshold_slack if FLAGS.slack is None else FLAGS.slack
     about |= {'routing': 'threshold', 'capacities': list(model.step_capacities), 'slack': slack}

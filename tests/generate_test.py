@@ -15,6 +15,7 @@ import tiny_run
 from absl.testing import flagsaver
 from rich.console import Console
 
+from mor_jax.cli import engines
 from mor_jax.config import ConfigError
 from mor_jax.data import tokenizer as tokenizers
 from mor_jax.evaluation import calibration
@@ -307,13 +308,13 @@ def test_what_may_become_a_stop_string_is_held_back(tokenizer):
 def test_thresholds_belong_to_a_checkpoint(finished_run, tmp_path):
   run = load_run(shutil.copytree(finished_run[1], tmp_path / 'run'))
   stored = calibration.Calibration((1.0, 0.5), (0.0, 0.1), step=run.step - 1, rows=4)
-  generate = entry_points.load('mor_jax.generate')
+  entry_points.load('mor_jax.generate')
   with flagsaver.flagsaver(capacities=['1.0', '0.5'], checkpoint=str(run.folder.path)):
     calibration.store(run.folder.calibrations, stored)
     with pytest.raises(
       ConfigError, match=f'of step {run.step - 1}, and the thresholds of step {run.step} are'
     ):
-      generate._calibrated(run)
+      engines.calibrated(run)
     calibration.store(run.folder.calibrations, dataclasses.replace(stored, step=run.step))
-    config, _ = generate._calibrated(run)
+    config, _ = engines.calibrated(run)
   assert config.model.capacities == (1.0, 0.5)

@@ -41,6 +41,7 @@ ROOMS = (
   'planning',
   'recipes',
   'cli',
+  'serving',
   'reporting',
   'sweeping',
 )

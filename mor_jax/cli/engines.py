@@ -1,0 +1,105 @@
+"""What commands that generate share: flags of the engine, its mesh, and the tokenizer of a run."""
+
+from typing import Any
+
+import jax
+from absl import flags
+from jax.sharding import Mesh
+
+from mor_jax.cli.flags import load_config, numbers, overrides
+from mor_jax.config import Config, ConfigError
+from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.evaluation import calibration
+from mor_jax.inference.engine import Engine
+from mor_jax.model import cache
+from mor_jax.model.transformer import Transformer
+from mor_jax.parallel import mesh as mesh_lib
+from mor_jax.runs.restore import LoadedRun
+
+FLAGS = flags.FLAGS
+
+
+def define_flags(slots: int | None, slots_help: str) -> None:
+  """Defines the flags of an engine.
+
+  Args:
+    slots: the default of --slots; None: the command decides, as `slots_help` says.
+  """
+  flags.DEFINE_integer('max_recursions', None, 'recursions a token takes at most; default: as trained')
+  flags.DEFINE_list(
+    'capacities', None, 'use the thresholds that mor_jax.calibrate stored for these capacities'
+  )
+  flags.DEFINE_integer(
+    'max_len', None, 'longest text in tokens, prompt included; default: data.seq_len of the run'
+  )
+  flags.DEFINE_integer('slots', slots, slots_help)
+  flags.DEFINE_float(
+    'slack', None, 'places of a recursion per token expected; default: model.threshold_slack'
+  )
+  flags.DEFINE_enum(
+    'cache_dtype', None, sorted(cache.DTYPES), 'keys and values; default: the dtype of the model'
+  )
+
+
+def make_mesh() -> Mesh:
+  """All devices, if the settings of --config.parallel say how; else the first."""
+  changes = overrides()
+  if not changes:
+    return mesh_lib.make_mesh(devices=jax.devices()[:1])
+  return mesh_lib.make_mesh(load_config(None, changes).parallel)
+
+
+def tokenizer_of(run: LoadedRun) -> Tokenizer:
+  """The tokenizer of a run. Raises ConfigError if there is none that can be used."""
+  path = run.folder.tokenizer
+  if not path.exists():
+    raise ConfigError(
+      f'--checkpoint={FLAGS.checkpoint} has no tokenizer: put the tokenizer.json that the model was trained '
+      f'with at {path}'
+    )
+  try:
+    return Tokenizer.load(path, run.config.data.separator, run.config.data.begin)
+  except ValueError as error:
+    raise ConfigError(f'--checkpoint={FLAGS.checkpoint}: {error}') from None
+
+
+def make_engine(
+  run: LoadedRun, slots: int, mesh: Mesh, top_logprobs: int | None = None
+) -> tuple[Engine, Config]:
+  """An engine with at least so many slots, as many on every part of the mesh, and the settings that it runs with."""
+  parts = mesh_lib.row_shards(mesh)
+  config, variables = run.config, run.variables
+  if FLAGS.capacities:
+    config, variables = calibrated(run)
+  engine = Engine(
+    Transformer(config.model),
+    variables,
+    slots=FLAGS.slots or -(-slots // parts) * parts,
+    max_len=config.data.seq_len if FLAGS.max_len is None else FLAGS.max_len,
+    slack=FLAGS.slack,
+    cache_dtype=FLAGS.cache_dtype,
+    max_recursions=FLAGS.max_recursions,
+    top_logprobs=top_logprobs,
+    mesh=mesh if mesh.size > 1 else None,
+  )
+  return engine, config
+
+
+def calibrated(run: LoadedRun) -> tuple[Config, dict[str, Any]]:
+  """Settings and variables with the thresholds for --capacities.
+
+  Raises:
+    ConfigError: they were not calibrated, or with another checkpoint.
+  """
+  wanted = numbers('capacities')
+  stored = {entry.capacities: entry for entry in calibration.read(run.folder.calibrations)}
+  text = ','.join(FLAGS.capacities)
+  command = f'python -m mor_jax.calibrate --checkpoint={FLAGS.checkpoint} --capacities={text}'
+  if wanted not in stored:
+    raise ConfigError(f'--capacities={text} has not been calibrated for this run: first run {command}')
+  if stored[wanted].step != run.step:
+    raise ConfigError(
+      f'--capacities={text} was calibrated with the checkpoint of step {stored[wanted].step}, and the thresholds of '
+      f'step {run.step} are others: run {command} again'
+    )
+  return calibration.apply(run.config, run.variables, stored[wanted])
