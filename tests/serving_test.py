@@ -371,6 +371,16 @@ def test_a_full_queue_and_a_draining_server_say_so():
       assert list(answer.iter_lines())[-2] == 'data: [DONE]', 'what runs ends'
 
 
+def test_a_request_that_the_engine_refuses_harms_nobody(server, monkeypatch):
+  address, app = server
+  body = {'model': 'tiny', 'prompt': 'a'}
+  assert serving.post(address, COMPLETIONS, {**body, 'n': 11}).json()['error']['param'] == 'n'
+  with monkeypatch.context() as patch:
+    patch.setattr(app.worker.scheduler, 'submit', lambda request: 1 / 0)
+    assert serving.post(address, COMPLETIONS, body).status_code == 500
+  assert serving.post(address, COMPLETIONS, body).status_code == 200
+
+
 def test_an_engine_that_fails_answers_with_an_error_and_goes_on(server, monkeypatch):
   address, app = server
   with monkeypatch.context() as patch:

@@ -85,8 +85,15 @@ class Worker(threading.Thread):
     """Hands over requests, which the engine has checked (`Engine.check`).
 
     Raises:
-      ApiError: 429, the queue is full; 503, the server drains.
+      ApiError: 400, they are more than the server can ever take; 429, the queue is full; 503, the server drains.
     """
+    room = self._max_queue + self.scheduler.engine.slots
+    if len(requests) > room:
+      raise ApiError(
+        400,
+        f'this asks for {len(requests)} texts, and the server takes at most {room} at a time (--max_queue)',
+        'n',
+      )
     with self._lock:
       if self._is_draining:
         raise ApiError(503, 'the server is shutting down', code='draining', headers={'Retry-After': '5'})
@@ -141,15 +148,22 @@ class Worker(threading.Thread):
       if job is None:
         return False
       if order == 'begin':
-        job.results = [self.scheduler.submit(request) for request in job.requests]
-        self._jobs.append(job)
-        with self._lock:
-          self._coming -= len(job.requests)
+        self._begin(job)
       else:
         for result in job.results:
           self.scheduler.cancel(result)
         if job in self._jobs:
           self._jobs.remove(job)
+
+  def _begin(self, job: Job) -> None:
+    try:
+      job.results = [self.scheduler.submit(request) for request in job.requests]
+      self._jobs.append(job)
+    except Exception as error:  # what `Engine.check` let pass; the thread must go on
+      job.error = error
+      job.changed()
+    with self._lock:
+      self._coming -= len(job.requests)
 
   def _tell(self) -> None:
     for job in list(self._jobs):
