@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 import time
 
 import httpx
@@ -338,9 +339,11 @@ def waits_until(holds) -> None:
     time.sleep(0.01)
 
 
-def test_a_client_that_leaves_frees_its_slots(server):
+def test_a_client_that_leaves_frees_its_slots(server, monkeypatch):
   address, app = server
   scheduler = app.worker.scheduler
+  step = scheduler.step
+  monkeypatch.setattr(scheduler, 'step', lambda: time.sleep(0.05) or step())  # long enough to leave
   body = {'model': 'tiny', 'prompt': 'a', 'max_tokens': 60, 'ignore_eos': True, 'n': 2}
   for stream in (True, False):
     before = app.metrics.cancelled._value.get()
@@ -349,7 +352,7 @@ def test_a_client_that_leaves_frees_its_slots(server):
         with client.stream('POST', f'{address}{COMPLETIONS}', json={**body, 'stream': True}) as answer:
           next(answer.iter_lines())
       else:
-        slow = {**body, 'n': 8, 'best_of': 8}
+        slow = {**body, 'n': 4, 'best_of': 4}
         with pytest.raises(httpx.ReadTimeout):
           client.post(f'{address}{COMPLETIONS}', json=slow, timeout=0.02)
     waits_until(lambda: app.worker.is_idle and not scheduler.busy)
@@ -359,15 +362,18 @@ def test_a_client_that_leaves_frees_its_slots(server):
 
 def test_a_full_queue_and_a_draining_server_say_so():
   with serving.running(max_queue=2) as (address, app):
-    body = {'model': 'tiny', 'prompt': 'a', 'max_tokens': 60, 'ignore_eos': True, 'n': 6, 'stream': True}
+    gate, step = threading.Event(), app.worker.scheduler.step
+    app.worker.scheduler.step = lambda: gate.wait(20) and step()
+    body = {'model': 'tiny', 'prompt': 'a', 'max_tokens': 60, 'ignore_eos': True, 'n': 4, 'stream': True}
     with httpx.stream('POST', f'{address}{COMPLETIONS}', json=body, timeout=20) as answer:
-      assert app.worker.waiting
+      assert app.worker.waiting == 4
       full = serving.post(address, COMPLETIONS, {'model': 'tiny', 'prompt': 'a'})
       assert (full.status_code, full.headers['retry-after']) == (429, '1')
       app.worker.drain()
       assert httpx.get(f'{address}/health').status_code == 503
       refused = serving.post(address, COMPLETIONS, {'model': 'tiny', 'prompt': 'a'})
       assert (refused.status_code, refused.json()['error']['code']) == (503, 'draining')
+      gate.set()
       assert list(answer.iter_lines())[-2] == 'data: [DONE]', 'what runs ends'
 
 
