@@ -47,6 +47,12 @@ def define_flags() -> None:
   flags.DEFINE_integer('max_queue', 256, 'requests that may wait for a slot')
   flags.DEFINE_integer('max_body_bytes', 2**22, 'largest body of a request')
   engines.define_flags(16, 'texts generated together')
+  flags.DEFINE_integer(
+    'prefill_tokens',
+    256,
+    'tokens of prompts that are computed between two pieces of the streams, so that a long prompt does not stall them; '
+    '0: whole prompts',
+  )
   flags.DEFINE_integer('ticks_per_call', 8, 'passes of the block between two pieces of a stream')
   flags.DEFINE_float('drain_seconds', 30.0, 'time that running requests have to end after SIGTERM')
 
@@ -55,7 +61,14 @@ def main() -> int:
   """Serves until a signal; returns the exit code. Raises ConfigError for flags that cannot work."""
   cli.require_checkpoint()
   cli.check_least(
-    max_queue=0, max_body_bytes=1, slots=1, max_len=2, ticks_per_call=1, port=0, drain_seconds=0
+    max_queue=0,
+    max_body_bytes=1,
+    slots=1,
+    max_len=2,
+    ticks_per_call=1,
+    prefill_tokens=0,
+    port=0,
+    drain_seconds=0,
   )
   missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
   if missing:
@@ -81,7 +94,9 @@ def main() -> int:
     thresholds=model.kind == 'mor' and model.router == 'expert_choice',
     recursions=engine.steps,
   )
-  worker = Worker(Scheduler(engine, tokenizer, FLAGS.ticks_per_call), FLAGS.max_queue)
+  worker = Worker(
+    Scheduler(engine, tokenizer, FLAGS.ticks_per_call, FLAGS.prefill_tokens or None), FLAGS.max_queue
+  )
   key = FLAGS.api_key if FLAGS.api_key is not None else os.environ.get('MOR_JAX_API_KEY', '')
   app = Application(served, _about(config, run.step, engine), worker, FLAGS.max_body_bytes, key)
   report = partial(print_line, open_console(lost=lambda: None))

@@ -145,10 +145,8 @@ def test_samples_of_a_prompt_share_its_computation(monkeypatch):
   samples = [dataclasses.replace(request, seed=seed) for seed in (3, 4, 3)]
   other = dataclasses.replace(request, max_recursions=1)
   scheduler, seen = Scheduler(engine()), []
-  prefill = scheduler.engine.prefill
-  monkeypatch.setattr(
-    scheduler.engine, 'prefill', lambda requests: seen.append(requests) or prefill(requests)
-  )
+  begin = scheduler.engine.begin
+  monkeypatch.setattr(scheduler.engine, 'begin', lambda requests: seen.append(requests) or begin(requests))
   results = scheduler.run([*samples, other])
   assert [[request is not None for request in requests] for requests in seen] == [[True, True, False, False]]
   alone = [scheduler.run([sample])[0].tokens for sample in (*samples, other)]
@@ -161,12 +159,34 @@ def test_nobody_is_forgotten_when_prompts_cannot_be_computed(monkeypatch):
   scheduler = Scheduler(engine())
   results = [scheduler.submit(request) for request in good]
   with monkeypatch.context() as patch:
-    patch.setattr(scheduler.engine, 'prefill', lambda requests: 1 / 0)
+    patch.setattr(scheduler.engine, 'begin', lambda requests: 1 / 0)
     with pytest.raises(ZeroDivisionError):
       scheduler.step()
   while scheduler.busy:
     scheduler.step()
   assert [result.tokens for result in results] == answers(good)
+
+
+def test_a_long_prompt_does_not_stall_the_others():
+  """Chunks of 16 between calls: texts go on meanwhile, all get the tokens that they get alone, cancelled ones nothing."""
+  short, *long = tiny_engine.requests((2, 60, 50, 55), max_new_tokens=60)
+  long = [dataclasses.replace(request, max_new_tokens=3) for request in long]
+  scheduler = Scheduler(engine(prefill_lanes=1), ticks_per_call=4, prefill_tokens=16)
+  running = scheduler.submit(short)
+  scheduler.step()
+  results, lengths = [scheduler.submit(request) for request in long], []
+  while not results[0].tokens:
+    scheduler.step()
+    lengths.append(len(running.tokens))
+  assert len(lengths) > 3
+  assert all(after > before for before, after in itertools.pairwise(lengths))
+  assert scheduler.resident == 4
+  scheduler.cancel(results[1])
+  while scheduler.busy:
+    scheduler.step()
+  assert (results[1].finish, results[1].tokens) == ('cancelled', [])
+  expected = answers([short, *long])
+  assert [running.tokens, results[0].tokens, results[2].tokens] == [expected[0], expected[1], expected[3]]
 
 
 def test_statistics_add_up():

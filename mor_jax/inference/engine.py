@@ -16,7 +16,7 @@ from mor_jax.config import ConfigError
 from mor_jax.inference import prefill as prefill_lib
 from mor_jax.inference import shards, ticks
 from mor_jax.inference import state as state_lib
-from mor_jax.inference.prefill import Prefix
+from mor_jax.inference.prefill import Filling, Prefix
 from mor_jax.inference.requests import LEAST_TEMPERATURE, Request, RequestError
 from mor_jax.inference.sampling import MOST_BIASES, NO_BIAS, SamplingRules
 from mor_jax.inference.state import NO_TOKEN, STOP_TOKENS, DecodeState, Rules
@@ -153,8 +153,8 @@ class Engine:
     """The part of the mesh that has a slot."""
     return slot // (self.slots // self.parts)
 
-  def prefill(self, requests: Sequence[Request | None]) -> Prefix:
-    """Computes the prompts of up to `prefill_lanes` requests together, each but for its last token.
+  def begin(self, requests: Sequence[Request | None]) -> Filling:
+    """Prompts of up to `prefill_lanes` requests, to be computed together by `fill`, each but for its last token.
 
     Args:
       requests: those of the lanes, in order; None: nothing.
@@ -168,22 +168,44 @@ class Engine:
       np.array([rule.recursions_N for rule in rules], np.int32),
       np.array([rule.shift_N for rule in rules], np.float32),
     )
+    is_scored = any(request is not None and request.prompt_logprobs for request in requests)
+    is_scored &= self.top_logprobs is not None
+    sizes = lanes, self._dtype, self.parts, self.top_logprobs if is_scored else None
+    prefix = shards.make(self._mesh, functools.partial(prefill_lib.empty, self.cached, *sizes))
     left = [list(request.prompt[:-1]) if request else [] for request in requests]
     following = [list(request.prompt[1:]) if request else [] for request in requests]
-    is_scored = any(request is not None and request.prompt_logprobs for request in requests)
-    sizes = lanes, self._dtype, self.parts, self.top_logprobs if is_scored else None
-    empty = functools.partial(prefill_lib.empty, self.cached, *sizes)
-    prefix = shards.make(self._mesh, empty)
-    while longest := max(map(len, left)):
-      size = next((chunk for chunk in self.chunks if chunk >= longest), self.chunks[-1])
-      lengths_B = np.array([min(size, len(tokens)) for tokens in left], np.int32)
-      tokens_BC, next_BC = _filled(left, size), _filled(following, size)
-      left, following = ([tokens[size:] for tokens in rows] for rows in (left, following))
-      scored = next_BC if is_scored and self.top_logprobs is not None else None
-      prefix, _ = prefill_lib.extend(
-        self.cached, self._mesh, self.params, prefix, tokens_BC, lengths_B, budget, scored
-      )
-    return prefix
+    return Filling(prefix, left, following, budget, is_scored)
+
+  def fill(self, filling: Filling, most: int | None = None) -> int:
+    """Computes the next chunk of every lane.
+
+    Args:
+      most: tokens of a lane; more than the smallest chunk. None: no limit.
+
+    Returns:
+      Tokens of the longest lane that are left.
+    """
+    longest = max(map(len, filling.left))
+    if not longest:
+      return 0
+    allowed = [chunk for chunk in self.chunks if most is None or chunk <= most] or self.chunks[:1]
+    size = next((chunk for chunk in allowed if chunk >= longest), allowed[-1])
+    lengths_B = np.array([min(size, len(tokens)) for tokens in filling.left], np.int32)
+    tokens_BC, next_BC = _filled(filling.left, size), _filled(filling.following, size)
+    filling.left = [tokens[size:] for tokens in filling.left]
+    filling.following = [tokens[size:] for tokens in filling.following]
+    scored = next_BC if filling.is_scored else None
+    filling.prefix, _ = prefill_lib.extend(
+      self.cached, self._mesh, self.params, filling.prefix, tokens_BC, lengths_B, filling.budget, scored
+    )
+    return max(longest - size, 0)
+
+  def prefill(self, requests: Sequence[Request | None]) -> Prefix:
+    """Computes the prompts of up to `prefill_lanes` requests together; see `begin`."""
+    filling = self.begin(requests)
+    while self.fill(filling):
+      pass
+    return filling.prefix
 
   def insert(
     self, state: DecodeState, prefix: Prefix | None, lane: int, slot: int, request: Request

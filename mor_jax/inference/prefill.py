@@ -1,6 +1,8 @@
 """Prompts into caches: chunk by chunk, each recursion step computed on the tokens that take it."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,24 @@ class Prefix:
   depths_BT: jax.Array
   overflow_GP: jax.Array
   scores: Scores | None
+
+
+@dataclasses.dataclass
+class Filling:
+  """Prompts that are being computed, a chunk at a time (`Engine.fill`).
+
+  Attributes:
+    prefix: what is computed.
+    left, following: by lane, the tokens that are not, and those that follow them.
+    budget: most recursions, and shift of the thresholds, of each lane (B,).
+    is_scored: whether the prompts are scored.
+  """
+
+  prefix: Prefix
+  left: list[list[int]]
+  following: list[list[int]]
+  budget: tuple[Any, Any]
+  is_scored: bool
 
 
 def empty(

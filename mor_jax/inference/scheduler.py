@@ -4,13 +4,13 @@ import collections
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import jax
 import numpy as np
 
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.inference.engine import Engine
+from mor_jax.inference.prompts import Prompts
 from mor_jax.inference.requests import Request, RequestError, Result
 from mor_jax.inference.scores import Scores
 from mor_jax.inference.state import IDLE
@@ -91,13 +91,21 @@ class Statistics:
 class Scheduler:
   """Runs requests on an engine; first come, first served."""
 
-  def __init__(self, engine: Engine, tokenizer: Tokenizer | None = None, ticks_per_call: int = 64):
+  def __init__(
+    self,
+    engine: Engine,
+    tokenizer: Tokenizer | None = None,
+    ticks_per_call: int = 64,
+    prefill_tokens: int | None = None,
+  ):
     """Starts with all slots free.
 
     Args:
       engine: runs the requests.
       tokenizer: decodes the text of results; required for stop strings.
       ticks_per_call: maximum ticks per call of the engine. Fewer show text sooner; more reduce host overhead.
+      prefill_tokens: tokens of prompts that are computed between two calls, or a chunk if that has more, so that a
+        long prompt does not stall those who are being answered; None: all there are.
     """
     self.engine = engine
     batches = engine.batches
@@ -107,6 +115,7 @@ class Scheduler:
     self._state = engine.init_state()
     self._queue: collections.deque[Result] = collections.deque()
     self._resident: dict[int, Result] = {}
+    self._prompts, self._prefill_tokens = Prompts(engine), prefill_tokens
 
   # ---- requests ----
 
@@ -132,11 +141,12 @@ class Scheduler:
     for slot, other in list(self._resident.items()):
       if other is result:
         self._free(slot)
+    self._prompts.cancel(result)
     self._finish(result, 'cancelled')
 
   def reset(self) -> None:
     """Cancels everything and begins with an empty engine, as after an error that left its state unusable."""
-    for result in [*self._resident.values(), *self._queue]:
+    for result in [*self._resident.values(), *self._prompts.clear(), *self._queue]:
       self._finish(result, 'cancelled')
     self._resident.clear()
     self._queue.clear()
@@ -150,12 +160,12 @@ class Scheduler:
   @property
   def resident(self) -> int:
     """Requests that have a slot."""
-    return len(self._resident)
+    return len(self._resident) + len(self._prompts.entries)
 
   @property
   def busy(self) -> bool:
     """Whether any request is queued or running."""
-    return bool(self._queue or self._resident)
+    return bool(self._queue or self._resident or self._prompts.entries)
 
   def run(self, requests: Iterable[Request]) -> list[Result]:
     """Runs the requests to completion; returns their results in order."""
@@ -195,27 +205,31 @@ class Scheduler:
     try:
       self._begin(admitted)
     except BaseException:  # such as memory that ends: nobody is forgotten
-      self._queue.extendleft(result for slot, result in reversed(admitted) if slot not in self._resident)
+      waiting = [*self._prompts.clear(), *(result for _, result in admitted)]
+      known = set(self._resident.values())
+      self._queue.extendleft(
+        result for result in reversed(list(dict.fromkeys(waiting))) if result not in known
+      )
       raise
     self.statistics.prefill_seconds += time.perf_counter() - begin
 
   def _begin(self, admitted: list[tuple[int, Result]]) -> None:
-    """Computes the prompts of requests and puts them into their slots."""
+    """Computes prompts of requests, and puts those that are complete into their slots."""
     for slot, result in admitted:
       if len(result.request.prompt) == 1:
         self._insert(None, 0, slot, result)
-    for lanes in _lanes([entry for entry in admitted if len(entry[1].request.prompt) > 1], self.engine):
-      prefix = self.engine.prefill([entries[0][1].request if entries else None for entries in lanes])
-      self.statistics.overflow = self.statistics.overflow + np.asarray(prefix.overflow_GP).sum(axis=0)
-      for lane, entries in enumerate(lanes):
-        for slot, result in entries:
-          self._insert(prefix, lane, slot, result)
+    self._prompts.add([entry for entry in admitted if len(entry[1].request.prompt) > 1])
+    for computed in self._prompts.advance(self._prefill_tokens):
+      self._insert(*computed)
+    self.statistics.overflow = self.statistics.overflow + self._prompts.overflow
+    self._prompts.overflow = 0
 
   def _free_slots(self) -> list[int]:
     """Free slots, starting with the parts of the mesh that have the most."""
     free, parts = collections.defaultdict(list), self.engine.part_of
+    taken = {*self._resident, *(slot for slot, _ in self._prompts.entries)}
     for slot in range(self.engine.slots):
-      if slot not in self._resident:
+      if slot not in taken:
         free[parts(slot)].append(slot)
     return [
       slots[-left]
@@ -300,22 +314,3 @@ def _take_scores(result: Result, said: Scores, slot: int, count: int) -> None:
   result.logprobs += said.logprob_NT[slot, new].tolist()
   tops = zip(said.top_NTK[slot, new].tolist(), said.top_logprob_NTK[slot, new].tolist(), strict=True)
   result.top_logprobs += [list(zip(ids, logprobs, strict=True)) for ids, logprobs in tops]
-
-
-def _lanes(admitted: list[tuple[int, Result]], engine: Engine) -> Iterator[list[list[tuple[int, Result]]]]:
-  """Groups prompts into prefill batches: for each lane the slots, of its part of the mesh, that get what it computes.
-
-  Requests whose prompts are computed alike, such as samples of one prompt, share a lane.
-  """
-  each = engine.prefill_lanes // engine.parts
-  waiting: dict[int, dict[Any, list[tuple[int, Result]]]] = collections.defaultdict(dict)
-  for slot, result in admitted:
-    request = result.request
-    alike = request.prompt, request.max_recursions, request.threshold_shift, request.prompt_logprobs
-    waiting[engine.part_of(slot)].setdefault(alike, []).append((slot, result))
-  for start in range(0, max(map(len, waiting.values()), default=0), each):
-    lanes: list[list[tuple[int, Result]]] = []
-    for part in range(engine.parts):
-      some = list(waiting[part].values())[start : start + each]
-      lanes += [*some, *[[]] * (each - len(some))]
-    yield lanes

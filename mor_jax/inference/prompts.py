@@ -1,0 +1,103 @@
+"""Prompts on their way into slots: computed in batches of lanes, and chunk by chunk, so that others need not wait."""
+
+import collections
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mor_jax.inference.engine import Engine
+from mor_jax.inference.prefill import Filling, Prefix
+from mor_jax.inference.requests import Result
+
+Entry = tuple[int, Result]
+"""A slot, and the request that will have it."""
+
+
+class Computed(NamedTuple):
+  """A request whose prompt is computed, in a lane of the prefix."""
+
+  prefix: Prefix
+  lane: int
+  slot: int
+  result: Result
+
+
+class Prompts:
+  """Prompts that wait to be computed, and the batch of them that is being computed.
+
+  Attributes:
+    overflow: tokens of the batches that are done which found no place, by recursion step.
+  """
+
+  def __init__(self, engine: Engine):
+    self._engine = engine
+    self._batches: collections.deque[list[list[Entry]]] = (
+      collections.deque()
+    )  # by lane, the slots that get it
+    self._filling: Filling | None = None
+    self.overflow: np.ndarray | int = 0
+
+  @property
+  def entries(self) -> list[Entry]:
+    """All that are on their way, in order."""
+    return [entry for lanes in self._batches for entries in lanes for entry in entries]
+
+  def add(self, admitted: list[Entry]) -> None:
+    """Requests whose prompts have more than one token, and the slots that they will have."""
+    self._batches.extend(_lanes(admitted, self._engine))
+
+  def advance(self, most: int | None) -> Iterator[Computed]:
+    """Computes up to so many tokens of the longest prompts (None: all), and gives those that are complete."""
+    left = most
+    while self._batches and (left is None or left > 0):
+      lanes = self._batches[0]
+      if self._filling is None:
+        self._filling = self._engine.begin([entries[0][1].request if entries else None for entries in lanes])
+      before = max(map(len, self._filling.left))
+      remaining = self._engine.fill(self._filling, left)
+      left = None if left is None else left - (before - remaining)
+      if remaining:
+        continue
+      prefix, self._filling = self._filling.prefix, None
+      self._batches.popleft()
+      self.overflow = self.overflow + np.asarray(prefix.overflow_GP).sum(axis=0)
+      for lane, entries in enumerate(lanes):
+        for slot, result in entries:
+          yield Computed(prefix, lane, slot, result)
+
+  def cancel(self, result: Result) -> None:
+    """Gives up the slot of a request; a lane that nobody wants any more is computed to its end, for nothing."""
+    for lanes in self._batches:
+      for lane, entries in enumerate(lanes):
+        lanes[lane] = [entry for entry in entries if entry[1] is not result]
+    while self._batches and not any(self._batches[-1]):  # but for a batch of such lanes
+      if len(self._batches) == 1:
+        self._filling = None
+      self._batches.pop()
+
+  def clear(self) -> list[Result]:
+    """Forgets all, and gives the requests back, in order."""
+    results = [result for _, result in self.entries]
+    self._batches.clear()
+    self._filling = None
+    return results
+
+
+def _lanes(admitted: list[Entry], engine: Engine) -> Iterator[list[list[Entry]]]:
+  """Groups prompts into prefill batches: for each lane the slots, of its part of the mesh, that get what it computes.
+
+  Requests whose prompts are computed alike, such as samples of one prompt, share a lane.
+  """
+  each = engine.prefill_lanes // engine.parts
+  waiting: dict[int, dict[Any, list[Entry]]] = collections.defaultdict(dict)
+  for slot, result in admitted:
+    request = result.request
+    alike = request.prompt, request.max_recursions, request.threshold_shift, request.prompt_logprobs
+    waiting[engine.part_of(slot)].setdefault(alike, []).append((slot, result))
+  for start in range(0, max(map(len, waiting.values()), default=0), each):
+    lanes: list[list[Entry]] = []
+    for part in range(engine.parts):
+      some = list(waiting[part].values())[start : start + each]
+      lanes += [*some, *[[]] * (each - len(some))]
+    yield lanes
