@@ -67,7 +67,9 @@ def test_log_probabilities_are_those_of_the_full_forward(stop):
     ]
   results = scheduler.run(requests)
   for row in tiny_engine.rows(made, variables, results, 64, 1.0):
-    tokens = (*row.result.request.prompt, *row.result.tokens)
+    end = [row.result.end_token] if row.result.finish == 'stop_token' else []
+    tokens = (*row.result.request.prompt, *row.result.tokens, *end)
+    assert bool(end) == bool(stop)
     assert len(row.result.logprobs) == len(row.result.top_logprobs) == len(tokens)
     assert (row.result.logprobs[0], row.result.top_logprobs[0]) == (None, [])
     logprobs_TV = np.asarray(jax.nn.log_softmax(row.full.logits[0]))

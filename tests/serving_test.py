@@ -202,6 +202,56 @@ def test_openai_s_client(address):
   assert isinstance(asyncio.run(chat()), str)
 
 
+def test_lm_evaluation_harness_gets_the_scores_of_the_process(address):
+  """Its local-completions class, which knows nothing but the address; likelihoods to 1e-3, and whether they are greedy."""
+  from lm_eval.api.instance import Instance
+  from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+  from mor_jax.evaluation.harness import HarnessModel
+
+  asked = [('the boats', ' came in'), ('a harbour ', 'wall'), ('', 'the'), ('the b', 'oats'), ('x' * 10, 'y')]
+  instances = [Instance('loglikelihood', {}, pair, index) for index, pair in enumerate(asked)]
+  client = LocalCompletionsAPI(
+    model='tiny', base_url=f'{address}/v1/completions', max_length=64, batch_size=2, num_concurrent=1
+  )
+  assert client.tokenizer_backend == 'remote'
+  assert client.prefix_token_id == 256
+  run = tiny_run.run()
+  inner = HarnessModel.__new__(HarnessModel)
+  inner._tokenizer, inner._prefix = serving.tokenizer(), 256
+  inner._scorer = Scorer(run.model, run.initial().variables, max_len=64, batch_size=2)
+  super(HarnessModel, inner).__init__()
+  expected = inner.loglikelihood(instances, disable_tqdm=True)
+  for (score, greedy), (value, is_greedy) in zip(
+    client.loglikelihood(instances, disable_tqdm=True), expected, strict=True
+  ):
+    assert score == pytest.approx(value, abs=1e-3)
+    assert greedy == is_greedy
+
+
+def test_the_token_that_ends_a_text_is_among_the_log_probabilities(address):
+  """Forced here: scores of a prompt would else lose their last token in lm-evaluation-harness."""
+  bias = {'256': 100}
+  for stream in (False, True):
+    fields = {
+      'prompt': 'ab',
+      'max_tokens': 1,
+      'echo': True,
+      'logprobs': 1,
+      'temperature': 0,
+      'logit_bias': bias,
+    }
+    if stream:
+      choice = events(address, COMPLETIONS, **fields)[-1]['choices'][0]
+    else:
+      choice = complete(address, **fields)['choices'][0]
+    assert choice['finish_reason'] == 'stop'
+    assert choice['text'] == 'ab'
+    assert choice['logprobs']['tokens'] == ['a', 'b', '<|endoftext|>']
+    assert len(choice['logprobs']['token_logprobs']) == len(choice['logprobs']['top_logprobs']) == 3
+    assert choice['logprobs']['text_offset'] == [0, 1, 2]
+
+
 # ---- what is refused ----
 
 

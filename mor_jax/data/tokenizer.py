@@ -158,6 +158,10 @@ class Tokenizer:
     """The text of token ids. Special tokens are left out; bytes that are not UTF-8 become U+FFFD."""
     return self._backend.decode(list(ids))
 
+  def spelled(self, token: int) -> str:
+    """The text of a single token; of a special one, which texts do not show, its name."""
+    return self.decode([token]) or self._backend.id_to_token(token) or ''
+
   def continuation(self, ids: Sequence[int], before: Sequence[int]) -> str:
     """The text that token ids add to that of the ids before them.
 

@@ -91,7 +91,8 @@ class Result:
     text: the decoded tokens, without the stop string; '' if there is no tokenizer.
     depths: number of recursions of each prompt token and generated token, except the last: the model never
       processes that one.
-    logprobs: of prompt and generated tokens: the natural logarithm of each one's probability after those before it,
+    end_token: the stop token that ended the text; None: it did not end by one.
+    logprobs: of prompt, generated tokens and end token: the natural logarithm of each one's probability after those before it,
       None for the first, and for all of a prompt without `prompt_logprobs`; [] unless the engine keeps scores.
     top_logprobs: the likeliest tokens in the place of each and their logprobs, [] where logprobs are None.
     finish: reason for the end: 'stop_token', 'stop_string', 'length' or 'cancelled'; '' while it is running.
@@ -102,6 +103,7 @@ class Result:
   tokens: list[int] = dataclasses.field(default_factory=list)
   text: str = ''
   depths: list[int] = dataclasses.field(default_factory=list)
+  end_token: int | None = None
   logprobs: list[float | None] = dataclasses.field(default_factory=list)
   top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
   finish: str = ''

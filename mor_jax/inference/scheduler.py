@@ -256,10 +256,10 @@ class Scheduler:
         result.first_token = now
         self.statistics.first_token_seconds.append(now - result.submitted)
       stopped = bool(tokens) and tokens[-1] in result.request.stop_tokens
-      result.tokens = tokens[:-1] if stopped else tokens
+      result.tokens, result.end_token = (tokens[:-1], tokens[-1]) if stopped else (tokens, None)
       result.depths = depths_NT[slot, : max(known - 1, 0)].tolist()
       if said is not None:
-        _take_scores(result, said, slot, start + len(result.tokens))
+        _take_scores(result, said, slot, start + len(tokens))
       reason = ''
       if phase_N[slot] == IDLE:
         reason = 'stop_token' if stopped else 'length'
@@ -306,7 +306,7 @@ class Scheduler:
 
 
 def _take_scores(result: Result, said: Scores, slot: int, count: int) -> None:
-  """Adds the scores of new tokens, of which there are `count` with the prompt."""
+  """Adds the scores of new tokens; with the prompt there are `count`."""
   if not result.logprobs:
     unsaid = 1 if result.request.prompt_logprobs else len(result.request.prompt)
     result.logprobs, result.top_logprobs = [None] * unsaid, [[] for _ in range(unsaid)]

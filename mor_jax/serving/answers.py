@@ -53,7 +53,7 @@ class Answers:
 
   def _choice(self, number: int, index: int, told: Told) -> dict[str, Any]:
     wanted, request = self._wanted, self._wanted.requests[index]
-    told = told if wanted.max_tokens else told._replace(text='', tokens=())
+    told = told if wanted.max_tokens else told._replace(text='', tokens=(), end_token=None)
     entry: dict[str, Any] = {'index': number, 'finish_reason': _reason(told, wanted)}
     if self._is_chat:
       entry['message'] = {'role': 'assistant', 'content': told.text, 'refusal': None}
@@ -94,7 +94,7 @@ class Answers:
     is_first = shown == Shown()
     if told is NOTHING or shown.characters < 0:  # its end was sent
       return []
-    told = told if wanted.max_tokens else told._replace(text='', tokens=())
+    told = told if wanted.max_tokens else told._replace(text='', tokens=(), end_token=None)
     safe = told.text if told.finish else _safe(told.text, request)
     count = (
       _tokens_in(self._served.tokenizer, request, told, len(safe)) if not told.finish else len(told.tokens)
@@ -135,19 +135,26 @@ class Answers:
   def _legacy_logprobs(
     self, request: Request, told: Told, first: int, end: int, echo: bool, offset: int
   ) -> dict[str, Any] | None:
-    """Log-probabilities of tokens `first` to `end`, and of the prompt (`echo`), as completions have them."""
+    """Log-probabilities of tokens `first` to `end`, and of the prompt (`echo`), as completions have them.
+
+    A token that ended the text comes last, as in vLLM: lm-evaluation-harness leaves out the last one unseen.
+    """
     if self._wanted.logprobs is None:
       return None
     start = 0 if echo else len(request.prompt) + first
-    places = range(start, len(request.prompt) + end)
-    texts = self._texts(request, told)[start : places.stop]
+    is_end = told.end_token is not None and bool(told.finish)
+    places = range(start, len(request.prompt) + end + is_end)
+    texts = self._texts(request, told)[start : len(request.prompt) + end]
+    texts += [self._name(told.end_token)] if is_end else []
     offsets = np.cumsum([offset, *map(len, texts)])[:-1].tolist()
     logprobs, tops = [], []
     for place in places:
       known = place < len(told.logprobs)
       logprobs.append(told.logprobs[place] if known else None)
       top = told.top_logprobs[place][: self._wanted.logprobs] if known else []
-      named = {self._name(token): value for token, value in top}
+      named: dict[str, float] = {}
+      for token, value in top:
+        named.setdefault(self._name(token), value)  # of tokens that look alike the likeliest
       tops.append(named if known and told.logprobs[place] is not None else None)
     return {'tokens': texts, 'token_logprobs': logprobs, 'top_logprobs': tops, 'text_offset': offsets}
 
@@ -166,8 +173,8 @@ class Answers:
   def _texts(self, request: Request, told: Told) -> list[str]:
     return token_texts(self._served.tokenizer, np.array([*request.prompt, *told.tokens], np.int64))
 
-  def _name(self, token: int) -> str:
-    return self._served.tokenizer.decode([token])
+  def _name(self, token: int | None) -> str:
+    return '' if token is None else self._served.tokenizer.spelled(token)
 
 
 def _named(text: str, logprob: float | None) -> dict[str, Any]:

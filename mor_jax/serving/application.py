@@ -52,6 +52,7 @@ class Application:
       ('/v1/models/{name:path}', 'GET'): self._model,
       ('/v1/completions', 'POST'): functools.partial(self._answer, False),
       ('/v1/chat/completions', 'POST'): functools.partial(self._answer, True),
+      ('/tokenizer_info', 'GET'): self._tokenizer_info,
       ('/tokenize', 'POST'): self._tokenize,
       ('/detokenize', 'POST'): self._detokenize,
     }
@@ -152,7 +153,21 @@ class Application:
     tokenizer = self._served.tokenizer
     is_special = fields.boolean('add_special_tokens', True)
     tokens = tokenizer.encode_text(text) if is_special else tokenizer.encode(text)
+    if text in (tokenizer.separator, tokenizer.begin):  # clients learn in this way what these tokens are
+      tokens = [tokenizer.token_to_id(text)]
     return JSONResponse({'tokens': tokens, 'count': len(tokens), 'max_model_len': self._served.max_len})
+
+  async def _tokenizer_info(self, _: HttpRequest) -> Response:
+    """As vLLM has it, for clients that have no tokenizer, such as lm-evaluation-harness."""
+    tokenizer, template = self._served.tokenizer, self._served.template
+    return JSONResponse(
+      {
+        'eos_token': tokenizer.separator,
+        'bos_token': tokenizer.begin,
+        'pad_token': None,
+        'chat_template': template and template.source,
+      }
+    )
 
   async def _detokenize(self, request: HttpRequest) -> Response:
     fields = Fields(await self._body(request))

@@ -17,7 +17,11 @@ TOKENS = ('bos_token', 'eos_token', 'unk_token', 'pad_token')  # that templates 
 
 
 class Template:
-  """A chat template."""
+  """A chat template.
+
+  Attributes:
+    source: as it came.
+  """
 
   def __init__(self, source: str, tokens: dict[str, str]):
     """Compiles it.
@@ -35,7 +39,7 @@ class Template:
       self._template = environment.from_string(source)
     except TemplateError as error:
       raise ConfigError(f'the chat template cannot be read: {error}') from None
-    self._tokens = tokens
+    self.source, self._tokens = source, tokens
 
   def render(self, messages: list[dict[str, Any]]) -> str:
     """The text of a chat, up to where the assistant begins. Raises ApiError if the template refuses the messages."""

@@ -20,10 +20,11 @@ class Told(NamedTuple):
   depths: tuple[int, ...]
   logprobs: tuple[float | None, ...]
   top_logprobs: tuple[list[tuple[int, float]], ...]
+  end_token: int | None
   finish: str
 
 
-NOTHING = Told('', (), (), (), (), '')
+NOTHING = Told('', (), (), (), (), None, '')
 
 
 @dataclasses.dataclass(eq=False)
@@ -183,4 +184,4 @@ class Worker(threading.Thread):
 
 def _told(result: Result) -> Told:
   fields = (tuple(getattr(result, name)) for name in ('tokens', 'depths', 'logprobs', 'top_logprobs'))
-  return Told(result.text, *fields, result.finish)
+  return Told(result.text, *fields, result.end_token, result.finish)
