@@ -186,7 +186,13 @@ def on_text() -> tuple[Contender, ...]:
   shallow = {**vanilla, 'model.num_layers': layers - TEXT_RECURSIONS + 1}
   return (
     Contender('vanilla', f'vanilla, {layers} layers', vanilla),
-    Contender('shallow_flops', f'vanilla, {shallow["model.num_layers"]} layers', shallow, equal='flops'),
+    Contender(
+      'shallow_flops',
+      f'vanilla, {shallow["model.num_layers"]} layers',
+      shallow,
+      equal='flops',
+      tuned_as='vanilla',
+    ),
     Contender('recursive', 'recursive', recursive, routers=('confidence', 'random', 'oracle')),
     Contender(
       'readouts',
@@ -199,7 +205,7 @@ def on_text() -> tuple[Contender, ...]:
     Contender('gate_flops', 'MoR as shipped', gate, equal='flops', tuned_as='gate'),
     Contender('benefit', 'MoR, benefit', benefit, routers=('random', 'oracle')),
     Contender('benefit_flops', 'MoR, benefit', benefit, equal='flops', tuned_as='benefit'),
-    Contender('random', 'MoR, random choice, gate 1', random, routers=('oracle',)),
+    Contender('random', 'MoR, random choice, gate 1', random, tuned_as='benefit', routers=('oracle',)),
   )
 
 
