@@ -78,17 +78,12 @@ def completion(body: Any, served: Served) -> Wanted:
   _check_model(fields, served)
   prompts = _prompts(fields, served)
   echo = fields.boolean('echo')
-  logprobs = fields.get('logprobs')
-  if logprobs is not None:
-    logprobs = 0 if logprobs is False else 1 if logprobs is True else logprobs
-    logprobs = Fields({'logprobs': logprobs}).integer('logprobs', None, 0, MOST_LOGPROBS)
-  least = 0 if echo else 1
-  max_tokens = fields.integer('max_tokens', COMPLETION_TOKENS, least)
+  logprobs = fields.integer('logprobs', None, 0, MOST_LOGPROBS)
+  max_tokens = fields.integer('max_tokens', COMPLETION_TOKENS, 0 if echo else 1)
   n = fields.integer('n', 1, 1, MOST_SAMPLES)
   best_of = fields.integer('best_of', n, n, MOST_SAMPLES)
-  for name in ('suffix',):
-    if fields.get(name):
-      raise fields.refuse(name, 'left out: this model continues texts, it does not fill them in')
+  if fields.get('suffix'):
+    raise fields.refuse('suffix', 'left out: this model continues texts, it does not fill them in')
   return _wanted(fields, served, prompts, n, best_of, max_tokens, echo, logprobs)
 
 
