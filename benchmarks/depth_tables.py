@@ -43,9 +43,8 @@ FIGURES = (
   'rank_correlation',
   'mean_depth',
   'by_difficulty',
-  'recursion_limits',
-  'tokens_by_depth',
 )
+PARTS_OF_LIMITS = ('nll', 'accuracy', 'by_difficulty')
 
 Modes = Mapping[str, dict[str, Any]]
 """What one run gave, by the way its depths were chosen (`held_out.evaluate`)."""
@@ -132,7 +131,12 @@ def _of(entries: Iterable[dict[str, Any]], name: str) -> list[float]:
 
 
 def _figures(entry: dict[str, Any]) -> dict[str, Any]:
-  return {name: entry[name] for name in FIGURES if name in entry}
+  kept = {name: entry[name] for name in FIGURES if name in entry}
+  kept['recursion_limits'] = [
+    {name: limit[name] for name in ('max_recursions', *PARTS_OF_LIMITS) if name in limit}
+    for limit in entry['recursion_limits']
+  ]
+  return kept
 
 
 def spread(values: Sequence[float]) -> str:
