@@ -153,11 +153,18 @@ class Engine:
     """The part of the mesh that has a slot."""
     return slot // (self.slots // self.parts)
 
-  def begin(self, requests: Sequence[Request | None]) -> Filling:
+  def begin(
+    self,
+    requests: Sequence[Request | None],
+    state: DecodeState | None = None,
+    reused: Sequence[tuple[int, int] | None] = (),
+  ) -> Filling:
     """Prompts of up to `prefill_lanes` requests, to be computed together by `fill`, each but for its last token.
 
     Args:
       requests: those of the lanes, in order; None: nothing.
+      state: whose slots hold beginnings of the prompts.
+      reused: for each lane the slot, of the same part of the mesh, and how many of its tokens begin the prompt.
     """
     lanes = self.prefill_lanes
     if len(requests) > lanes:
@@ -172,8 +179,14 @@ class Engine:
     is_scored &= self.top_logprobs is not None
     sizes = lanes, self._dtype, self.parts, self.top_logprobs if is_scored else None
     prefix = shards.make(self._mesh, functools.partial(prefill_lib.empty, self.cached, *sizes))
-    left = [list(request.prompt[:-1]) if request else [] for request in requests]
-    following = [list(request.prompt[1:]) if request else [] for request in requests]
+    known = [entry[1] if entry else 0 for entry in reused] + [0] * (lanes - len(reused))
+    if any(known):
+      each = self.slots // self.parts
+      slots = [entry[0] % each if entry else 0 for entry in reused] + [0] * (lanes - len(reused))
+      prefix = _reuse(self._mesh, prefix, state, np.array(slots, np.int32), np.array(known, np.int32))
+    pairs = list(zip(requests, known, strict=True))
+    left = [list(request.prompt[length:-1]) if request else [] for request, length in pairs]
+    following = [list(request.prompt[length + 1 :]) if request else [] for request, length in pairs]
     return Filling(prefix, left, following, budget, is_scored)
 
   def fill(self, filling: Filling, most: int | None = None) -> int:
@@ -309,6 +322,14 @@ def _filled(rows: Sequence[Sequence[int]], size: int) -> np.ndarray:
   for filled_C, tokens in zip(filled_BC, rows, strict=True):
     filled_C[: len(tokens)] = tokens[:size]
   return filled_BC
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _reuse(mesh, prefix, state, slots_B, lengths_B):
+  def local(_, prefix, state, slots_B, lengths_B):
+    return state_lib.reuse(state, prefix, slots_B, lengths_B), ()
+
+  return shards.run(mesh, local, (), prefix, state, slots_B, lengths_B)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

@@ -1,14 +1,16 @@
 """Prompts on their way into slots: computed in batches of lanes, and chunk by chunk, so that others need not wait."""
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mor_jax.inference.engine import Engine
 from mor_jax.inference.prefill import Filling, Prefix
+from mor_jax.inference.prefixes import Prefixes
 from mor_jax.inference.requests import Result
+from mor_jax.inference.state import DecodeState
 
 Entry = tuple[int, Result]
 """A slot, and the request that will have it."""
@@ -28,6 +30,7 @@ class Prompts:
 
   Attributes:
     overflow: tokens of the batches that are done which found no place, by recursion step.
+    tokens, reused: of all prompts so far, and those of them that were copied.
   """
 
   def __init__(self, engine: Engine):
@@ -37,6 +40,7 @@ class Prompts:
     )  # by lane, the slots that get it
     self._filling: Filling | None = None
     self.overflow: np.ndarray | int = 0
+    self.tokens = self.reused = 0
 
   @property
   def entries(self) -> list[Entry]:
@@ -47,13 +51,19 @@ class Prompts:
     """Requests whose prompts have more than one token, and the slots that they will have."""
     self._batches.extend(_lanes(admitted, self._engine))
 
-  def advance(self, most: int | None) -> Iterator[Computed]:
-    """Computes up to so many tokens of the longest prompts (None: all), and gives those that are complete."""
+  def advance(
+    self, most: int | None, state: Callable[[], DecodeState], prefixes: Prefixes
+  ) -> Iterator[Computed]:
+    """Computes up to so many tokens of the longest prompts (None: all), and gives those that are complete.
+
+    Args:
+      state, prefixes: the slots as they are, and what they hold.
+    """
     left = most
     while self._batches and (left is None or left > 0):
       lanes = self._batches[0]
       if self._filling is None:
-        self._filling = self._engine.begin([entries[0][1].request if entries else None for entries in lanes])
+        self._filling = self._begin(lanes, state(), prefixes)
       before = max(map(len, self._filling.left))
       remaining = self._engine.fill(self._filling, left)
       left = None if left is None else left - (before - remaining)
@@ -65,6 +75,14 @@ class Prompts:
       for lane, entries in enumerate(lanes):
         for slot, result in entries:
           yield Computed(prefix, lane, slot, result)
+
+  def _begin(self, lanes: list[list[Entry]], state: DecodeState, prefixes: Prefixes) -> Filling:
+    requests = [entries[0][1].request if entries else None for entries in lanes]
+    each = len(lanes) // self._engine.parts
+    reused = [request and prefixes.find(request, lane // each) for lane, request in enumerate(requests)]
+    self.tokens += sum(len(request.prompt) for request in requests if request)
+    self.reused += sum(found.length for found in reused if found)
+    return self._engine.begin(requests, state, reused)
 
   def cancel(self, result: Result) -> None:
     """Gives up the slot of a request; a lane that nobody wants any more is computed to its end, for nothing."""

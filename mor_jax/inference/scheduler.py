@@ -10,6 +10,7 @@ import numpy as np
 
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.inference.engine import Engine
+from mor_jax.inference.prefixes import Prefixes
 from mor_jax.inference.prompts import Prompts
 from mor_jax.inference.requests import Request, RequestError, Result
 from mor_jax.inference.scores import Scores
@@ -116,6 +117,7 @@ class Scheduler:
     self._queue: collections.deque[Result] = collections.deque()
     self._resident: dict[int, Result] = {}
     self._prompts, self._prefill_tokens = Prompts(engine), prefill_tokens
+    self._prefixes = Prefixes(engine)
 
   # ---- requests ----
 
@@ -150,7 +152,13 @@ class Scheduler:
       self._finish(result, 'cancelled')
     self._resident.clear()
     self._queue.clear()
+    self._prefixes.clear()
     self._state = self.engine.init_state()
+
+  @property
+  def prompt_tokens(self) -> tuple[int, int]:
+    """Tokens of prompts so far, and how many of them were copied from sequences that begin alike."""
+    return self._prompts.tokens, self._prompts.reused
 
   @property
   def waiting(self) -> int:
@@ -219,16 +227,16 @@ class Scheduler:
       if len(result.request.prompt) == 1:
         self._insert(None, 0, slot, result)
     self._prompts.add([entry for entry in admitted if len(entry[1].request.prompt) > 1])
-    for computed in self._prompts.advance(self._prefill_tokens):
+    for computed in self._prompts.advance(self._prefill_tokens, lambda: self._state, self._prefixes):
       self._insert(*computed)
     self.statistics.overflow = self.statistics.overflow + self._prompts.overflow
     self._prompts.overflow = 0
 
   def _free_slots(self) -> list[int]:
-    """Free slots, starting with the parts of the mesh that have the most."""
+    """Free slots, starting with the parts of the mesh that have the most, and of a part with what is oldest."""
     free, parts = collections.defaultdict(list), self.engine.part_of
     taken = {*self._resident, *(slot for slot, _ in self._prompts.entries)}
-    for slot in range(self.engine.slots):
+    for slot in sorted(range(self.engine.slots), key=self._prefixes.last_use):
       if slot not in taken:
         free[parts(slot)].append(slot)
     return [
@@ -241,6 +249,9 @@ class Scheduler:
   def _insert(self, prefix, lane: int, slot: int, result: Result) -> None:
     self._state = self.engine.insert(self._state, prefix, lane, slot, result.request)
     self._resident[slot] = result
+    self._prefixes.keep(
+      slot, result.request, np.array(result.request.prompt[:-1] if prefix else (), np.int32)
+    )
 
   def _collect(self) -> list[Result]:
     """Fetches new tokens and returns the results that have finished."""
@@ -251,6 +262,8 @@ class Scheduler:
     now, ended = time.perf_counter(), []
     for slot, result in list(self._resident.items()):
       start, known = len(result.request.prompt), int(known_N[slot])
+      if known > start:  # the last one is still to be computed
+        self._prefixes.keep(slot, result.request, tokens_NT[slot, : known - 1])
       tokens = tokens_NT[slot, start:known].tolist()
       if tokens and not result.first_token:
         result.first_token = now

@@ -194,6 +194,27 @@ def insert(
   )
 
 
+def reuse(state: DecodeState, prefix: Prefix, slots_B: jax.Array, lengths_B: jax.Array) -> Prefix:
+  """The empty prefix with the first `lengths_B` tokens of slots in its lanes; 0: the lane stays empty."""
+  lanes_B = jnp.where(lengths_B > 0, jnp.arange(lengths_B.shape[0]), lengths_B.shape[0])
+  depths_BT = state.depths_NT[slots_B]
+  is_copied_BT = jnp.arange(depths_BT.shape[1]) < lengths_B[:, None]
+  depths_BT = jnp.where(is_copied_BT, depths_BT, 0)
+  steps_P1 = jnp.arange(prefix.counts_BP.shape[1])[:, None]
+  said = prefix.scores
+  if said is not None:
+    said = jax.tree.map(
+      lambda mine, theirs: mine.at[lanes_B].set(theirs[slots_B], mode='drop'), said, state.scores
+    )
+  return prefix.replace(
+    cache=cache_lib.copy_slots(prefix.cache, lanes_B, state.cache, slots_B),
+    lengths_B=lengths_B,
+    counts_BP=(depths_BT[:, None] > steps_P1).sum(axis=-1),  # a token has a place of each step that it took
+    depths_BT=depths_BT,
+    scores=said,
+  )
+
+
 def release(state: DecodeState, slots_B: jax.Array) -> DecodeState:
   """The state with slots idle, whatever they did; those beyond the last are dropped."""
   return state.replace(phase_N=state.phase_N.at[slots_B].set(IDLE, mode='drop'))

@@ -22,6 +22,10 @@ class Metrics:
       'time_to_first_token_seconds', 'from the request to its first token', buckets=SECONDS, **made
     )
     self.duration = Histogram('request_seconds', 'from the request to its end', buckets=SECONDS, **made)
+    computed = Gauge('engine_prompt_tokens', 'tokens of prompts, copied ones included', **made)
+    computed.set_function(lambda: worker.scheduler.prompt_tokens[0])
+    copied = Gauge('engine_reused_tokens', 'those copied from sequences that begin alike', **made)
+    copied.set_function(lambda: worker.scheduler.prompt_tokens[1])
     Gauge('waiting', 'requests without a slot', **made).set_function(lambda: worker.waiting)
     Gauge('slots', 'slots of the engine', **made).set(worker.scheduler.engine.slots)
     Gauge('slots_in_use', 'slots with a request', **made).set_function(lambda: worker.scheduler.resident)
