@@ -75,6 +75,7 @@ def main() -> int:
     raise ConfigError(f"the server needs {', '.join(missing)}: pip install 'mor_jax[serve]'")
   from mor_jax.serving import schemas, server, templates
   from mor_jax.serving.application import Application
+  from mor_jax.serving.recursions import Recursions
   from mor_jax.serving.worker import Worker
 
   mesh = engines.make_mesh()
@@ -93,12 +94,14 @@ def main() -> int:
     templates.of(conventions),
     thresholds=model.kind == 'mor' and model.router == 'expert_choice',
     recursions=engine.steps,
+    looks=Recursions.can_look(run.model),
   )
+  recursions = Recursions(run.model, run.variables, tokenizer, engine.max_len) if served.looks else None
   worker = Worker(
     Scheduler(engine, tokenizer, FLAGS.ticks_per_call, FLAGS.prefill_tokens or None), FLAGS.max_queue
   )
   key = FLAGS.api_key if FLAGS.api_key is not None else os.environ.get('MOR_JAX_API_KEY', '')
-  app = Application(served, _about(config, run.step, engine), worker, FLAGS.max_body_bytes, key)
+  app = Application(served, _about(config, run.step, engine), worker, FLAGS.max_body_bytes, key, recursions)
   report = partial(print_line, open_console(lost=lambda: None))
   return server.serve(app, FLAGS.host, FLAGS.port, FLAGS.drain_seconds, report)
 

@@ -13,6 +13,7 @@ import uvicorn
 from mor_jax.data import tokenizer as tokenizers
 from mor_jax.inference.scheduler import Scheduler
 from mor_jax.serving.application import Application
+from mor_jax.serving.recursions import Recursions
 from mor_jax.serving.schemas import Served
 from mor_jax.serving.server import Server
 from mor_jax.serving.templates import Template
@@ -49,6 +50,7 @@ def served(**changes) -> Served:
     'template': Template(CHAT, {}),
     'thresholds': True,
     'recursions': 2,
+    'looks': True,
   }
   return Served(**{**defaults, **changes})
 
@@ -59,7 +61,9 @@ def running(
 ) -> Iterator[tuple]:
   """(address, application) of a server that answers."""
   worker = Worker(Scheduler(engine(), tokenizer(), ticks_per_call=4), max_queue)
-  app = Application(served(**changes), {'kind': 'mor'}, worker, max_body_bytes, api_key)
+  run = tiny_run.run()
+  recursions = Recursions(run.model, run.initial().variables, tokenizer(), max_len=64)
+  app = Application(served(**changes), {'kind': 'mor'}, worker, max_body_bytes, api_key, recursions)
   config = uvicorn.Config(app.asgi, port=0, log_level='warning', lifespan='off')
   server = Server(app, config, drain_seconds=5.0, report=lambda line: None)
   worker.start()

@@ -1,6 +1,7 @@
 """The server over HTTP: the forms of OpenAI's API, the engine's own answers in them, and what it refuses."""
 
 import asyncio
+import itertools
 import json
 import threading
 import time
@@ -200,6 +201,31 @@ def test_openai_s_client(address):
       return answer.choices[0].message.content
 
   assert isinstance(asyncio.run(chat()), str)
+
+
+def test_what_is_said_after_each_recursion(address):
+  """The routers' logits say which depths were taken, and the last recursion says what the model says."""
+  fields = {'max_tokens': 6, 'temperature': 0, 'depths': 'full', 'logprobs': 1, 'echo': True}
+  (choice,) = complete(address, **fields)['choices']
+  looks = choice['recursions']
+  assert [look['depth'] for look in looks] == choice['depths']['prompt'] + choice['depths']['tokens']
+  for place, look in enumerate(looks):
+    assert [len(best) for best in look['best']] == [5, 5]
+    assert all(first[1] >= second[1] for best in look['best'] for first, second in itertools.pairwise(best))
+    # The first recursion takes every token; the second those whose logit exceeds the threshold, while there is room.
+    assert look['depth'] == 1 or look['logits'][1] > look['thresholds'][1]
+    if place > 9:  # greedy: the likeliest token after the text so far came next
+      assert (
+        place + 1 == len(choice['logprobs']['tokens'])
+        or look['best'][1][0][0] == choice['logprobs']['tokens'][place + 1]
+      )
+  shifted = complete(address, **{**fields, 'threshold_shift': 2.5})['choices'][0]['recursions']
+  assert shifted[0]['thresholds'] == [value + 2.5 for value in looks[0]['thresholds']]
+  pieces = events(address, COMPLETIONS, prompt='the boats ', **fields)
+  assert pieces[-1]['choices'][0]['recursions'] == looks
+  with serving.running(looks=False) as (other, _):
+    refused = serving.post(other, COMPLETIONS, {'model': 'tiny', 'prompt': 'a', 'depths': 'full'})
+    assert refused.json()['error']['param'] == 'depths'
 
 
 def test_lm_evaluation_harness_gets_the_scores_of_the_process(address):

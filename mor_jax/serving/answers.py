@@ -40,15 +40,21 @@ class Answers:
 
   # ---- whole ----
 
-  def whole(self, told: Sequence[Told]) -> dict[str, Any]:
-    """The answer when everything has ended."""
+  def whole(self, told: Sequence[Told], looks: Sequence[Any] | None = None) -> dict[str, Any]:
+    """The answer when everything has ended.
+
+    Args:
+      looks: of every request, what was said after each recursion (`recursions.py`); None: it was not asked for.
+    """
     wanted = self._wanted
     choices = []
     for prompt in range(wanted.prompts):
       samples = range(prompt * wanted.best_of, (prompt + 1) * wanted.best_of)
       best = sorted(samples, key=lambda index: -_mean_logprob(wanted.requests[index], told[index]))
       kept = sorted(best[: wanted.n]) if wanted.best_of > wanted.n else list(samples)
-      choices += [self._choice(len(choices) + place, index, told[index]) for place, index in enumerate(kept)]
+      for index in kept:
+        entry = self._choice(len(choices), index, told[index])
+        choices.append(entry if looks is None else {**entry, 'recursions': looks[index]})
     return {**self._head(), 'choices': choices, 'usage': self.usage(told)}
 
   def _choice(self, number: int, index: int, told: Told) -> dict[str, Any]:
@@ -102,8 +108,8 @@ class Answers:
     text = safe[shown.characters :]
     if not text and not told.finish and count == shown.tokens:
       return []
-    number = index % wanted.best_of + index // wanted.best_of * wanted.n
-    entry: dict[str, Any] = {'index': number, 'finish_reason': _reason(told, wanted) if told.finish else None}
+    reason = _reason(told, wanted) if told.finish else None
+    entry: dict[str, Any] = {'index': self._number(index), 'finish_reason': reason}
     echo = wanted.echo and is_first
     if self._is_chat:
       entry['delta'] = ({'role': 'assistant'} if is_first else {}) | {'content': text}
@@ -119,6 +125,19 @@ class Answers:
     known = min(max(len(told.depths) - len(request.prompt), 0), count)
     self._shown[index] = Shown(-1 if told.finish else len(safe), count, known)
     return [{**self._head(True), 'choices': [entry]}]
+
+  def looked(self, looks: Sequence[Any]) -> list[dict[str, Any]]:
+    """Pieces with what was said after each recursion, one for each sample."""
+    content: dict[str, Any] = {'delta': {}} if self._is_chat else {'text': ''}
+    made = []
+    for index, look in enumerate(looks):
+      entry = {'index': self._number(index), **content, 'finish_reason': None, 'recursions': look}
+      made.append({**self._head(True), 'choices': [entry]})
+    return made
+
+  def _number(self, index: int) -> int:
+    """The number of the choice that a request of a stream is."""
+    return index % self._wanted.best_of + index // self._wanted.best_of * self._wanted.n
 
   def last(self, told: Sequence[Told]) -> dict[str, Any]:
     """The piece with the usage alone."""

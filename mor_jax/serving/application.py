@@ -22,10 +22,12 @@ from mor_jax.serving.answers import Answers
 from mor_jax.serving.errors import ApiError
 from mor_jax.serving.fields import Fields
 from mor_jax.serving.metrics import Metrics
+from mor_jax.serving.recursions import Recursions
 from mor_jax.serving.schemas import Served, Wanted
 from mor_jax.serving.worker import NOTHING, Job, Worker
 
 Handler = Callable[[HttpRequest], Awaitable[Response]]
+Look = Callable[[Wanted, Job], Awaitable[list[Any] | None]]
 CLIENT_GONE = 499
 
 
@@ -37,12 +39,20 @@ class Application:
   """
 
   def __init__(
-    self, served: Served, about: dict[str, Any], worker: Worker, max_body_bytes: int, api_key: str
+    self,
+    served: Served,
+    about: dict[str, Any],
+    worker: Worker,
+    max_body_bytes: int,
+    api_key: str,
+    recursions: Recursions | None = None,
   ):
     """Args:
     about: what /v1/models tells of the model beyond OpenAI's fields.
     api_key: that clients must send; '': none.
+    recursions: looks at texts once more, for models that allow it (`Served.looks`).
     """
+    self._recursions = recursions
     self._served, self._about, self.worker = served, about, worker
     self._max_body_bytes, self._api_key = max_body_bytes, api_key
     self.metrics, self.is_warm = Metrics(worker), False
@@ -189,7 +199,7 @@ class Application:
     follow = _Follow(self.worker, wanted, self.metrics)
     answers = Answers(self._served, wanted, is_chat)
     if wanted.stream:
-      return _EventStream(follow, answers, wanted)
+      return _EventStream(follow, answers, wanted, self._look)
     gone = asyncio.create_task(_disconnected(request.receive))
     try:
       async for _ in follow.changes(gone):
@@ -201,7 +211,18 @@ class Application:
     if not job.is_finished:
       return Response(status_code=CLIENT_GONE)
     follow.raise_error()
-    return JSONResponse(answers.whole(job.told))
+    return JSONResponse(answers.whole(job.told, await self._look(wanted, job)))
+
+  async def _look(self, wanted: Wanted, job: Job) -> list[Any] | None:
+    """What was said after each recursion of every request, if it is wanted."""
+    if wanted.depths != schemas.FULL or self._recursions is None:
+      return None
+    look = self._recursions.look
+    calls = [
+      self.worker.call(functools.partial(look, (*one.prompt, *told.tokens), told.depths, one.threshold_shift))
+      for one, told in zip(wanted.requests, job.told, strict=True)
+    ]
+    return [await asyncio.wrap_future(call) for call in calls]
 
 
 class _Follow:
@@ -252,12 +273,12 @@ class _Follow:
 class _EventStream(Response):
   """Server-sent events of a job, until it has ended or the client is gone."""
 
-  def __init__(self, follow: _Follow, answers: Answers, wanted: Wanted):
+  def __init__(self, follow: _Follow, answers: Answers, wanted: Wanted, look: Look):
     super().__init__(
       media_type='text/event-stream', headers={'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'}
     )
     del self.headers['content-length']
-    self._follow, self._answers, self._wanted = follow, answers, wanted
+    self._follow, self._answers, self._wanted, self._look = follow, answers, wanted, look
 
   async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
     """Sends the events."""
@@ -284,6 +305,8 @@ class _EventStream(Response):
     events = b''
     try:
       self._follow.raise_error()
+      looks = await self._look(self._wanted, self._follow.job)
+      events += b''.join(map(_event, self._answers.looked(looks or ())))
     except ApiError as error:
       events += _event(error.body())
     if self._wanted.include_usage:

@@ -21,6 +21,7 @@ MOST_LOGPROBS = 20
 MOST_SAMPLES = 128
 MOST_PROMPTS = 1024
 MOST_STOPS = 16
+FULL = 'full'
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens
 
 
@@ -35,6 +36,7 @@ class Served:
     template: makes texts of chats; None: the model has none.
     thresholds: whether `threshold_shift` has a meaning: expert-choice models.
     recursions: most recursions of a token.
+    looks: whether there is something to be said of its recursions (`depths='full'`).
   """
 
   name: str
@@ -44,6 +46,7 @@ class Served:
   template: Template | None
   thresholds: bool
   recursions: int
+  looks: bool = False
 
 
 class Wanted(NamedTuple):
@@ -57,7 +60,7 @@ class Wanted(NamedTuple):
     echo: whether the prompt is part of the text.
     logprobs: how many of the likeliest tokens are told; None: no log-probabilities.
     stream, include_usage: whether the answer comes in pieces, and whether a last one tells the usage.
-    depths: whether the recursions of every token are told.
+    depths: whether the recursions of every token are told; FULL: also what was said after each.
   """
 
   requests: tuple[Request, ...]
@@ -69,7 +72,7 @@ class Wanted(NamedTuple):
   logprobs: int | None
   stream: bool
   include_usage: bool
-  depths: bool
+  depths: bool | str
 
 
 def completion(body: Any, served: Served) -> Wanted:
@@ -217,7 +220,9 @@ def _wanted(
     for sample in range(best_of)
   )
   include_usage = options.boolean('include_usage')
-  depths = fields.boolean('depths')
+  depths = FULL if fields.get('depths') == FULL else fields.boolean('depths')
+  if depths == FULL and not served.looks:
+    raise fields.refuse('depths', 'true or false: this model has no recursions that it could stop after')
   return Wanted(requests, len(prompts), n, best_of, max_tokens, echo, logprobs, stream, include_usage, depths)
 
 

@@ -5,7 +5,8 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from concurrent import futures
+from typing import Any, NamedTuple
 
 from mor_jax.inference.requests import Request, Result
 from mor_jax.inference.scheduler import Scheduler
@@ -62,7 +63,7 @@ class Worker(threading.Thread):
     """
     super().__init__(name='engine', daemon=True)
     self.scheduler, self._max_queue = scheduler, max_queue
-    self._inbox: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
+    self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
     self._lock = threading.Lock()
     self._coming, self._is_draining = 0, False
     self._jobs: list[Job] = []
@@ -115,6 +116,12 @@ class Worker(threading.Thread):
     """Ends a job, finished or not: its slots are free after the call of the engine that is running."""
     self._inbox.put(('end', job))
 
+  def call(self, function: Callable[[], Any]) -> futures.Future:
+    """What a function gives in the engine's thread, between two calls of the engine."""
+    future: futures.Future = futures.Future()
+    self._inbox.put(('call', (function, future)))
+    return future
+
   def drain(self) -> None:
     """Refuses new jobs; those there are go on."""
     with self._lock:
@@ -142,19 +149,13 @@ class Worker(threading.Thread):
     """Does what the inbox asks for; False: stop."""
     while True:
       try:
-        order, job = self._inbox.get(block=wait)
+        order, what = self._inbox.get(block=wait)
       except queue.Empty:
         return True
       wait = False
-      if job is None:
+      if order == 'stop':
         return False
-      if order == 'begin':
-        self._begin(job)
-      else:
-        for result in job.results:
-          self.scheduler.cancel(result)
-        if job in self._jobs:
-          self._jobs.remove(job)
+      {'begin': self._begin, 'end': self._end, 'call': self._call}[order](what)
 
   def _begin(self, job: Job) -> None:
     try:
@@ -165,6 +166,19 @@ class Worker(threading.Thread):
       job.changed()
     with self._lock:
       self._coming -= len(job.requests)
+
+  def _end(self, job: Job) -> None:
+    for result in job.results:
+      self.scheduler.cancel(result)
+    if job in self._jobs:
+      self._jobs.remove(job)
+
+  def _call(self, what: tuple[Callable[[], Any], futures.Future]) -> None:
+    function, future = what
+    try:
+      future.set_result(function())
+    except Exception as error:
+      future.set_exception(error)
 
   def _tell(self) -> None:
     for job in list(self._jobs):
