@@ -63,7 +63,14 @@ def running(
   worker = Worker(Scheduler(engine(), tokenizer(), ticks_per_call=4), max_queue)
   run = tiny_run.run()
   recursions = Recursions(run.model, run.initial().variables, tokenizer(), max_len=64)
-  app = Application(served(**changes), {'kind': 'mor'}, worker, max_body_bytes, api_key, recursions)
+  app = Application(
+    served(**changes),
+    {'kind': 'mor', 'recursions': 2, 'routing': 'threshold'},
+    worker,
+    max_body_bytes,
+    api_key,
+    recursions,
+  )
   config = uvicorn.Config(app.asgi, port=0, log_level='warning', lifespan='off')
   server = Server(app, config, drain_seconds=5.0, report=lambda line: None)
   worker.start()

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import re
 import threading
 import time
 
@@ -66,6 +67,9 @@ def test_about_the_server(address):
   assert httpx.get(f'{address}/v1/models/tiny').json() == card
   assert httpx.get(f'{address}/v1/models/other').status_code == 404
   assert httpx.get(f'{address}/health').json() == {'status': 'ready'}
+  page = httpx.get(address)
+  assert page.headers['content-type'].startswith('text/html')
+  assert not re.findall(r'(?:src|href)="(?!data:)', page.text), 'it needs nothing from elsewhere'
   tokens = serving.post(address, '/tokenize', {'prompt': 'é!'}).json()
   assert tokens == {'tokens': [0xC3, 0xA9, 33], 'count': 3, 'max_model_len': 64}
   assert serving.post(address, '/detokenize', {'tokens': tokens['tokens']}).json() == {'prompt': 'é!'}

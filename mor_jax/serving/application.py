@@ -7,12 +7,13 @@ import hmac
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from mor_jax.files import parse_json
@@ -29,6 +30,10 @@ from mor_jax.serving.worker import NOTHING, Job, Worker
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 Look = Callable[[Wanted, Job], Awaitable[list[Any] | None]]
 CLIENT_GONE = 499
+PAGE = Path(__file__).with_name('page.html')
+POLICY = (
+  "default-src 'self' data:; script-src 'unsafe-inline'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+)
 
 
 class Application:
@@ -71,6 +76,7 @@ class Application:
       for (path, method), handler in routes.items()
     ]
     made += [
+      Route('/', self._page, methods=['GET']),
       Route('/health', self._health, methods=['GET']),
       Route('/metrics', self._metrics, methods=['GET']),
     ]
@@ -144,6 +150,11 @@ class Application:
   def _card(self) -> dict[str, Any]:
     card = {'id': self._served.name, 'object': 'model', 'created': self._started, 'owned_by': 'mor_jax'}
     return {**card, 'max_model_len': self._served.max_len, **self._about}
+
+  async def _page(self, _: HttpRequest) -> Response:
+    """The page for people, which needs nothing but this server."""
+    headers = {'Content-Security-Policy': POLICY, 'X-Content-Type-Options': 'nosniff'}
+    return HTMLResponse(PAGE.read_text(encoding='utf-8'), headers=headers)
 
   async def _health(self, _: HttpRequest) -> Response:
     state = 'draining' if self.worker.is_draining else 'ready' if self.is_warm else 'compiling'
