@@ -24,10 +24,10 @@ import numpy as np
 from absl import flags
 
 from mor_jax import cli
-from mor_jax.config import Config, ConfigError, DataConfig, with_changes
+from mor_jax.config import ConfigError
 from mor_jax.console import open_console, print_line
 from mor_jax.files import require_new
-from mor_jax.interop import folders, huggingface, official, sources, vocabulary
+from mor_jax.interop import folders, huggingface, imported, official, sources, vocabulary
 from mor_jax.interop.old_format import OldWeights
 from mor_jax.interop.weights import Weights
 from mor_jax.runs import stored
@@ -107,15 +107,7 @@ def bring_in(source: Path, output: Path) -> str:
   if tokenizer is None:
     raise ConfigError(f'there is no tokenizer.json beside the weights of {source}; name one with --tokenizer')
   weights = _cast(weights, FLAGS.dtype)
-  data = {
-    'tokenizer': str(output.absolute() / 'tokenizer.json'),
-    'separator': tokenizer.separator,
-    'begin': tokenizer.begin,
-  }
-  if conventions.max_positions:
-    data['seq_len'] = min(conventions.max_positions, DataConfig().seq_len)  # a flag may say longer
-  config = with_changes(Config(name=output.name, model=weights.config), data=data)
-  stored.write_model(output, config, weights, tokenizer, str(source), conventions)
+  config = imported.write_run(output, weights, tokenizer, conventions, str(source))
   return f'the {config.model.kind} model of {source}, as a run folder,'
 
 

@@ -31,7 +31,7 @@ from mor_jax.inference.requests import Request, RequestError
 from mor_jax.inference.scheduler import Scheduler
 from mor_jax.inference.state import STOP_TOKENS
 from mor_jax.inference.terminal import Writer, describe_statistics
-from mor_jax.runs.restore import LoadedRun, load_run
+from mor_jax.runs.restore import LoadedRun
 
 FLAGS = flags.FLAGS
 STREAMING_TICKS = 8
@@ -76,7 +76,7 @@ def main() -> int:
   """Generates, and returns the exit code. Raises ConfigError for flags that cannot work."""
   _check_flags()
   mesh = engines.make_mesh()
-  run = load_run(FLAGS.checkpoint, mesh=mesh)
+  run = engines.load(mesh)
   tokenizer = engines.tokenizer_of(run)
   template = _template(tokenizer, run.folder.conventions(run.config, tokenizer))
   try:

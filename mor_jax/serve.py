@@ -1,6 +1,6 @@
 """Serves a trained model: python -m mor_jax.serve --checkpoint=runs/tiny-mor [--port=8000]
 
-An OpenAI-compatible server on the engine of mor_jax.generate:
+An OpenAI-compatible server on the engine of mor_jax.generate, for a run or a Llama checkpoint of Hugging Face:
 
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
     -d '{"model": "tiny-mor", "prompt": "def ", "max_tokens": 32, "depths": true}'
@@ -9,7 +9,8 @@ An OpenAI-compatible server on the engine of mor_jax.generate:
   client = OpenAI(base_url='http://127.0.0.1:8000/v1', api_key='none')
   client.completions.create(model='tiny-mor', prompt='def ', max_tokens=32, extra_body={'max_recursions': 2})
 
-/v1/models, /v1/completions, /v1/chat/completions, /tokenize, /detokenize, /health and /metrics (docs/serving.md).
+The page at / shows texts in the colours of their depth. Beside it there are /v1/models, /v1/completions,
+/v1/chat/completions, /tokenize, /detokenize, /health and /metrics (docs/serving.md).
 Only this machine can reach it unless --host says otherwise; then set --api_key, or the environment variable
 MOR_JAX_API_KEY. SIGTERM or Ctrl-C: new requests are refused, those that run end; once more: at once.
 
@@ -31,7 +32,6 @@ from mor_jax.console import open_console, print_line
 from mor_jax.inference.engine import Engine
 from mor_jax.inference.scheduler import Scheduler
 from mor_jax.inference.state import STOP_TOKENS
-from mor_jax.runs.restore import load_run
 
 FLAGS = flags.FLAGS
 PACKAGES = ('starlette', 'uvicorn', 'prometheus_client', 'jinja2')
@@ -79,7 +79,7 @@ def main() -> int:
   from mor_jax.serving.worker import Worker
 
   mesh = engines.make_mesh()
-  run = load_run(FLAGS.checkpoint, mesh=mesh)
+  run = engines.load(mesh)
   cli.use_compilation_cache(run.config)
   tokenizer = engines.tokenizer_of(run)
   conventions = run.folder.conventions(run.config, tokenizer)

@@ -10,6 +10,8 @@ import subprocess
 import sys
 
 import entry_points
+import jax
+import numpy as np
 import pytest
 import tiny_run
 from absl.testing import flagsaver
@@ -23,8 +25,9 @@ from mor_jax.inference import batch
 from mor_jax.inference.requests import Request, Result
 from mor_jax.inference.scheduler import Scheduler
 from mor_jax.inference.terminal import Writer
+from mor_jax.interop import huggingface
 from mor_jax.runs.restore import load_run
-from tests import tiny_engine
+from tests import tiny, tiny_engine
 
 
 def command(*flags, devices=1):
@@ -318,3 +321,22 @@ def test_thresholds_belong_to_a_checkpoint(finished_run, tmp_path):
     calibration.store(run.folder.calibrations, dataclasses.replace(stored, step=run.step))
     config, _ = engines.calibrated(run)
   assert config.model.capacities == (1.0, 0.5)
+
+
+def test_a_llama_checkpoint_is_read_as_it_is(tmp_path, tokenizer):
+  """Without a conversion beforehand, and nothing stays of it."""
+  model, variables = tiny.model(kind='vanilla', vocab_size=257)
+  folder = tmp_path / 'llama'
+  huggingface.save(folder, model, variables, tokenizer)
+  entry_points.load('mor_jax.generate')
+  with flagsaver.flagsaver(checkpoint=str(folder)):
+    run = engines.load(tiny_run.MESH)
+  assert run.folder.path.name == 'llama'
+  assert tmp_path not in run.folder.path.parents
+  assert engines.tokenizer_of(run).digest == tokenizer.digest
+  jax.tree.map(np.testing.assert_array_equal, run.variables['params'], variables['params'])
+  with (
+    flagsaver.flagsaver(checkpoint=str(tmp_path)),
+    pytest.raises(ConfigError, match='is not the folder of a run'),
+  ):
+    engines.load(tiny_run.MESH)

@@ -1,5 +1,8 @@
 """What commands that generate share: flags of the engine, its mesh, and the tokenizer of a run."""
 
+import atexit
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,10 +14,11 @@ from mor_jax.config import Config, ConfigError
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.evaluation import calibration
 from mor_jax.inference.engine import Engine
+from mor_jax.interop import imported, sources
 from mor_jax.model import cache
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import mesh as mesh_lib
-from mor_jax.runs.restore import LoadedRun
+from mor_jax.runs.restore import LoadedRun, load_run
 
 FLAGS = flags.FLAGS
 
@@ -47,6 +51,23 @@ def make_mesh() -> Mesh:
   if not changes:
     return mesh_lib.make_mesh(devices=jax.devices()[:1])
   return mesh_lib.make_mesh(load_config(None, changes).parallel)
+
+
+def load(mesh: Mesh) -> LoadedRun:
+  """The run of --checkpoint; a Llama checkpoint is brought into a run folder that is gone when the process ends.
+
+  Raises:
+    ConfigError: it is neither.
+  """
+  path = Path(FLAGS.checkpoint)
+  if sources.is_run(path) or not (path / 'config.json').is_file():
+    return load_run(path, mesh=mesh)
+  opened = sources.open_model(path, '--checkpoint')
+  folder = tempfile.TemporaryDirectory(prefix='mor_jax-')
+  atexit.register(folder.cleanup)
+  output = Path(folder.name) / path.resolve().name
+  imported.write_run(output, *opened, str(path))
+  return load_run(output, mesh=mesh)
 
 
 def tokenizer_of(run: LoadedRun) -> Tokenizer:
