@@ -63,24 +63,30 @@ def test_samples_of_a_prompt_are_printed(finished_run):
 
 @pytest.mark.slow
 def test_a_file_of_prompts_is_answered_line_by_line(finished_run, tmp_path):
-  lines = [{'prompt': 'The harbour'}, {'prompt': ''}, {'tokens': [72, 105], 'max_new_tokens': 3}]
+  lines = [{'prompt': 'The harbour'}, {'prompt': ''}, {'tokens': [72, 105], 'max_new_tokens': 3, 'id': 'x'}]
   (tmp_path / 'in.jsonl').write_text('\n'.join(map(json.dumps, lines)))
-  done = command(
-    f'--checkpoint={finished_run[1]}',
-    f'--input={tmp_path}/in.jsonl',
-    f'--output={tmp_path}/out.jsonl',
-    '--max_new_tokens=5',
-    '--max_recursions=1',
-    '--temperature=0',
-  )
+  flags = f'--checkpoint={finished_run[1]}', f'--input={tmp_path}/in.jsonl', '--max_new_tokens=5'
+  flags += '--max_recursions=1', '--temperature=0'
+  done = command(*flags, f'--output={tmp_path}/out.jsonl')
   assert done.returncode == 1
   assert '1 of 3 lines could not be answered' in done.stderr
-  first, second, third = map(json.loads, (tmp_path / 'out.jsonl').read_text().splitlines())
+  whole = (tmp_path / 'out.jsonl').read_text()
+  first, second, third = map(json.loads, whole.splitlines())
   assert len(first['tokens']) == 5
   assert first['prompt_depths'] + first['depths'] == [1] * 15, 'one recursion each; the last token takes none'
   assert first['finish'] == 'length'
   assert second == {'error': 'the prompt is empty; give at least one token'}
-  assert len(third['tokens']) == 3
+  assert (len(third['tokens']), third['id']) == (3, 'x')
+
+  # As if it had been killed while it wrote the last answer.
+  (tmp_path / 'out.jsonl').write_text(whole[:-20])
+  assert command(*flags, f'--output={tmp_path}/out.jsonl', '--resume').returncode == 0
+  assert (tmp_path / 'out.jsonl').read_text() == whole
+  for more in (f'--output={tmp_path}/in.jsonl', '--slots=0'):  # nothing is lost by a command that is refused
+    refused = command(*flags, f'--output={tmp_path}/out.jsonl', more)
+    assert refused.returncode == 2
+    assert (tmp_path / 'out.jsonl').read_text() == whole
+    assert (tmp_path / 'in.jsonl').read_text() == '\n'.join(map(json.dumps, lines))
 
 
 @pytest.mark.slow
