@@ -146,7 +146,7 @@ def test_samples_of_a_prompt_share_its_computation(monkeypatch):
   other = dataclasses.replace(request, max_recursions=1)
   scheduler, seen = Scheduler(engine()), []
   begin = scheduler.engine.begin
-  monkeypatch.setattr(scheduler.engine, 'begin', lambda requests: seen.append(requests) or begin(requests))
+  monkeypatch.setattr(scheduler.engine, 'begin', lambda *args: seen.append(args[0]) or begin(*args))
   results = scheduler.run([*samples, other])
   assert [[request is not None for request in requests] for requests in seen] == [[True, True, False, False]]
   alone = [scheduler.run([sample])[0].tokens for sample in (*samples, other)]
@@ -159,7 +159,7 @@ def test_nobody_is_forgotten_when_prompts_cannot_be_computed(monkeypatch):
   scheduler = Scheduler(engine())
   results = [scheduler.submit(request) for request in good]
   with monkeypatch.context() as patch:
-    patch.setattr(scheduler.engine, 'begin', lambda requests: 1 / 0)
+    patch.setattr(scheduler.engine, 'begin', lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
       scheduler.step()
   while scheduler.busy:
