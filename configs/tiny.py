@@ -28,6 +28,7 @@ def get_config(variant: str = 'mor'):
   config.model.num_kv_heads = 2
   config.model.mlp_dim = 704
   config.model.dtype = 'float32'
+  config.model.init = 'plain'  # as the authors; README shows what comes of it
 
   config.data.tokenizer = 'bytes'
   config.data.seq_len = 256

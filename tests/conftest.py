@@ -1,6 +1,7 @@
 """Settings of every test run: CPU, no network, no TensorFlow, compiled programs kept between runs."""
 
 import dataclasses
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ import pytest
 
 # Tests compile many programs and run each a few times: compiling without optimisation takes half as long.
 FAST_COMPILATION = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+
+MANY_MAPPINGS = 30_000
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = f'{FAST_COMPILATION} {os.environ.get("XLA_FLAGS", "")}'.strip()
@@ -28,6 +31,16 @@ def without_tensorflow() -> Iterator[None]:
   """mor_jax must work without TensorFlow. (Entries in sys.modules that forbid it would confuse TFDS.)"""
   yield
   assert 'tensorflow' not in sys.modules, 'a test imported TensorFlow'
+
+
+@pytest.fixture(scope='module', autouse=True)
+def room_for_programs() -> Iterator[None]:
+  """Compiled programs are forgotten before a process has as many memory mappings as Linux allows (65,530)."""
+  yield
+  maps = Path('/proc/self/maps')
+  if 'jax' in sys.modules and maps.exists() and len(maps.read_bytes().splitlines()) > MANY_MAPPINGS:
+    sys.modules['jax'].clear_caches()
+    gc.collect()
 
 
 def pytest_report_header() -> str:
