@@ -84,8 +84,8 @@ def main() -> int:
   tokenizer = engines.tokenizer_of(run)
   conventions = run.folder.conventions(run.config, tokenizer)
   top = min(schemas.MOST_LOGPROBS, run.config.model.vocab_size)
-  engine, config = engines.make_engine(run, FLAGS.slots, mesh, top)
-  model = config.model
+  engine, run = engines.make_engine(run, FLAGS.slots, mesh, top)
+  model = run.config.model
   served = schemas.Served(
     FLAGS.name or run.folder.path.resolve().name,
     tokenizer,
@@ -101,7 +101,9 @@ def main() -> int:
     Scheduler(engine, tokenizer, FLAGS.ticks_per_call, FLAGS.prefill_tokens or None), FLAGS.max_queue
   )
   key = FLAGS.api_key if FLAGS.api_key is not None else os.environ.get('MOR_JAX_API_KEY', '')
-  app = Application(served, _about(config, run.step, engine), worker, FLAGS.max_body_bytes, key, recursions)
+  app = Application(
+    served, _about(run.config, run.step, engine), worker, FLAGS.max_body_bytes, key, recursions
+  )
   report = partial(print_line, open_console(lost=lambda: None))
   return server.serve(app, FLAGS.host, FLAGS.port, FLAGS.drain_seconds, report)
 

@@ -1,6 +1,7 @@
 """What commands that generate share: flags of the engine, its mesh, and the tokenizer of a run."""
 
 import atexit
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -86,24 +87,24 @@ def tokenizer_of(run: LoadedRun) -> Tokenizer:
 
 def make_engine(
   run: LoadedRun, slots: int, mesh: Mesh, top_logprobs: int | None = None
-) -> tuple[Engine, Config]:
-  """An engine with at least so many slots, as many on every part of the mesh, and the settings that it runs with."""
+) -> tuple[Engine, LoadedRun]:
+  """An engine with at least so many slots, as many on every part of the mesh; and the run as it runs it."""
   parts = mesh_lib.row_shards(mesh)
-  config, variables = run.config, run.variables
   if FLAGS.capacities:
     config, variables = calibrated(run)
+    run = dataclasses.replace(run, config=config, model=Transformer(config.model), variables=variables)
   engine = Engine(
-    Transformer(config.model),
-    variables,
+    run.model,
+    run.variables,
     slots=FLAGS.slots or -(-slots // parts) * parts,
-    max_len=config.data.seq_len if FLAGS.max_len is None else FLAGS.max_len,
+    max_len=run.config.data.seq_len if FLAGS.max_len is None else FLAGS.max_len,
     slack=FLAGS.slack,
     cache_dtype=FLAGS.cache_dtype,
     max_recursions=FLAGS.max_recursions,
     top_logprobs=top_logprobs,
     mesh=mesh if mesh.size > 1 else None,
   )
-  return engine, config
+  return engine, run
 
 
 def calibrated(run: LoadedRun) -> tuple[Config, dict[str, Any]]:

@@ -17,6 +17,7 @@ from mor_jax.files import parse_json
 from mor_jax.inference.requests import Request, RequestError, Result, short
 from mor_jax.inference.scheduler import Scheduler
 
+FORMS = 'with either "prompt", a text, or "tokens", a list of ids'
 _KINDS = {int: (int,), float: (int, float), tuple: (list,), bool: (bool,)}
 
 
@@ -74,9 +75,9 @@ def answered(path: str, lines: Sequence[bytes]) -> Answered:
   done, size = 0, 0
   for index, line in enumerate(Path(path).read_bytes().split(b'\n')[:-1]):
     entry = _object(line)
-    if entry is None or not {'text', 'error'} & entry.keys():
+    if not {'text', 'error'} & entry.keys():
       raise ConfigError(f'--resume: line {index + 1} of --output={path} is no answer; name another file')
-    if index >= len(lines) or entry.get('id') != (_object(lines[index]) or {}).get('id'):
+    if index >= len(lines) or entry.get('id') != _object(lines[index]).get('id'):
       raise ConfigError(
         f'--resume: line {index + 1} of --output={path} does not belong to this --input; name another file'
       )
@@ -121,18 +122,20 @@ def answer(
     How many lines could not be answered.
   """
   entries: list[Result | str] = []
+  names: list[dict[str, Any]] = []  # the id of each line, if it has one
   for index, line in enumerate(lines[first:], start=first):
+    names.append({})
     try:
-      entries.append(scheduler.submit(parse(line, template, tokenizer, index)))
+      fields = _fields(line)
+      names[-1] = {'id': fields.pop('id')} if 'id' in fields else {}
+      entries.append(scheduler.submit(parse(fields, template, tokenizer, index)))
     except RequestError as error:
       entries.append(str(error))
   to_ascii = (getattr(output, 'encoding', None) or 'utf-8').lower() not in ('utf-8', 'utf8')
   written = 0
   while written < len(entries):
     for entry in _ended(entries[written:]):
-      known = _object(lines[first + written]) or {}
-      entry = {'id': known['id'], **entry} if 'id' in known else entry
-      text = json.dumps(entry, ensure_ascii=to_ascii)
+      text = json.dumps({**names[written], **entry}, ensure_ascii=to_ascii)
       # What is no text in UTF-8, half of a surrogate pair, is written as JSON spells it.
       output.write(text.encode('utf-8', 'backslashreplace').decode('utf-8') + '\n')
       output.flush()
@@ -156,22 +159,37 @@ def _ended(entries: Sequence[Result | str]) -> Iterator[dict[str, Any]]:
       return
 
 
-def parse(line: bytes | str, template: Request, tokenizer: Tokenizer, index: int = 0) -> Request:
-  """The request of a line.
+def _object(line: bytes) -> dict[str, Any]:
+  """The object of a line, {} if it is something else."""
+  try:
+    return _fields(line)
+  except RequestError:
+    return {}
 
-  Args:
-    index: of the line. It is added to the seed, unless the line has its own, so that equal lines get other texts.
 
-  Raises:
-    RequestError: it is not a JSON object, or has fields of another type.
-  """
+def _fields(line: bytes | str) -> dict[str, Any]:
+  """The object of a line. Raises RequestError if it is something else."""
   try:
     fields = parse_json(line)
   except ValueError as error:
     raise RequestError(f'the line is not JSON: {error}') from None
-  if not isinstance(fields, dict) or ('prompt' in fields) == ('tokens' in fields):
-    raise RequestError('a line must be an object with either "prompt", a text, or "tokens", a list of ids')
-  fields.pop('id', None)
+  if not isinstance(fields, dict):
+    raise RequestError(f'a line must be an object {FORMS}')
+  return fields
+
+
+def parse(fields: dict[str, Any], template: Request, tokenizer: Tokenizer, index: int = 0) -> Request:
+  """The request of a line.
+
+  Args:
+    fields: its object, without the id.
+    index: of the line. It is added to the seed, unless the line has its own, so that equal lines get other texts.
+
+  Raises:
+    RequestError: a field is unknown or of another type.
+  """
+  if ('prompt' in fields) == ('tokens' in fields):
+    raise RequestError(f'a line must be an object {FORMS}')
   hints = typing.get_type_hints(Request)
   if 'prompt' in fields:
     text = fields.pop('prompt')
@@ -202,15 +220,6 @@ def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
       f'prompt has {text[error.start]!r} at character {error.start}, half of a surrogate pair, which is no text'
     ) from None
   return tokenizer.encode_text(text)
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-  """The object of a line, None if it is something else."""
-  try:
-    found = parse_json(line)
-  except ValueError:
-    return None
-  return found if isinstance(found, dict) else None
 
 
 def _biases(value: Any) -> tuple[tuple[int, float], ...]:

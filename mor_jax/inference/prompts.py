@@ -35,9 +35,8 @@ class Prompts:
 
   def __init__(self, engine: Engine):
     self._engine = engine
-    self._batches: collections.deque[list[list[Entry]]] = (
-      collections.deque()
-    )  # by lane, the slots that get it
+    # Of every batch, by lane, the slots that get what the lane computes.
+    self._batches: collections.deque[list[list[Entry]]] = collections.deque()
     self._filling: Filling | None = None
     self.overflow: np.ndarray | int = 0
     self.tokens = self.reused = 0

@@ -34,7 +34,8 @@ class Request:
     presence_penalty: taken from the logit of every token that was generated before; frequency_penalty: as often as it
       was.
     logit_bias: (token, what is added to its logit), at most MOST_BIASES.
-    prompt_logprobs: also score the prompt, if the engine keeps scores (`top_logprobs`).
+    logprobs: take the scores of the text, if the engine keeps them (`top_logprobs`).
+    prompt_logprobs: also those of the prompt.
   """
 
   prompt: tuple[int, ...]
@@ -52,6 +53,7 @@ class Request:
   presence_penalty: float = 0.0
   frequency_penalty: float = 0.0
   logit_bias: tuple[tuple[int, float], ...] = ()
+  logprobs: bool = True
   prompt_logprobs: bool = False
 
   def check(self) -> None:
@@ -93,7 +95,8 @@ class Result:
       processes that one.
     end_token: the stop token that ended the text; None: it did not end by one.
     logprobs: of prompt, generated tokens and end token: the natural logarithm of each one's probability after those before it,
-      None for the first, and for all of a prompt without `prompt_logprobs`; [] unless the engine keeps scores.
+      None for the first, and for all of a prompt without `prompt_logprobs`; [] unless the engine keeps scores, and
+      the request takes them.
     top_logprobs: the likeliest tokens in the place of each and their logprobs, [] where logprobs are None.
     finish: reason for the end: 'stop_token', 'stop_string', 'length' or 'cancelled'; '' while it is running.
     submitted, first_token, finished: times in seconds on the clock of `time.perf_counter`; 0 until they occur.

@@ -116,7 +116,9 @@ def _draw(logits_BV, rules, positions_B):
   logits_BV = logits_BV / jnp.where(rules.temperature_B > 0, rules.temperature_B, 1)[:, None]
   truncated = ((rules.top_k_B != NO_LIMIT) | (rules.top_p_B < 1)).any()
   logits_BV = jax.lax.cond(truncated, lambda z: _truncate(z, rules), lambda z: z, logits_BV)
-  logits_BV = _drop_unlikely(logits_BV, rules.min_p_B)
+  logits_BV = jax.lax.cond(
+    (rules.min_p_B > 0).any(), lambda z: _drop_unlikely(z, rules.min_p_B), lambda z: z, logits_BV
+  )
   keys_B = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(
     rules.seed_B, positions_B
   )

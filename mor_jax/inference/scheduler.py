@@ -256,8 +256,9 @@ class Scheduler:
   def _collect(self) -> list[Result]:
     """Fetches new tokens and returns the results that have finished."""
     state = self._state
+    is_wanted = any(result.request.logprobs for result in self._resident.values())
     phase_N, known_N, tokens_NT, depths_NT, said = jax.device_get(
-      (state.phase_N, state.known_N, state.tokens_NT, state.depths_NT, state.scores)
+      (state.phase_N, state.known_N, state.tokens_NT, state.depths_NT, state.scores if is_wanted else None)
     )
     now, ended = time.perf_counter(), []
     for slot, result in list(self._resident.items()):
@@ -271,7 +272,7 @@ class Scheduler:
       stopped = bool(tokens) and tokens[-1] in result.request.stop_tokens
       result.tokens, result.end_token = (tokens[:-1], tokens[-1]) if stopped else (tokens, None)
       result.depths = depths_NT[slot, : max(known - 1, 0)].tolist()
-      if said is not None:
+      if said is not None and result.request.logprobs:
         _take_scores(result, said, slot, start + len(tokens))
       reason = ''
       if phase_N[slot] == IDLE:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mor_jax.data.token_texts import token_texts
-from mor_jax.data.tokenizer import REPLACEMENT, Tokenizer
+from mor_jax.data.tokenizer import CONTEXT, REPLACEMENT, Tokenizer
 from mor_jax.inference.requests import Request
 from mor_jax.serving.schemas import Served, Wanted
 from mor_jax.serving.worker import NOTHING, Told
@@ -49,10 +49,11 @@ class Answers:
     wanted = self._wanted
     choices = []
     for prompt in range(wanted.prompts):
-      samples = range(prompt * wanted.best_of, (prompt + 1) * wanted.best_of)
-      best = sorted(samples, key=lambda index: -_mean_logprob(wanted.requests[index], told[index]))
-      kept = sorted(best[: wanted.n]) if wanted.best_of > wanted.n else list(samples)
-      for index in kept:
+      samples: Sequence[int] = range(prompt * wanted.best_of, (prompt + 1) * wanted.best_of)
+      if wanted.best_of > wanted.n:
+        best = sorted(samples, key=lambda index: -_mean_logprob(wanted.requests[index], told[index]))
+        samples = sorted(best[: wanted.n])
+      for index in samples:
         entry = self._choice(len(choices), index, told[index])
         choices.append(entry if looks is None else {**entry, 'recursions': looks[index]})
     return {**self._head(), 'choices': choices, 'usage': self.usage(told)}
@@ -163,7 +164,7 @@ class Answers:
     start = 0 if echo else len(request.prompt) + first
     is_end = told.end_token is not None and bool(told.finish)
     places = range(start, len(request.prompt) + end + is_end)
-    texts = self._texts(request, told)[start : len(request.prompt) + end]
+    texts = self._texts(request, told, start, len(request.prompt) + end)
     texts += [self._name(told.end_token)] if is_end else []
     offsets = np.cumsum([offset, *map(len, texts)])[:-1].tolist()
     logprobs, tops = [], []
@@ -181,16 +182,19 @@ class Answers:
     if self._wanted.logprobs is None:
       return None
     start = len(request.prompt)
-    texts = self._texts(request, told)
+    places = range(start + first, start + end)
     content = []
-    for place in range(start + first, start + end):
+    for place, text in zip(places, self._texts(request, told, places.start, places.stop), strict=True):
       top = told.top_logprobs[place][: self._wanted.logprobs]
       others = [_named(self._name(token), value) for token, value in top]
-      content.append({**_named(texts[place], told.logprobs[place]), 'top_logprobs': others})
+      content.append({**_named(text, told.logprobs[place]), 'top_logprobs': others})
     return {'content': content, 'refusal': None}
 
-  def _texts(self, request: Request, told: Told) -> list[str]:
-    return token_texts(self._served.tokenizer, np.array([*request.prompt, *told.tokens], np.int64))
+  def _texts(self, request: Request, told: Told, start: int, end: int) -> list[str]:
+    """Of the tokens from place `start` to `end`; those before them say how the first is spelled."""
+    begin = max(start - CONTEXT, 0)
+    tokens = np.array([*request.prompt, *told.tokens][begin:end], np.int64)
+    return token_texts(self._served.tokenizer, tokens)[start - begin :]
 
   def _name(self, token: int | None) -> str:
     return '' if token is None else self._served.tokenizer.spelled(token)
@@ -230,6 +234,8 @@ def _safe(text: str, request: Request) -> str:
 def _tokens_in(tokenizer: Tokenizer, request: Request, told: Told, characters: int) -> int:
   """How many of the generated tokens are within the first characters of the text."""
   count = len(told.tokens)
+  if characters >= len(told.text):
+    return count
   while count and len(tokenizer.continuation(told.tokens[:count], request.prompt)) > characters:
     count -= 1
   return count

@@ -104,9 +104,9 @@ class Application:
     return guarded
 
   def _check_key(self, request: HttpRequest) -> None:
-    scheme, _, given = request.headers.get('authorization', '').partition(' ')
     if not self._api_key:
       return
+    scheme, _, given = request.headers.get('authorization', '').partition(' ')
     if scheme.lower() != 'bearer' or not hmac.compare_digest(given.strip().encode(), self._api_key.encode()):
       headers = {'WWW-Authenticate': 'Bearer'}
       raise ApiError(
@@ -125,13 +125,13 @@ class Application:
     told = request.headers.get('content-length', '0')
     if told.isdecimal() and int(told) > self._max_body_bytes:
       raise too_large
-    body = b''
+    body = bytearray()
     async for piece in request.stream():
       body += piece
       if len(body) > self._max_body_bytes:
         raise too_large
     try:
-      return parse_json(body)
+      return parse_json(bytes(body))
     except ValueError as error:
       raise ApiError(400, f'the body is not JSON: {error}') from None
 

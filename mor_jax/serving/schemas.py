@@ -211,6 +211,7 @@ def _wanted(
     stop_strings=tuple(stops),
     max_recursions=fields.integer('max_recursions', None, 1, served.recursions),
     threshold_shift=_shift(fields, served),
+    logprobs=logprobs is not None or best_of > n,
     prompt_logprobs=echo and logprobs is not None,
   )
   seed = secrets.randbelow(2**32) if seed is None else seed

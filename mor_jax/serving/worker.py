@@ -58,8 +58,10 @@ class Worker(threading.Thread):
   """
 
   def __init__(self, scheduler: Scheduler, max_queue: int):
-    """Args:
-    max_queue: requests that may wait for a slot.
+    """Does not start the thread.
+
+    Args:
+      max_queue: requests that may wait for a slot.
     """
     super().__init__(name='engine', daemon=True)
     self.scheduler, self._max_queue = scheduler, max_queue
@@ -182,8 +184,8 @@ class Worker(threading.Thread):
 
   def _tell(self) -> None:
     for job in list(self._jobs):
-      told = tuple(map(_told, job.results))
-      if told != job.told or job.error is not None:
+      told = tuple(map(_told, job.results, job.told))
+      if job.error is not None or any(new is not old for new, old in zip(told, job.told, strict=True)):
         job.told = told
         job.changed()
       if job.is_finished:
@@ -196,6 +198,13 @@ class Worker(threading.Thread):
     self.scheduler.reset()
 
 
-def _told(result: Result) -> Told:
+def _told(result: Result, before: Told) -> Told:
+  """The result as it is; the former one, if nothing is new."""
+  if (len(result.tokens), len(result.depths), result.finish) == (
+    len(before.tokens),
+    len(before.depths),
+    before.finish,
+  ):
+    return before
   fields = (tuple(getattr(result, name)) for name in ('tokens', 'depths', 'logprobs', 'top_logprobs'))
   return Told(result.text, *fields, result.end_token, result.finish)
