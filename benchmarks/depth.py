@@ -127,20 +127,20 @@ def _run(study: Study, name: str) -> None:
   }
   study.train([key for keys in final.values() for key in keys])
   wanted = [
-    item for one in chosen for key in final[one.name] for item in _measurements(study, one, study.runs[key])
+    (one.name, key, item)
+    for one in chosen
+    for key in final[one.name]
+    for item in _measurements(study, one, study.runs[key])
   ]
-  measured = iter(trained.measure_all(wanted, FLAGS.parallel, Console()))
-  found, decoded = collections.defaultdict(list), collections.defaultdict(list)
-  for one in chosen:
-    for key in final[one.name]:
-      modes: dict[str, Any] = {}
-      for item in _measurements(study, one, study.runs[key]):
-        result = next(measured)
-        if item.name == 'decoding':
-          decoded[one.name].append(result)
-        else:
-          modes |= result['routing']
-      found[one.name].append(modes)
+  results = trained.measure_all([item for *_, item in wanted], FLAGS.parallel, Console())
+  modes: dict[str, dict[Key, dict[str, Any]]] = {one.name: {} for one in chosen}
+  decoded: dict[str, list[Any]] = {one.name: [] for one in chosen}
+  for (of, key, item), result in zip(wanted, results, strict=True):
+    if item.name == 'decoding':
+      decoded[of].append(result)
+    else:
+      modes[of].setdefault(key, {}).update(result['routing'])
+  found = {of: list(by_key.values()) for of, by_key in modes.items()}
   about = {
     'part': name,
     'settings': f'{part.config} with {part.settings}',

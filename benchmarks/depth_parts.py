@@ -10,7 +10,7 @@ HOPS = 4
 GATE = {'model.router_target': 'gate'}
 CHOOSES = {'model.gating': 'residual', 'model.kv': 'shared', 'model.random_gate': 1.0}
 RANDOM = {**GATE, **CHOOSES, 'model.random_router': True, 'model.causality': 'none'}
-EARLY = ('benefit', 'gate', 'random', 'recursive', 'recursive_flops', 'vanilla_flops', 'one_flops')
+MAIN = ('benefit', 'gate', 'random', 'recursive', 'recursive_flops', 'vanilla_flops', 'one_flops')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ def on_tasks() -> tuple[Contender, ...]:
 
 
 def _some(contenders: tuple[Contender, ...]) -> tuple[Contender, ...]:
-  return tuple(one for one in contenders if one.name in EARLY)
+  return tuple(one for one in contenders if one.name in MAIN)
 
 
 # ---- text ----

@@ -44,7 +44,7 @@ FIGURES = (
   'mean_depth',
   'by_difficulty',
 )
-PARTS_OF_LIMITS = ('nll', 'accuracy', 'by_difficulty')
+PARTS_OF_LIMITS = ('nll', 'accuracy')
 
 Modes = Mapping[str, dict[str, Any]]
 """What one run gave, by the way its depths were chosen (`held_out.evaluate`)."""

@@ -12,7 +12,6 @@ With --steps=500 there are about 50 runs of 70 to 120 seconds each, two at a tim
 import collections
 import dataclasses
 import statistics
-from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +160,8 @@ def main() -> None:
   best = {model: study.best_rate(model.tuned_as) for model in MODELS}
   final = [(model, rate, seed) for seed in range(FLAGS.seeds) for model, rate in best.items()]
   study.train(final)
-  with futures.ThreadPoolExecutor(FLAGS.parallel) as pool:
-    evaluated = dict(zip(final, pool.map(trained.evaluate, [study.runs[key] for key in final]), strict=True))
+  wanted = [trained.Measurement(study.runs[key]) for key in final]
+  evaluated = dict(zip(final, trained.measure_all(wanted, FLAGS.parallel, Console()), strict=True))
   print(_keep(study, best, evaluated))
   _plot(study)
 

@@ -34,11 +34,6 @@ def train(made: Plan, console: Console, parallel: int) -> Runner:
   return runner
 
 
-def evaluate(run: PlannedRun) -> dict[str, Any]:
-  """The result of `python -m mor_jax.evaluate`, kept as evaluation.json of the run; made if it is missing."""
-  return measure(Measurement(run))
-
-
 @dataclasses.dataclass(frozen=True)
 class Measurement:
   """Something to be found out about a run once.

@@ -1,12 +1,10 @@
 """The server's routes: OpenAI's API over the engine. `worker.py` has the engine, `schemas.py` and `answers.py` the forms."""
 
 import asyncio
-import contextlib
 import functools
 import hmac
-import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +20,13 @@ from mor_jax.serving import schemas
 from mor_jax.serving.answers import Answers
 from mor_jax.serving.errors import ApiError
 from mor_jax.serving.fields import Fields
+from mor_jax.serving.follow import EventStream, Follow, disconnected
 from mor_jax.serving.metrics import Metrics
 from mor_jax.serving.recursions import Recursions
 from mor_jax.serving.schemas import Served, Wanted
-from mor_jax.serving.worker import NOTHING, Job, Worker
+from mor_jax.serving.worker import Job, Worker
 
 Handler = Callable[[HttpRequest], Awaitable[Response]]
-Look = Callable[[Wanted, Job], Awaitable[list[Any] | None]]
 CLIENT_GONE = 499
 PAGE = Path(__file__).with_name('page.html')
 POLICY = (
@@ -207,11 +205,11 @@ class Application:
         self.worker.scheduler.engine.check(one)
     except RequestError as error:
       raise ApiError(400, str(error)) from None
-    follow = _Follow(self.worker, wanted, self.metrics)
+    follow = Follow(self.worker, wanted, self.metrics)
     answers = Answers(self._served, wanted, is_chat)
     if wanted.stream:
-      return _EventStream(follow, answers, wanted, self._look)
-    gone = asyncio.create_task(_disconnected(request.receive))
+      return EventStream(follow, answers, wanted, self._look)
+    gone = asyncio.create_task(disconnected(request.receive))
     try:
       async for _ in follow.changes(gone):
         pass
@@ -234,104 +232,6 @@ class Application:
       for one, told in zip(wanted.requests, job.told, strict=True)
     ]
     return [await asyncio.wrap_future(call) for call in calls]
-
-
-class _Follow:
-  """A job, and when it changes, for a coroutine."""
-
-  def __init__(self, worker: Worker, wanted: Wanted, metrics: Metrics):
-    loop, self._event = asyncio.get_running_loop(), asyncio.Event()
-    self._worker, self._metrics, self._begin = worker, metrics, time.perf_counter()
-
-    def changed() -> None:
-      with contextlib.suppress(RuntimeError):  # the loop has ended
-        loop.call_soon_threadsafe(self._event.set)
-
-    self.job: Job = worker.submit(wanted.requests, changed)
-    self._has_begun = False
-
-  async def changes(self, gone: 'asyncio.Task | None' = None) -> AsyncIterator[None]:
-    """Once for whatever is new, until the job has ended or the client is gone."""
-    while not self.job.is_finished:
-      changed = asyncio.create_task(self._event.wait())
-      await asyncio.wait({changed, gone} if gone else {changed}, return_when=asyncio.FIRST_COMPLETED)
-      changed.cancel()
-      if gone is not None and gone.done():
-        return
-      self._event.clear()
-      if not self._has_begun and any(one is not NOTHING for one in self.job.told):
-        self._has_begun = True
-        self._metrics.first_token.observe(time.perf_counter() - self._begin)
-      yield
-
-  def end(self) -> None:
-    """Frees what the job holds, if it has not ended, and counts it."""
-    job, metrics = self.job, self._metrics
-    if not job.is_finished:
-      self._worker.cancel(job)
-      metrics.cancelled.inc()
-    metrics.duration.observe(time.perf_counter() - self._begin)
-    metrics.prompt_tokens.inc(sum(len(one.prompt) for one in job.requests))
-    metrics.completion_tokens.inc(sum(len(one.tokens) for one in job.told))
-    metrics.block_passes.inc(sum(sum(one.depths) for one in job.told))
-
-  def raise_error(self) -> None:
-    """Raises ApiError if the engine failed."""
-    if self.job.error is not None:
-      raise ApiError(500, f'the engine failed: {self.job.error}', code='engine_failed')
-
-
-class _EventStream(Response):
-  """Server-sent events of a job, until it has ended or the client is gone."""
-
-  def __init__(self, follow: _Follow, answers: Answers, wanted: Wanted, look: Look):
-    super().__init__(
-      media_type='text/event-stream', headers={'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'}
-    )
-    del self.headers['content-length']
-    self._follow, self._answers, self._wanted, self._look = follow, answers, wanted, look
-
-  async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-    """Sends the events."""
-    gone = asyncio.create_task(_disconnected(receive))
-    start = {'type': 'http.response.start', 'status': self.status_code, 'headers': self.raw_headers}
-    try:
-      await send(start)
-      async for _ in self._follow.changes(gone):
-        await self._send_pieces(send)
-      if not gone.done():
-        await self._send_pieces(send)
-        await self._send_end(send)
-    except OSError:  # the client is gone
-      pass
-    finally:
-      gone.cancel()
-      self._follow.end()
-
-  async def _send_pieces(self, send: Any) -> None:
-    for piece in self._answers.pieces(self._follow.job.told):
-      await send({'type': 'http.response.body', 'body': _event(piece), 'more_body': True})
-
-  async def _send_end(self, send: Any) -> None:
-    events = b''
-    try:
-      self._follow.raise_error()
-      looks = await self._look(self._wanted, self._follow.job)
-      events += b''.join(map(_event, self._answers.looked(looks or ())))
-    except ApiError as error:
-      events += _event(error.body())
-    if self._wanted.include_usage:
-      events += _event(self._answers.last(self._follow.job.told))
-    await send({'type': 'http.response.body', 'body': events + b'data: [DONE]\n\n', 'more_body': False})
-
-
-def _event(piece: dict[str, Any]) -> bytes:
-  return f'data: {json.dumps(piece, ensure_ascii=False)}\n\n'.encode('utf-8', 'backslashreplace')
-
-
-async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
-  while (await receive())['type'] != 'http.disconnect':
-    pass
 
 
 async def _http_error(_: HttpRequest, error: Exception) -> Response:
