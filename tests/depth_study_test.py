@@ -1,20 +1,15 @@
 """The depth study on a stand-in for the training: what is equal, which rates are taken, what is refused."""
 
 import functools
-import sys
-from pathlib import Path
 
 import entry_points
 import pytest
+import studies
 from absl.testing import flagsaver
 from rich.console import Console
 
-from benchmarks import trained
 from benchmarks.depth_parts import PARTS
 from mor_jax.config import ConfigError
-from mor_jax.sweeping.runner import Runner
-
-STAND_IN = str(Path(__file__).parent / 'stand_in_train.py')
 
 
 @pytest.fixture
@@ -25,8 +20,7 @@ def depth():
 @pytest.fixture
 def study_of(depth, tmp_path, monkeypatch):
   """Studies whose models learn best at 0.003."""
-  train = (sys.executable, STAND_IN, '--step_seconds=0', '--best_rate=0.003')
-  monkeypatch.setattr(trained, 'Runner', functools.partial(Runner, train=train))
+  studies.stand_in(monkeypatch, 0.003)
   with flagsaver.flagsaver(workdir=str(tmp_path), source='files:*.txt'):
     yield functools.partial(depth.Study, Console(quiet=True))
 

@@ -11,6 +11,7 @@ import tiny_run
 import uvicorn
 
 from mor_jax.data import tokenizer as tokenizers
+from mor_jax.inference.requests import Request, Result
 from mor_jax.inference.scheduler import Scheduler
 from mor_jax.serving.application import Application
 from mor_jax.serving.recursions import Recursions
@@ -21,6 +22,7 @@ from mor_jax.serving.worker import Worker
 from tests import tiny_engine
 
 NAME, KEY = 'tiny', 'open sesame'
+COMPLETIONS, CHATS = '/v1/completions', '/v1/chat/completions'
 CHAT = (
   "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
   '{% if add_generation_prompt %}[assistant] {% endif %}'
@@ -92,3 +94,16 @@ def running(
 def post(address: str, path: str, body: object, **options) -> httpx.Response:
   """The answer to a JSON body."""
   return httpx.post(f'{address}{path}', json=body, timeout=60, **options)
+
+
+def complete(address: str, **fields) -> dict:
+  """The answer to a completion, of 'the boats ' if no field says otherwise."""
+  answer = post(address, COMPLETIONS, {'model': NAME, 'prompt': 'the boats ', **fields})
+  assert answer.status_code == 200, answer.text
+  return answer.json()
+
+
+def direct(prompt: str, **options) -> Result:
+  """What the engine says itself."""
+  request = Request(tuple(prompt.encode()), stop_tokens=(256,), **options)
+  return Scheduler(engine(), tokenizer()).run([request])[0]

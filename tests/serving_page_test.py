@@ -4,12 +4,13 @@ import re
 import shutil
 
 import pytest
-import serving
 from selenium import webdriver
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
+
+from tests import serving
 
 pytestmark = pytest.mark.browser
 FLAGS = ('--headless=new', '--no-sandbox', '--disable-gpu', '--window-size=1100,1200')

@@ -1,20 +1,13 @@
 """The logic of the small-scale study, on a stand-in for the training whose best learning rate is known."""
 
-import functools
-import sys
-from pathlib import Path
-
 import entry_points
 import pytest
+import studies
 from absl.testing import flagsaver
 from rich.console import Console
 
-from benchmarks import trained
 from mor_jax.config import ConfigError, with_changes
 from mor_jax.model import flops
-from mor_jax.sweeping.runner import Runner
-
-STAND_IN = str(Path(__file__).parent / 'stand_in_train.py')
 
 
 @pytest.fixture
@@ -25,8 +18,7 @@ def study():
 @pytest.fixture
 def made(study, tmp_path, monkeypatch):
   """A study whose models learn best at 0.016, beyond the range that it begins with."""
-  train = (sys.executable, STAND_IN, '--step_seconds=0', '--best_rate=0.016')
-  monkeypatch.setattr(trained, 'Runner', functools.partial(Runner, train=train))
+  studies.stand_in(monkeypatch, 0.016)
   with flagsaver.flagsaver(workdir=str(tmp_path / 'study'), parallel=2):
     yield study.Study(Console(quiet=True), {'data.source': 'files:*.txt'})
 
