@@ -1,5 +1,7 @@
 """Numbers as people read them."""
 
+TIMES = ((3600, 'h', 'hours'), (60, 'min', 'minutes'), (1, 's', 'seconds'))
+
 
 def quantity(number: float) -> str:
   """A count with three digits and a unit: 12.3 M."""
@@ -14,9 +16,12 @@ def megabytes(num_bytes: float) -> str:
   return f'{num_bytes / 1e6:,.1f} MB' if num_bytes < 1e9 else f'{num_bytes / 1e9:,.2f} GB'
 
 
+def time_unit(seconds: float) -> tuple[int, str, str]:
+  """The unit to tell a time in: its seconds, its symbol and its name. Minutes from two of them on, hours likewise."""
+  return next((unit for unit in TIMES if seconds >= 2 * unit[0]), TIMES[-1])
+
+
 def duration(seconds: float) -> str:
-  """A time in seconds, from two minutes on in minutes, from two hours on in hours."""
-  for size, unit in ((3600, ' h'), (60, ' min')):
-    if seconds >= 2 * size:
-      return f'{seconds / size:.3g}{unit}'
-  return f'{seconds:.3g} s'
+  """A time with three digits and a unit: 12.3 s."""
+  size, symbol, _ = time_unit(seconds)
+  return f'{seconds / size:.3g} {symbol}'

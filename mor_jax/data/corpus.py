@@ -24,6 +24,9 @@ _JUDGED_AFTER = 1000  # documents; fewer say little about the share of bad ones,
 _EMPTY, _DUPLICATE = 'empty', 'duplicate'
 _WEIGHTED = re.compile(r'\s*(?:(?P<weight>\d*\.?\d+)\s*\*\s*)?(?P<source>.*\S)\s*', re.DOTALL)
 
+ALL = 1.0
+"""`data.validation_fraction` where all text is to be measured and none to be trained on."""
+
 
 def open_source(data: DataConfig) -> Source:
   """Opens the source that `data.source` names, after some quick checks.
@@ -42,10 +45,6 @@ def open_source(data: DataConfig) -> Source:
   if min(weights) <= 0:
     raise ConfigError(f'data.source={data.source!r}: weights must be above 0')
   return Mixture(sources, weights)
-
-
-ALL = 1.0
-"""`data.validation_fraction` where all text is to be measured and none to be trained on."""
 
 
 def _open_single(spec: str, data: DataConfig) -> Source:

@@ -66,8 +66,8 @@ def open_data(
   elif source.startswith(dataset_lib.PREPARED) or folder.is_dir():
     dataset = dataset_lib.open_dataset(folder)
   else:
-    named = dataclasses.replace(data, source=source, tokenizer=str(path), live=False)
-    named = dataclasses.replace(named, validation_fraction=corpus.ALL, max_documents=None)
+    everything = {'validation_fraction': corpus.ALL, 'max_documents': None, 'live': False}
+    named = dataclasses.replace(data, source=source, tokenizer=str(path), **everything)
     dataset = loader.open_dataset(named, report)
   if dataset.manifest.tokenizer_digest != tokenizer.digest:
     raise ConfigError(

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from mor_jax.reporting.runs import AXES, Curve, Run
+from mor_jax.units import time_unit
 
 COLOURS = ('#3b6fb6', '#d9662b', '#3f9b5a', '#8a5fbf', '#c23b5a', '#6b6b6b', '#1fa3a3', '#b58a1b')
 DEPTH_COLOURS = ('#e8edf4', '#bcd4ea', '#f6c68d', '#ee8a7a', '#c77dc0', '#9a7bd0')
@@ -39,8 +40,6 @@ STYLE = {
 
 FEW = 8  # runs that a legend within the plot and colours of their own can tell apart
 
-UNITS = ((3600, 'hours'), (60, 'minutes'), (1, 'seconds'))
-
 Get = Callable[[Run], Curve | None]
 
 
@@ -59,7 +58,7 @@ def curves(
   drawn = [entry for entry in drawn if np.isfinite(entry[1].at(axis, entry[2].steps)).all()]
   if not drawn:
     return None
-  size, label = _time_unit(drawn) if axis == 'seconds' else (1, AXES[axis])
+  size, label = _time_axis(drawn) if axis == 'seconds' else (1, AXES[axis])
   with plt.rc_context(STYLE):
     figure, ax = plt.subplots(figsize=(9.2, 3.9))
     for index, run, curve in drawn:
@@ -90,11 +89,10 @@ def curves(
     return figure
 
 
-def _time_unit(drawn: list[tuple[int, Run, Curve]]) -> tuple[int, str]:
+def _time_axis(drawn: list[tuple[int, Run, Curve]]) -> tuple[int, str]:
   """Seconds of the unit in which the longest run is told, and the label of the axis."""
-  longest = max(float(run.at('seconds', curve.steps).max()) for _, run, curve in drawn)
-  size, unit = next(((size, unit) for size, unit in UNITS if longest >= 2 * size), UNITS[-1])
-  return size, f'{AXES["seconds"]}, {unit}'
+  size, _, name = time_unit(max(float(run.at('seconds', curve.steps).max()) for _, run, curve in drawn))
+  return size, f'{AXES["seconds"]}, {name}'
 
 
 def wrapped(label: str, width: int = 40) -> str:
@@ -141,12 +139,12 @@ def depth_by_position(profiles: Sequence[tuple[Any, str, np.ndarray, np.ndarray]
 
 def bars(groups: list[tuple[Any, str, list[tuple[str, float, float]]]], ylabel: str) -> Figure:
   """Grouped bars. Args: (colour, label, [(name, value, error), ...]) of each run, with names in the same order."""
-  names = list(dict.fromkeys(name for *_, bars in groups for name, *_ in bars))
+  names = list(dict.fromkeys(name for *_, entries in groups for name, *_ in entries))
   with plt.rc_context(STYLE):
     figure, ax = plt.subplots(figsize=(9.2, 2.9))
     width = 0.75 / len(groups)
-    for place, (colour, label, bars) in enumerate(groups):
-      told = {name: (value, error) for name, value, error in bars}
+    for place, (colour, label, entries) in enumerate(groups):
+      told = {name: (value, error) for name, value, error in entries}
       heights, errors = zip(*(told.get(name, (0.0, 0.0)) for name in names), strict=True)
       x = np.arange(len(names)) + (place - (len(groups) - 1) / 2) * width
       drawn = ax.bar(x, heights, width * 0.92, label=wrapped(label), color=colour)

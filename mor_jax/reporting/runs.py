@@ -102,9 +102,8 @@ def read(paths: list[str]) -> list[Run]:
   """
   names = [Path(path).resolve().name for path in paths]
   labels = names if len(set(names)) == len(names) else [str(Path(path)) for path in paths]
-  labels = [
-    os.fsencode(label).decode('utf-8', 'replace') for label in labels
-  ]  # in whatever locale they were named
+  # In whatever locale they were named.
+  labels = [os.fsencode(label).decode('utf-8', 'replace') for label in labels]
   return [_read(path, label) for path, label in zip(paths, labels, strict=True)]
 
 
@@ -154,7 +153,7 @@ def _not_finite(records: list[dict[str, Any]]) -> list[str]:
     ]
     if steps:
       more = f' and {len(steps) - 1} more' if len(steps) > 1 else ''
-      notes.append(f'{name} is not finite at step {steps[0]:,}{more}, marked by crosses above its curve')
+      notes.append(f'{name} is not finite at step {steps[0]:,}{more} (crosses above its curve)')
   return notes
 
 
