@@ -76,7 +76,8 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'output',
     None,
-    'file for the result; default: evaluation.json, evaluation_ROUTER.json or few_shot.json in the run folder',
+    'file for the result; default: evaluation.json, evaluation_data.json with --data, evaluation_ROUTER.json with '
+    '--router, or few_shot.json with --tasks, in the run folder',
   )
   flags.DEFINE_list('tasks', None, 'tasks of lm-evaluation-harness to run')
   flags.DEFINE_string('include_path', None, '--tasks: folder with YAML files of more tasks')
@@ -107,8 +108,7 @@ def main() -> None:
   cli.use_compilation_cache(run.config)
   console = open_console(stderr=FLAGS.json)
   result = _few_shot(run, tasks) if FLAGS.tasks else _held_out(console, run)
-  name = 'few_shot.json' if FLAGS.tasks else f'evaluation{"_" + FLAGS.router if FLAGS.router else ""}.json'
-  output = Path(FLAGS.output) if FLAGS.output else run.folder.path / name
+  output = Path(FLAGS.output) if FLAGS.output else run.folder.path / _name()
   _write(output, result)
   if FLAGS.json:
     print(json.dumps(result))
@@ -117,6 +117,14 @@ def main() -> None:
   else:
     tables.print_held_out(console, result)
   print_line(console, f'written to {output}')
+
+
+def _name() -> str:
+  """The file of a result. Only that of the run's own text and router is what reports tell of the run."""
+  if FLAGS.tasks:
+    return 'few_shot.json'
+  parts = ['evaluation', *(['data'] if FLAGS.data else []), *([FLAGS.router] if FLAGS.router else [])]
+  return f'{"_".join(parts)}.json'
 
 
 def _check_flags() -> None:

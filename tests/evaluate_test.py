@@ -119,6 +119,17 @@ def test_other_routers_have_a_result_of_their_own(evaluated, router, flags, dept
   assert json.loads((run / 'evaluation.json').read_text()) == result
 
 
+def test_other_text_is_measured_whole_and_kept_apart(evaluated, tmp_path):
+  run, result, _ = evaluated
+  (tmp_path / 'text.txt').write_text('the boats came in before the storm ' * 40)
+  done = command(f'--checkpoint={run}', f'--data=files:{tmp_path}/text.txt', '--json')
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout)
+  assert found['routing']['topk']['predicted_tokens'] > 1300
+  assert json.loads((run / 'evaluation_data.json').read_text()) == found
+  assert json.loads((run / 'evaluation.json').read_text()) == result
+
+
 def test_a_folder_without_checkpoint_ends_the_command(evaluated, tmp_path):
   shutil.copy(evaluated[0] / 'config.json', tmp_path)
   done = command(f'--checkpoint={tmp_path}')
