@@ -21,7 +21,7 @@ four, texts are divided among the rest.
 import importlib.util
 import os
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -29,9 +29,14 @@ from mor_jax import cli
 from mor_jax.cli import engines
 from mor_jax.config import Config, ConfigError
 from mor_jax.console import open_console, print_line
+from mor_jax.evaluation.recursions import Recursions
 from mor_jax.inference.engine import Engine
 from mor_jax.inference.scheduler import Scheduler
 from mor_jax.inference.state import STOP_TOKENS
+from mor_jax.runs.restore import LoadedRun
+
+if TYPE_CHECKING:
+  from mor_jax.serving import schemas
 
 FLAGS = flags.FLAGS
 PACKAGES = ('starlette', 'uvicorn', 'prometheus_client', 'jinja2')
@@ -73,10 +78,29 @@ def main() -> int:
   missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
   if missing:
     raise ConfigError(f"the server needs {', '.join(missing)}: pip install 'mor_jax[serve]'")
-  from mor_jax.serving import schemas, server, templates
+  from mor_jax.serving import server
   from mor_jax.serving.application import Application
-  from mor_jax.serving.recursions import Recursions
   from mor_jax.serving.worker import Worker
+
+  run, served, scheduler = prepare()
+  engine = scheduler.engine
+  recursions = None
+  if served.looks:
+    recursions = Recursions(run.model, run.variables, served.tokenizer, engine.max_len)
+  key = FLAGS.api_key if FLAGS.api_key is not None else os.environ.get('MOR_JAX_API_KEY', '')
+  about = _about(run.config, run.step, engine)
+  app = Application(served, about, Worker(scheduler, FLAGS.max_queue), FLAGS.max_body_bytes, key, recursions)
+  report = partial(print_line, open_console(lost=lambda: None))
+  return server.serve(app, FLAGS.host, FLAGS.port, FLAGS.drain_seconds, report)
+
+
+def prepare() -> tuple[LoadedRun, 'schemas.Served', Scheduler]:
+  """The run of the flags, what requests must know of it, and an idle engine for it.
+
+  Raises:
+    ConfigError: the run or the flags cannot be used.
+  """
+  from mor_jax.serving import schemas, templates
 
   mesh = engines.make_mesh()
   run = engines.load(mesh)
@@ -96,16 +120,7 @@ def main() -> int:
     recursions=engine.steps,
     looks=Recursions.can_look(run.model),
   )
-  recursions = Recursions(run.model, run.variables, tokenizer, engine.max_len) if served.looks else None
-  worker = Worker(
-    Scheduler(engine, tokenizer, FLAGS.ticks_per_call, FLAGS.prefill_tokens or None), FLAGS.max_queue
-  )
-  key = FLAGS.api_key if FLAGS.api_key is not None else os.environ.get('MOR_JAX_API_KEY', '')
-  app = Application(
-    served, _about(run.config, run.step, engine), worker, FLAGS.max_body_bytes, key, recursions
-  )
-  report = partial(print_line, open_console(lost=lambda: None))
-  return server.serve(app, FLAGS.host, FLAGS.port, FLAGS.drain_seconds, report)
+  return run, served, Scheduler(engine, tokenizer, FLAGS.ticks_per_call, FLAGS.prefill_tokens or None)
 
 
 def _about(config: Config, step: int, engine: Engine) -> dict[str, Any]:

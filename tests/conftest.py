@@ -40,7 +40,7 @@ def room_for_programs() -> Iterator[None]:
   maps = Path('/proc/self/maps')
   if 'jax' in sys.modules and maps.exists() and len(maps.read_bytes().splitlines()) > MANY_MAPPINGS:
     sys.modules['jax'].clear_caches()
-    if 'chex' in sys.modules:  # a step that is traced once may be traced again after its programs were forgotten
+    if 'chex' in sys.modules:  # what may be traced once may be so again
       sys.modules['chex'].clear_trace_counter()
     gc.collect()
 

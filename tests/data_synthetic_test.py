@@ -10,7 +10,14 @@ from mor_jax.config import ConfigError, DataConfig, resolve
 from mor_jax.data import dataset as dataset_lib
 from mor_jax.data import loader, packing, schedule, synthetic, written
 
-LENGTHS = {'chase': 29, 'chase,hidden=true': 33, 'permutations': 40, 'chains': 40, 'copy': 40}
+LENGTHS = {
+  'chase': 29,
+  'chase,hidden=true': 33,
+  'permutations': 40,
+  'permutations,swaps=true': 40,
+  'chains': 40,
+  'copy': 40,
+}
 
 
 @functools.cache
@@ -43,11 +50,10 @@ def chase(before):
 
 
 def permutations(before):
-  place, *swaps = before[:-1]
-  for swap in swaps:
-    a, b = (f'p{digit}' for digit in swap[1:])
-    place = b if place == a else a if place == b else place
-  return place, len(swaps)
+  place, *moves = before[:-1]
+  for move in moves:
+    place = f'p{move[1 + int(place[1])]}'
+  return place, len(moves)
 
 
 def chains(before):
@@ -67,6 +73,7 @@ SOLVERS = {
   'chase': chase,
   'chase,hidden=true': chase,
   'permutations': permutations,
+  'permutations,swaps=true': permutations,
   'chains': chains,
   'copy': copy,
 }

@@ -11,14 +11,17 @@ import sys
 import types
 
 import entry_points
+import jax
 import numpy as np
 import pytest
 from absl.testing import flagsaver
 
 from mor_jax.config import ConfigError
+from mor_jax.data import loader
 from mor_jax.evaluation import nll
 from mor_jax.evaluation.depth import Word
 from mor_jax.reporting import plots, runs, sections
+from mor_jax.runs.restore import load_run
 
 
 @pytest.fixture(scope='module')
@@ -45,7 +48,9 @@ def copied_run(finished_run, tmp_path):
 def test_page_needs_no_network(page):
   text, _ = page
   assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', text)
-  assert '<script' not in text
+  assert not re.findall(
+    r'fetch|import|XMLHttp', ''.join(re.findall(r'<script>.*?</script>', text, re.DOTALL))
+  )
   assert 'url(' not in re.sub(r'url\(#[^)]*\)', '', text)
 
 
@@ -76,13 +81,29 @@ def test_overview_states_the_result(page, finished_run):
   assert f'<td>{summary["validation/bits_per_byte"]:.4f}</td>' in page[0]
 
 
-def test_every_token_of_the_text_has_depth_and_scores(page, finished_run):
-  config, _ = finished_run
-  spans = re.findall(r'<span class="d(\d)" title="(\d) recursions?; scores ([^"]+)">', page[0])
+def test_every_token_of_the_text_tells_what_is_known_of_it(page, finished_run):
+  """Depth, what each recursion said where it was predicted, and the router's logits beside their thresholds."""
+  config, folder = finished_run
+  spans = re.findall(r'<span class="d(\d)" tabindex="-?\d">(?:[^<]*)<i>([^<]*)</i></span>', page[0])
   assert len(spans) >= config.data.seq_len
-  for depth, said, scores in spans:
-    assert depth == said
-    assert len(scores.split(', ')) == config.model.num_recursions
+  for depth, card in spans:
+    assert re.search(rf': {depth} recursions?$', card.splitlines()[0])
+    thought = re.findall(r'(-?[\d.]+) \(threshold (-?[\d.]+)\)', card.splitlines()[-1])
+    assert len(thought) == config.model.num_recursions
+    if depth == '2':
+      assert float(thought[1][0]) >= float(thought[1][1])
+  said = [card for _, card in spans if 'after recursion' in card]
+  assert len(said) > len(spans) / 2
+  loaded = load_run(str(folder))
+  dataset = loader.open_dataset(loaded.config.data, report=lambda _: None)
+  batch = next(iter(loader.validation_batches(dataset, 1, 1)))
+  row = {name: batch[name] for name in ('segment_ids', 'positions')}
+  routed = loaded.model.apply(loaded.variables, batch['tokens'], routing='threshold', **row)
+  last = np.asarray(jax.nn.softmax(routed.logits[0]))
+  same = [index for index in range(1, 60) if len(set(batch['segment_ids'][0, index - 1 : index + 1])) == 1]
+  for place in same:
+    (line,) = re.findall(r'after recursion 2(?: \(where it left\))?: .*', spans[place][1])
+    assert int(re.findall(r'(\d+)%', line)[0]) == pytest.approx(100 * last[place - 1].max(), abs=1)
 
 
 def test_axes_agree_with_what_the_run_counted(finished_run):

@@ -11,10 +11,10 @@ import tiny_run
 import uvicorn
 
 from mor_jax.data import tokenizer as tokenizers
+from mor_jax.evaluation.recursions import Recursions
 from mor_jax.inference.requests import Request, Result
 from mor_jax.inference.scheduler import Scheduler
 from mor_jax.serving.application import Application
-from mor_jax.serving.recursions import Recursions
 from mor_jax.serving.schemas import Served
 from mor_jax.serving.server import Server
 from mor_jax.serving.templates import Template

@@ -3,7 +3,9 @@
 import asyncio
 import itertools
 import json
+import pathlib
 import re
+import subprocess
 
 import httpx
 import numpy as np
@@ -185,6 +187,26 @@ def test_openai_s_client(address):
   assert isinstance(asyncio.run(chat()), str)
 
 
+def test_the_lines_of_curl_in_the_documents():
+  """Run as they are written, but for the port."""
+  root, found = pathlib.Path(__file__).parent.parent, set()
+  for name in ('README.md', 'docs/serving.md', 'mor_jax/serve.py'):
+    found |= set(
+      re.findall(
+        r'^ *(curl (?:.*\\\n)*.*)$', (root / name).read_text().replace('\\\\\n', '\\\n'), re.MULTILINE
+      )
+    )
+  assert found
+  with serving.running(name='tiny-mor') as (address, _):
+    for line in found:
+      line = line.replace('http://127.0.0.1:8000', address)
+      said = subprocess.run(
+        ['bash', '-c', f'{line} --silent --fail-with-body'], capture_output=True, text=True
+      )
+      assert said.returncode == 0, f'{line}: {said.stdout} {said.stderr}'
+      assert json.loads(said.stdout)['choices'][0]['depths']['prompt'], line
+
+
 def test_what_is_said_after_each_recursion(address):
   """The routers' logits say which depths were taken, and the last recursion says what the model says."""
   fields = {'max_tokens': 6, 'temperature': 0, 'depths': 'full', 'logprobs': 1, 'echo': True}
@@ -203,8 +225,11 @@ def test_what_is_said_after_each_recursion(address):
       )
   shifted = complete(address, **{**fields, 'threshold_shift': 2.5})['choices'][0]['recursions']
   assert shifted[0]['thresholds'] == [value + 2.5 for value in looks[0]['thresholds']]
-  pieces = events(address, COMPLETIONS, prompt='the boats ', **fields)
-  assert pieces[-1]['choices'][0]['recursions'] == looks
+  pieces = events(address, COMPLETIONS, prompt='the boats ', **{**fields, 'max_tokens': 44})
+  parts = [one['choices'][0]['recursions'] for one in pieces if 'recursions' in one['choices'][0]]
+  assert len(parts) > 1, 'they come while the text does'
+  longer = complete(address, **{**fields, 'max_tokens': 44})['choices'][0]['recursions']
+  assert list(itertools.chain(*parts)) == longer
   with serving.running(looks=False) as (other, _):
     refused = serving.post(other, COMPLETIONS, {'model': 'tiny', 'prompt': 'a', 'depths': 'full'})
     assert refused.json()['error']['param'] == 'depths'

@@ -5,6 +5,8 @@ so that depths can be compared with the truth. `synthetic.py` makes rows of them
 """
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -120,32 +122,39 @@ class Chase:
 
 @dataclasses.dataclass(frozen=True)
 class Permutations:
-  """Where a token stands after k swaps: 'p3 s12 s13 = p2'.
+  """Where a token stands after k moves of all places: 'p3 m20413 m14320 = p2'.
 
-  A place, k swaps of two of `places` places each, '=' and the place at the end, which is scored. Difficulty k; a
-  model may compose swaps in pairs, so that k bounds the depth from above.
+  A place, k permutations of `places` places each ('m20413' moves what stands at 0 to 2, at 1 to 0, and so on), '=' and
+  the place at the end, which is scored. Difficulty k; a model may compose moves in pairs, so that k bounds the depth
+  from above. With `swaps=true` the moves are swaps of two places, most of which leave a token where it is: a much
+  shallower task.
   """
 
   places: int = 5
   hops: int = 4
+  swaps: bool = False
 
   def check(self) -> None:
     """Raises ValueError for sizes that make no task."""
     at_least('places', self.places, 3)
     at_least('hops', self.hops, 1)
-    if self.places > 9:
-      raise ValueError(f'places={self.places} must be at most 9')
+    most = 9 if self.swaps else 6
+    if self.places > most:
+      raise ValueError(f'places={self.places} must be at most {most}')
 
   @property
   def vocabulary(self) -> dict[str, int]:
-    """Places, swaps, '='."""
-    return numbered(
-      [*(f'p{place}' for place in range(self.places)), *(f's{a}{b}' for a, b in self._swaps), '=']
-    )
+    """Places, moves, '='."""
+    return numbered([*(f'p{place}' for place in range(self.places)), *map(_named, self._moves), '='])
 
-  @property
-  def _swaps(self) -> list[tuple[int, int]]:
-    return [(a, b) for a in range(self.places) for b in range(a + 1, self.places)]
+  @functools.cached_property
+  def _moves(self) -> list[tuple[int, ...]]:
+    """Where what stands at each place goes; never all of them where they are."""
+    stay = tuple(range(self.places))
+    moves = [move for move in itertools.permutations(stay) if move != stay]
+    if self.swaps:
+      moves = [move for move in moves if sum(a != b for a, b in zip(move, stay, strict=True)) == 2]
+    return moves
 
   @property
   def lengths(self) -> tuple[int, int]:
@@ -156,13 +165,16 @@ class Permutations:
     """A document."""
     place, hops = int(rng.integers(self.places)), int(rng.integers(1, self.hops + 1))
     words = [f'p{place}']
-    swaps = self._swaps
-    for index in rng.integers(len(swaps), size=hops).tolist():
-      a, b = swaps[index]
-      place = {a: b, b: a}.get(place, place)
-      words.append(f's{a}{b}')
+    for index in rng.integers(len(self._moves), size=hops).tolist():
+      move = self._moves[index]
+      place = move[place]
+      words.append(_named(move))
     words += ['=', f'p{place}']
     return Example(words, [NOT_SCORED] * (hops + 2) + [hops], ' '.join(words))
+
+
+def _named(move: Sequence[int]) -> str:
+  return f'm{"".join(map(str, move))}'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,12 +39,14 @@ class RoutedRow:
     depth_T: number of recursions of each token, 0 to R.
     scores_RT: gates in the units of the router's activation, for each recursion step; nan for
       tokens that did not reach the step.
+    place: 'segment_ids' and 'positions' (T,) as the model sees them.
   """
 
   tokens_T: np.ndarray
   segments_T: np.ndarray
   depth_T: np.ndarray
   scores_RT: np.ndarray
+  place: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,22 +76,22 @@ def route_rows(
   @jax.jit
   def route(variables, batch):
     batch = targets_lib.visible_batch(batch, config.data.segment_mask)
+    place = {name: batch[name] for name in ('segment_ids', 'positions')}
     routed = model.apply(
       variables,
       batch['tokens'],
       routing=routing,
-      segment_ids=batch['segment_ids'],
-      positions=batch['positions'],
+      **place,
       with_logits=False,
       rngs={'routing': router.evaluation_key(batch['tokens'])},
     ).routing
-    return routed.depth_BT, _scores(config, routed)
+    return routed.depth_BT, _scores(config, routed), place
 
   rows = []
   for batch in batches:
-    depth_BT, scores_RBT = jax.device_get(route(variables, dict(batch)))
+    depth_BT, scores_RBT, place = jax.device_get(route(variables, dict(batch)))
     for index in np.flatnonzero(batch['segment_ids'].any(axis=1)):
-      routed = (depth_BT[index], scores_RBT[:, index])
+      routed = depth_BT[index], scores_RBT[:, index], {name: rows[index] for name, rows in place.items()}
       rows.append(RoutedRow(batch['tokens'][index], batch['segment_ids'][index], *routed))
   return rows
 

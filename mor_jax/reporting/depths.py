@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import numpy as np
 
@@ -9,8 +10,9 @@ from mor_jax.config import ConfigError
 from mor_jax.data import loader
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.evaluation import depth
+from mor_jax.evaluation.recursions import Recursions
 from mor_jax.reporting.runs import Run
-from mor_jax.runs.restore import load_run
+from mor_jax.runs.restore import LoadedRun, load_run
 
 ROWS_AT_ONCE = 4
 SHOWN_TOKENS = 700
@@ -24,14 +26,15 @@ class Depths:
     step: step of the checkpoint.
     rows: rows with depths and scores.
     words: all words of the rows.
-    shown: number of rows that the page prints.
+    looks: of every row that the page prints, what was said after each recursion (`Recursions.look`); empty lists where
+      the model cannot stop.
   """
 
   step: int
   tokenizer: Tokenizer
   rows: list[depth.RoutedRow]
   words: list[depth.Word]
-  shown: int
+  looks: list[list[dict[str, Any]]]
 
 
 Measured = tuple[Depths | None, str]
@@ -52,7 +55,18 @@ def measure(run: Run, tokens: int) -> Measured:
   rows = depth.route_rows(loaded.config, loaded.variables, batches, routing='threshold')
   words = list(itertools.chain.from_iterable(depth.words(dataset.tokenizer, row) for row in rows))
   shown = min(len(rows), max(1, SHOWN_TOKENS // length))
-  return Depths(loaded.step, dataset.tokenizer, rows, words, shown), ''
+  return Depths(
+    loaded.step, dataset.tokenizer, rows, words, _looks(loaded, dataset.tokenizer, rows[:shown])
+  ), ''
+
+
+def _looks(
+  loaded: LoadedRun, tokenizer: Tokenizer, rows: list[depth.RoutedRow]
+) -> list[list[dict[str, Any]]]:
+  if not Recursions.can_look(loaded.model):
+    return [[] for _ in rows]
+  recursions = Recursions(loaded.model, loaded.variables, tokenizer, loaded.config.data.seq_len)
+  return [recursions.look(row.tokens_T.tolist(), row.depth_T.tolist(), place=row.place) for row in rows]
 
 
 def mean_depth(found: Depths) -> float:

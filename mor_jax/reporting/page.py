@@ -1,7 +1,8 @@
 """HTML building blocks of the page. Styles and plots are inline, so it needs no network."""
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.evaluation import depth
 from mor_jax.reporting.plots import DEPTH_COLOURS
 
+CANDIDATES = 3  # tokens told of each recursion
 STYLES = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
@@ -42,10 +44,22 @@ svg { display: block; max-width: 1000px; height: auto; }
 .text { font: 14px/1.9 ui-monospace, 'SF Mono', Menlo, Consolas, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
   border: 1px solid #eef0f3; border-radius: 6px; padding: 10px 14px; max-height: 460px; overflow-y: auto; }
 .text span { border-radius: 2px; cursor: default; }
-.text span:hover { outline: 1.5px solid #22272e; }
+.text span:hover, .text span:focus { outline: 1.5px solid #22272e; }
+.told i { display: none; position: fixed; right: 16px; bottom: 16px; left: 16px; max-width: 900px; margin-left: auto; z-index: 1;
+  padding: 8px 14px; border-radius: 8px; background: #1f2a3a; color: #fff; font-style: normal; font-size: 13px; line-height: 1.6; }
+.told span:hover > i, .told:not(:hover) span:focus > i { display: block; }
 @media (max-width: 640px) { header { padding: 20px 12px; } main { padding: 4px 8px 40px; } section { padding: 14px 12px; } }
 .key span { display: inline-block; padding: 0 10px; margin-right: 6px; border-radius: 3px; font-size: 13px; }
 """
+
+# Arrow keys go from token to token; everything else on the page works without scripts.
+MOVES = """<script>
+document.addEventListener('keydown', event => {
+  const token = event.target.closest('.told > span');
+  const next = token && { ArrowRight: token.nextElementSibling, ArrowLeft: token.previousElementSibling }[event.key];
+  if (next) { event.preventDefault(); next.focus(); }
+});
+</script>"""
 
 
 def document(title: str, subtitle: str, sections: Iterable[str]) -> str:
@@ -55,7 +69,7 @@ def document(title: str, subtitle: str, sections: Iterable[str]) -> str:
     '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
     f'<title>{html.escape(title)}</title><style>{STYLES}{_depth_styles()}</style></head><body>'
     f'<header><h1>{html.escape(title)}</h1><p>{html.escape(subtitle)}</p></header>'
-    f'<main>{"".join(sections)}</main></body></html>\n'
+    f'<main>{"".join(sections)}</main>{MOVES}</body></html>\n'
   )
 
 
@@ -114,18 +128,42 @@ def tabs(name: str, panels: dict[str, str]) -> str:
   return f'<style>{"".join(rules)}</style><div class="tabs">{"".join(parts)}</div>'
 
 
-def coloured_text(tokenizer: Tokenizer, row: depth.RoutedRow) -> str:
-  """A row's text with every token coloured by depth; its scores appear on hover."""
-  spans = []
-  real_T = row.segments_T > 0
-  scores_TR = row.scores_RT.T[real_T]
-  for text, taken, scores_R in zip(
-    token_texts(tokenizer, row.tokens_T[real_T]), row.depth_T[real_T], scores_TR, strict=True
-  ):
-    asked = ', '.join('not asked' if np.isnan(score) else f'{score:.3f}' for score in scores_R)
-    title = f'{taken} recursion{"" if taken == 1 else "s"}; scores {asked}'
-    spans.append(f'<span class="d{taken}" title="{title}">{html.escape(text)}</span>')
-  return f'<div class="text">{"".join(spans)}</div>'
+def coloured_text(tokenizer: Tokenizer, row: depth.RoutedRow, looks: Sequence[Mapping[str, Any]]) -> str:
+  """A row's text with every token coloured by depth; what is known of it appears beside it on hover and focus.
+
+  Args:
+    looks: of every token of the row (`evaluation/recursions.py`); none: the model has nothing to tell.
+  """
+  spans, is_first = [], True
+  real = np.flatnonzero(row.segments_T > 0)
+  for index, text in zip(real, token_texts(tokenizer, row.tokens_T[real]), strict=True):
+    taken = row.depth_T[index]
+    is_begin = not index or row.segments_T[index - 1] != row.segments_T[index]
+    before = looks[index - 1] if looks and not is_begin else None
+    own = looks[index] if looks else {}
+    card = _card(text, taken, row.scores_RT[:, index], before, own)
+    focus = ' tabindex="0"' if is_first else ' tabindex="-1"'
+    spans.append(f'<span class="d{taken}"{focus}>{html.escape(text)}{card}</span>')
+    is_first = False
+  return f'<div class="text told">{"".join(spans)}</div>'
+
+
+def _card(
+  text: str, taken: int, scores_R: np.ndarray, before: Mapping[str, Any] | None, own: Mapping[str, Any]
+) -> str:
+  """What is known of a token; `before` is the token that it was predicted from."""
+  lines = [f'{text!r}: {taken} recursion{"" if taken == 1 else "s"}']
+  for step, best in enumerate(before['best'] if before else ()):
+    said = ', '.join(f'{word!r} {100 * probability:.0f}%' for word, probability in best[:CANDIDATES])
+    left = ' (where it left)' if step + 1 == before['depth'] else ''
+    lines.append(f'after recursion {step + 1}{left}: {said}')
+  if 'logits' in own:
+    thought = zip(own['logits'], own['thresholds'], strict=True)
+    lines.append('router: ' + ', '.join(f'{logit:.2f} (threshold {limit:.2f})' for logit, limit in thought))
+  else:
+    asked = ('not asked' if np.isnan(score) else f'{score:.3f}' for score in scores_R)
+    lines.append(f'scores: {", ".join(asked)}')
+  return f'<i>{html.escape(chr(10).join(lines))}</i>'
 
 
 def depth_key(recursions: int) -> str:

@@ -191,7 +191,8 @@ def tokens(runs: list[Run], measured: list[tuple[Depths | None, str]], figures: 
     )
   return page.section(
     'How deep tokens go',
-    'Validation text under threshold routing, as when generating. Hover over a token for its scores.',
+    'Validation text under threshold routing, as when generating. Point at a token, or move to it with Tab, to see what '
+    'each recursion would have said in its place, and what the router thought of it.',
     remarks,
     page.tabs('text', panels),
     page.heading('Depth by place in the row'),
@@ -257,7 +258,10 @@ def _metric_tabs(name: str, runs: list[Run], figures: Plots, names: dict[str, st
 def _text(run: Run, depths: Depths) -> str:
   count = sum(int((row.segments_T > 0).sum()) for row in depths.rows)
   said = f'step {depths.step:,}; mean over {count:,} tokens: {mean_depth(depths):.2f} recursions'
-  rows = (page.coloured_text(depths.tokenizer, row) for row in depths.rows[: depths.shown])
+  rows = (
+    page.coloured_text(depths.tokenizer, row, looks)
+    for row, looks in zip(depths.rows, depths.looks, strict=False)
+  )
   return f'<p class="lead">{said}</p>{page.depth_key(run.config.model.recursions)}{"".join(rows)}'
 
 

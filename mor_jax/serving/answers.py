@@ -128,10 +128,12 @@ class Answers:
     return [{**self._head(True), 'choices': [entry]}]
 
   def looked(self, looks: Sequence[Any]) -> list[dict[str, Any]]:
-    """Pieces with what was said after each recursion, one for each sample."""
+    """Pieces with what was said after each recursion of new tokens, one for each sample that has any."""
     content: dict[str, Any] = {'delta': {}} if self._is_chat else {'text': ''}
     made = []
     for index, look in enumerate(looks):
+      if not look:
+        continue
       entry = {'index': self._number(index), **content, 'finish_reason': None, 'recursions': look}
       made.append({**self._head(True), 'choices': [entry]})
     return made

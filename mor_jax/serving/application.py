@@ -4,7 +4,7 @@ import asyncio
 import functools
 import hmac
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from mor_jax.evaluation.recursions import Recursions
 from mor_jax.files import parse_json
 from mor_jax.inference.requests import RequestError
 from mor_jax.serving import schemas
@@ -22,9 +23,8 @@ from mor_jax.serving.errors import ApiError
 from mor_jax.serving.fields import Fields
 from mor_jax.serving.follow import EventStream, Follow, disconnected
 from mor_jax.serving.metrics import Metrics
-from mor_jax.serving.recursions import Recursions
 from mor_jax.serving.schemas import Served, Wanted
-from mor_jax.serving.worker import Job, Worker
+from mor_jax.serving.worker import Told, Worker
 
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 CLIENT_GONE = 499
@@ -220,16 +220,20 @@ class Application:
     if not job.is_finished:
       return Response(status_code=CLIENT_GONE)
     follow.raise_error()
-    return JSONResponse(answers.whole(job.told, await self._look(wanted, job)))
+    return JSONResponse(answers.whole(job.told, await self._look(wanted, job.told)))
 
-  async def _look(self, wanted: Wanted, job: Job) -> list[Any] | None:
-    """What was said after each recursion of every request, if it is wanted."""
+  async def _look(
+    self, wanted: Wanted, told: Sequence[Told], starts: Sequence[int] | None = None
+  ) -> list[Any] | None:
+    """What was said after each recursion of every request's tokens, from those at `starts` on, if it is wanted."""
     if wanted.depths != schemas.FULL or self._recursions is None:
       return None
     look = self._recursions.look
     calls = [
-      self.worker.call(functools.partial(look, (*one.prompt, *told.tokens), told.depths, one.threshold_shift))
-      for one, told in zip(wanted.requests, job.told, strict=True)
+      self.worker.call(
+        functools.partial(look, (*one.prompt, *so_far.tokens), so_far.depths, one.threshold_shift, start)
+      )
+      for one, so_far, start in zip(wanted.requests, told, starts or [0] * len(told), strict=True)
     ]
     return [await asyncio.wrap_future(call) for call in calls]
 

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from starlette.responses import Response
@@ -13,10 +13,13 @@ from mor_jax.serving.answers import Answers
 from mor_jax.serving.errors import ApiError
 from mor_jax.serving.metrics import Metrics
 from mor_jax.serving.schemas import Wanted
-from mor_jax.serving.worker import NOTHING, Job, Worker
+from mor_jax.serving.worker import NOTHING, Job, Told, Worker
 
-Look = Callable[[Wanted, Job], Awaitable[list[Any] | None]]
-"""What was said after each recursion of a job, if it is wanted."""
+LOOK_EVERY = (
+  32  # tokens of a text between two looks at what their recursions said, each of which costs a whole pass
+)
+Look = Callable[[Wanted, Sequence[Told], Sequence[int]], Awaitable[list[Any] | None]]
+"""What was said after each recursion of every text, from the tokens at the last argument on, if it is wanted."""
 
 
 class Follow:
@@ -73,6 +76,7 @@ class EventStream(Response):
     )
     del self.headers['content-length']
     self._follow, self._answers, self._wanted, self._look = follow, answers, wanted, look
+    self._looked = [0] * len(wanted.requests)  # tokens
 
   async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
     """Sends the events."""
@@ -92,15 +96,26 @@ class EventStream(Response):
       self._follow.end()
 
   async def _send_pieces(self, send: Any) -> None:
-    for piece in self._answers.pieces(self._follow.job.told):
+    told = self._follow.job.told
+    for piece in self._answers.pieces(told):
       await send({'type': 'http.response.body', 'body': _event(piece), 'more_body': True})
+    new = max(len(one.depths) - looked for one, looked in zip(told, self._looked, strict=True))
+    if new >= LOOK_EVERY and (events := await self._new_looks(told)):
+      await send({'type': 'http.response.body', 'body': events, 'more_body': True})
+
+  async def _new_looks(self, told: Sequence[Told]) -> bytes:
+    """Events with what was said of tokens since the last look."""
+    looks = await self._look(self._wanted, told, self._looked)
+    if looks is None:
+      return b''
+    self._looked = [looked + len(look) for looked, look in zip(self._looked, looks, strict=True)]
+    return b''.join(map(_event, self._answers.looked(looks)))
 
   async def _send_end(self, send: Any) -> None:
     events = b''
     try:
       self._follow.raise_error()
-      looks = await self._look(self._wanted, self._follow.job)
-      events += b''.join(map(_event, self._answers.looked(looks or ())))
+      events += await self._new_looks(self._follow.job.told)
     except ApiError as error:
       events += _event(error.body())
     if self._wanted.include_usage:
