@@ -13,6 +13,7 @@ from mor_jax.data import loader, packing, schedule, synthetic, written
 LENGTHS = {
   'chase': 29,
   'chase,hidden=true': 33,
+  'automaton': 33,
   'permutations': 40,
   'permutations,swaps=true': 40,
   'chains': 40,
@@ -49,6 +50,15 @@ def chase(before):
   return f'={node}', steps
 
 
+def automaton(before):
+  """(state, letters read) of the last question, from the transitions alone."""
+  word, state = before[-1].split(':')
+  rules = dict(one.split('>') for one in before if '>' in one)
+  for letter in word:
+    state = rules[letter + state]
+  return f'={state}', len(word)
+
+
 def permutations(before):
   place, *moves = before[:-1]
   for move in moves:
@@ -72,6 +82,7 @@ def copy(before):
 SOLVERS = {
   'chase': chase,
   'chase,hidden=true': chase,
+  'automaton': automaton,
   'permutations': permutations,
   'permutations,swaps=true': permutations,
   'chains': chains,
@@ -153,13 +164,14 @@ def test_filler_is_mixed_in():
 @pytest.mark.parametrize(
   ('source', 'problem'),
   [
-    ('sort', "'sort' is not one of the tasks chase, permutations, chains, copy"),
+    ('sort', "'sort' is not one of the tasks chase, automaton, permutations, chains, copy"),
     ('chase,depth=3', "'depth=3' is no setting of chase; it has copy, hidden, hops, nodes"),
     ('chase,hops', "'hops' is no setting of chase"),
     ('chase,hops=many', r'hops=many must be a number \(int\)'),
     ('chase,hidden=1', 'hidden=1 must be true or false'),
     ('chase,nodes=4', 'hops=4 must be fewer than nodes=4'),
     ('chains,modulus=2', 'modulus=2 must be at least 3'),
+    ('automaton,hops=20', 'make .* words to read; at most 1000 may be'),
     ('chains,copy=1', r'copy=1.0 must be in \[0, 1\)'),
     ('chains,rows=0', 'rows=0 must be at least 1'),
     ('chase,nodes=3,hops=2,questions=1', 'so few different examples that none of them is left'),

@@ -17,7 +17,7 @@ class DataConfig:
     '.ndjson, also .gz .zst .bz2 .xz, and .parquet; a file, a folder or a glob, several separated by commas); '
     'tfds:NAME/SPLIT/KEY or tfds:FOLDER/SPLIT/KEY; hf:DATASET:CONFIG:SPLIT (DATASET@REVISION keeps to one); '
     'prepared:FOLDER, a dataset made before; a mixture as 0.7*SOURCE;0.3*SOURCE; or synthetic:TASK,KEY=VALUE..., rows '
-    'whose tokens say how hard they are, with words of their own: chase, permutations, chains, copy (docs/data.md)',
+    'whose tokens say how hard they are, with words of their own: chase, automaton, permutations, chains, copy (docs/data.md)',
   )
   text_key: str = setting(
     'text', 'key of the text in JSON, .parquet files and hf: datasets; meta.text leads into nested ones'

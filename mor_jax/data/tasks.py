@@ -16,6 +16,7 @@ from mor_jax.data.tokenizer import END_OF_TEXT
 
 NOT_SCORED = -1  # difficulty of tokens that no loss is taken of
 _LETTERS = 'abcdefghijklmnopqrstuvwxyz'
+MOST_WORDS = 1000
 
 
 class Example(NamedTuple):
@@ -117,6 +118,79 @@ class Chase:
     difficulty = [NOT_SCORED] * (len(words) + 1) + hops.tolist()
     targets = {len(words) + index: f'=n{node}' for index, node in enumerate(answers, start=1)}
     words += [f'{names[k - 1]}:n{node}' for k, node in zip(hops.tolist(), asked.tolist(), strict=True)]
+    return Example([*words, END_OF_TEXT], difficulty, f'{following}', targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class Automaton:
+  """Which state a random automaton reaches: a transition for each letter of a word, each of which needs the state before.
+
+  The transitions 'a3>5' of every letter and state in random order, each letter a permutation of the `states`, then
+  `questions` such as 'aba:3': where does it end if it reads aba in state 3? The answer '=5' is predicted where the
+  question stands and appears nowhere; its difficulty is the length of the word, and every length from 1 to `hops` is
+  asked equally often.
+
+  Words are pairs, and number first * states + second, for models with `embed_factor` = states.
+  """
+
+  states: int = 8
+  letters: int = 2
+  hops: int = 4
+  questions: int = 16
+
+  def check(self) -> None:
+    """Raises ValueError for sizes that make no task."""
+    at_least('states', self.states, 3)
+    at_least('letters', self.letters, 2)
+    at_least('hops', self.hops, 1)
+    at_least('questions', self.questions, 1)
+    if (words := sum(self.letters**size for size in range(1, self.hops + 1))) > MOST_WORDS:
+      raise ValueError(
+        f'letters={self.letters} and hops={self.hops} make {words} words to read; at most {MOST_WORDS} may be'
+      )
+
+  @functools.cached_property
+  def _read(self) -> list[str]:
+    """All words that may be asked for, by length."""
+    letters = _LETTERS[: self.letters]
+    return [
+      ''.join(word) for size in range(1, self.hops + 1) for word in itertools.product(letters, repeat=size)
+    ]
+
+  @property
+  def vocabulary(self) -> dict[str, int]:
+    """Id of every word: transitions, questions, answers."""
+    states = range(self.states)
+    firsts = [[f'{letter}{a}>{b}' for b in states] for letter in _LETTERS[: self.letters] for a in states]
+    firsts += [[f'{word}:{a}' for a in states] for word in self._read]
+    firsts += [[f'={a}' for a in states]]
+    return {
+      word: first * self.states + second
+      for first, words in enumerate(firsts, start=1)  # the first of all are special tokens
+      for second, word in enumerate(words)
+    }
+
+  @property
+  def lengths(self) -> tuple[int, int]:
+    """Fewest and most tokens that an example has."""
+    length = self.letters * self.states + self.questions + 1
+    return length, length
+
+  def example(self, rng: np.random.Generator) -> Example:
+    """A document."""
+    following = {letter: rng.permutation(self.states).tolist() for letter in _LETTERS[: self.letters]}
+    facts = [f'{letter}{a}>{b}' for letter, ends in following.items() for a, b in enumerate(ends)]
+    words = [facts[index] for index in rng.permutation(len(facts)).tolist()]
+    hops = (rng.permutation(np.arange(self.questions) % self.hops) + 1).tolist()
+    difficulty, targets = [NOT_SCORED] * (len(words) + 1) + hops, {}
+    begins = rng.integers(self.states, size=self.questions).tolist()
+    drawn = rng.integers(self.letters, size=(self.questions, self.hops)).tolist()
+    for size, state, indexes in zip(hops, begins, drawn, strict=True):
+      letters = ''.join([_LETTERS[index] for index in indexes[:size]])
+      words.append(f'{letters}:{state}')
+      for letter in letters:
+        state = following[letter][state]
+      targets[len(words)] = f'={state}'
     return Example([*words, END_OF_TEXT], difficulty, f'{following}', targets)
 
 
@@ -245,7 +319,13 @@ class Copy:
     return Example([*told, ':', *told], [NOT_SCORED] * (self.length + 1) + [0] * self.length, ' '.join(told))
 
 
-TASKS: dict[str, type[Task]] = {'chase': Chase, 'permutations': Permutations, 'chains': Chains, 'copy': Copy}
+TASKS: dict[str, type[Task]] = {
+  'chase': Chase,
+  'automaton': Automaton,
+  'permutations': Permutations,
+  'chains': Chains,
+  'copy': Copy,
+}
 
 
 def numbered(words: Sequence[str], first: int = 2) -> dict[str, int]:
