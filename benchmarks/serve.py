@@ -30,6 +30,7 @@ FLAGS = flags.FLAGS
 PARTS = ('load', 'stall', 'peer')
 BUSY = 16  # streams in `stall` and `peer`
 LOAD_GOAL, STALL_GOAL, PEER_GOAL = 0.95, 2.0, 2.0
+NAME = 'measured'
 SERVER_FLAGS = (
   'checkpoint',
   'max_len',
@@ -119,7 +120,7 @@ def stall(client: sides.Side, folder: Path) -> bool:
     most = httpx.get(f'{server.address}/v1/models').json()['data'][0]['max_model_len']
     text = serving_process.texts(1, 20 * most)[0]
     tokens = httpx.post(f'{server.address}/tokenize', json={'prompt': text}).json()['tokens']
-    long = {'prompt': tokens[: most - 1], 'max_tokens': 1}
+    long = {'model': NAME, 'prompt': tokens[: most - 1], 'max_tokens': 1}
 
     def asked(disturb: Any) -> Callable[[Any], Any]:
       return lambda question: _asked(client, server.address, {**question, 'disturb': disturb})
@@ -161,13 +162,10 @@ def peer(client: sides.Side, folder: Path) -> bool:
   for number in range(FLAGS.repeats):
     for name, start in servers.items():
       with start() as server:
-        for place in (None, number):  # the first warms up
-          bodies = [
-            {**body, 'model': FLAGS.huggingface if name != 'ours' else Path(FLAGS.huggingface).resolve().name}
-            for body in _bodies(
-              BUSY * (FLAGS.each if place is not None else 1), -1 if place is None else place
-            )
-          ]
+        for place in (-1, number):  # the first warms up
+          bodies = _bodies(BUSY if place < 0 else BUSY * FLAGS.each, place)
+          if name != 'ours':
+            bodies = [{**body, 'model': FLAGS.huggingface} for body in bodies]
           told = client.ask({'address': server.address, 'bodies': bodies, 'concurrency': BUSY})
       found[name].append(_figures(told, tokenizer))
       print(name, {key: round(value, 3) for key, value in found[name][-1].items()}, flush=True)
@@ -251,18 +249,21 @@ def _median(measured: Sequence[dict[str, Any]], name: str) -> float:
 def _bodies(count: int, number: int) -> list[dict[str, Any]]:
   """Requests of measurement `number`, whose prompts no other has."""
   texts = serving_process.texts(count, FLAGS.characters)
-  common = {'max_tokens': FLAGS.tokens, 'temperature': 0.0, 'ignore_eos': True, 'seed': 0}
+  common = {'model': NAME, 'max_tokens': FLAGS.tokens, 'temperature': 0.0, 'ignore_eos': True, 'seed': 0}
   return [{'prompt': f'{number + 1}:{place} {text}', **common} for place, text in enumerate(texts)]
 
 
 def _flags() -> list[str]:
   """Flags of the server, as they were given to the benchmark."""
-  return [f'--{name}={FLAGS[name].value}' for name in SERVER_FLAGS if FLAGS[name].present]
+  return [
+    f'--name={NAME}',
+    *(f'--{name}={FLAGS[name].value}' for name in SERVER_FLAGS if FLAGS[name].present),
+  ]
 
 
 def _settings() -> dict[str, Any]:
   return {
-    'flags': ' '.join(flag for flag in _flags() if not flag.startswith('--checkpoint')) or 'defaults',
+    'flags': ' '.join(flag for flag in _flags()[1:] if not flag.startswith('--checkpoint')) or 'defaults',
     'model': Path(FLAGS.checkpoint or FLAGS.huggingface).resolve().name,
     'requests': f'{FLAGS.each} of each client, prompts of {FLAGS.characters} characters, {FLAGS.tokens} tokens, greedy',
     'figures': f'median of {FLAGS.repeats} measurements in turns, after one that does not count',

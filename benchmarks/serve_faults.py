@@ -35,7 +35,7 @@ from mor_jax import cli, serve
 from mor_jax.config import ConfigError
 
 FLAGS = flags.FLAGS
-ROUTE = '/v1/completions'
+NAME, ROUTE = 'tried', '/v1/completions'
 PATIENCE = 300.0
 GROWTH = 16 * 2**20  # bytes that memory may grow between the first fifth and the end
 FIELDS = (
@@ -64,7 +64,9 @@ def main() -> int:
   rows, failed = [], False
   with tempfile.TemporaryDirectory() as folder:
     for part in FLAGS.parts:
-      with serving_process.ours([f'--checkpoint={FLAGS.checkpoint}'], Path(folder)) as server:
+      with serving_process.ours(
+        [f'--checkpoint={FLAGS.checkpoint}', f'--name={NAME}'], Path(folder)
+      ) as server:
         begin = time.perf_counter()
         faults, said = PARTS[part](server)
       failed |= bool(faults)
@@ -162,7 +164,7 @@ ANYTHING = strategies.recursive(
 BODIES = strategies.one_of(
   strategies.dictionaries(strategies.sampled_from(FIELDS), ANYTHING, max_size=6).map(json.dumps),
   strategies.dictionaries(strategies.sampled_from(FIELDS), ANYTHING, max_size=3)
-  .map(lambda fields: {'prompt': 'a', 'max_tokens': 1, **fields})
+  .map(lambda fields: {'model': NAME, 'prompt': 'a', 'max_tokens': 1, **fields})
   .map(json.dumps),
   ANYTHING.map(json.dumps),
   strategies.binary(max_size=200),
@@ -296,7 +298,14 @@ async def _loaded(server: ServerProcess) -> tuple[list[int], int]:
 def _body(number: int) -> dict[str, Any]:
   """A request, sampled, with scores."""
   text = serving_process.texts(1000, 40 + number % 90)[number % 1000]
-  return {'prompt': text, 'max_tokens': 24, 'temperature': 1.0, 'seed': number, 'logprobs': number % 6}
+  return {
+    'model': NAME,
+    'prompt': text,
+    'max_tokens': 24,
+    'temperature': 1.0,
+    'seed': number,
+    'logprobs': number % 6,
+  }
 
 
 def _answer(answer: httpx.Response) -> Any:
