@@ -5,7 +5,7 @@ engine: they differ in how often a token comes back to the shared block.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -147,7 +147,14 @@ class Engine:
   def init_state(self) -> DecodeState:
     """A state with all slots idle."""
     sizes = self.slots, self._dtype, self._keep_logits, self.parts, self.top_logprobs
-    return shards.make(self._mesh, functools.partial(state_lib.init_state, self.cached, *sizes))
+    return self._make(state_lib.init_state, self.cached, *sizes)
+
+  def _make(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    made = shards.make(self._mesh, function, *arguments)
+    if self._mesh is not None:
+      return made
+    # Bound to the device, as all that is computed with the parameters: programs are compiled for either.
+    return jax.device_put(made, next(iter(jax.tree.leaves(self.params)[0].devices())))
 
   def part_of(self, slot: int) -> int:
     """The part of the mesh that has a slot."""
@@ -161,14 +168,16 @@ class Engine:
   ) -> Filling:
     """Prompts of up to `prefill_lanes` requests, to be computed together by `fill`, each but for its last token.
 
+    There are `prefill_lanes` lanes, or, where so many are enough, one on each part of the mesh.
+
     Args:
       requests: those of the lanes, in order; None: nothing.
       state: whose slots hold beginnings of the prompts.
       reused: for each lane the slot, of the same part of the mesh, and how many of its tokens begin the prompt.
     """
-    lanes = self.prefill_lanes
-    if len(requests) > lanes:
-      raise ValueError(f'{len(requests)} prompts are more than the {lanes} lanes of prefill')
+    if len(requests) > self.prefill_lanes:
+      raise ValueError(f'{len(requests)} prompts are more than the {self.prefill_lanes} lanes of prefill')
+    lanes = self.parts if len(requests) == self.parts else self.prefill_lanes
     requests = [*requests, *[None] * (lanes - len(requests))]
     rules = [self.rules(request or NOTHING) for request in requests]
     budget = (
@@ -178,7 +187,7 @@ class Engine:
     is_scored = any(request is not None and request.prompt_logprobs for request in requests)
     is_scored &= self.top_logprobs is not None
     sizes = lanes, self._dtype, self.parts, self.top_logprobs if is_scored else None
-    prefix = shards.make(self._mesh, functools.partial(prefill_lib.empty, self.cached, *sizes))
+    prefix = self._make(prefill_lib.empty, self.cached, *sizes)
     known = [entry[1] if entry else 0 for entry in reused] + [0] * (lanes - len(reused))
     if any(known):
       each = self.slots // self.parts
@@ -201,8 +210,7 @@ class Engine:
     longest = max(map(len, filling.left))
     if not longest:
       return 0
-    allowed = [chunk for chunk in self.chunks if most is None or chunk <= most] or self.chunks[:1]
-    size = next((chunk for chunk in allowed if chunk >= longest), allowed[-1])
+    size = self._chunk(longest, most)
     lengths_B = np.array([min(size, len(tokens)) for tokens in filling.left], np.int32)
     tokens_BC, next_BC = _filled(filling.left, size), _filled(filling.following, size)
     filling.left = [tokens[size:] for tokens in filling.left]
@@ -212,6 +220,14 @@ class Engine:
       self.cached, self._mesh, self.params, filling.prefix, tokens_BC, lengths_B, filling.budget, scored
     )
     return max(longest - size, 0)
+
+  def _chunk(self, longest: int, most: int | None) -> int:
+    """The number of tokens to compute next: as many as are left, unless the chunk for it would be mostly empty."""
+    allowed = [chunk for chunk in self.chunks if most is None or chunk <= most] or self.chunks[:1]
+    enough = next((chunk for chunk in allowed if chunk >= longest), allowed[-1])
+    if enough <= 2 * longest:
+      return enough
+    return max((chunk for chunk in allowed if chunk <= longest), default=allowed[0])
 
   def prefill(self, requests: Sequence[Request | None]) -> Prefix:
     """Computes the prompts of up to `prefill_lanes` requests together; see `begin`."""
@@ -228,8 +244,9 @@ class Engine:
     Raises:
       ValueError: slot and lane are not of the same part of the mesh.
     """
-    each, part = self.prefill_lanes // self.parts, self.part_of(slot)
-    if prefix is not None and lane // each != part:
+    part = self.part_of(slot)
+    each = self.prefill_lanes // self.parts if prefix is None else len(prefix.lengths_B) // self.parts
+    if lane // each != part and prefix is not None:
       raise ValueError(f'lane {lane} of prefill is not of part {part} of the mesh, as slot {slot} is')
     tokens_T = np.zeros((self.max_len,), np.int32)
     tokens_T[: len(request.prompt)] = request.prompt

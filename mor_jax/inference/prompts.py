@@ -104,7 +104,7 @@ class Prompts:
 def _lanes(admitted: list[Entry], engine: Engine) -> Iterator[list[list[Entry]]]:
   """Groups prompts into prefill batches: for each lane the slots, of its part of the mesh, that get what it computes.
 
-  Requests whose prompts are computed alike, such as samples of one prompt, share a lane.
+  A part has one lane if no part has more prompts, else all. Requests whose prompts are computed alike, such as samples of one prompt, share a lane.
   """
   each = engine.prefill_lanes // engine.parts
   waiting: dict[int, dict[Any, list[Entry]]] = collections.defaultdict(dict)
@@ -113,8 +113,6 @@ def _lanes(admitted: list[Entry], engine: Engine) -> Iterator[list[list[Entry]]]
     alike = request.prompt, request.max_recursions, request.threshold_shift, request.prompt_logprobs
     waiting[engine.part_of(slot)].setdefault(alike, []).append((slot, result))
   for start in range(0, max(map(len, waiting.values()), default=0), each):
-    lanes: list[list[Entry]] = []
-    for part in range(engine.parts):
-      some = list(waiting[part].values())[start : start + each]
-      lanes += [*some, *[[]] * (each - len(some))]
-    yield lanes
+    parts = [list(waiting[part].values())[start : start + each] for part in range(engine.parts)]
+    width = each if max(map(len, parts)) > 1 else 1
+    yield [lane for some in parts for lane in [*some, *[[]] * (width - len(some))]]

@@ -6,7 +6,8 @@ heads, key/value heads of caches, MLP and vocabulary by the table of `parallel/r
 once, when the engine is made: a tick reads all of them, so that parts along fsdp would have to travel every time.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -69,11 +70,15 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
   )
 
 
-def make(mesh: Mesh | None, function: Callable[[], Any]) -> Any:
-  """What the function makes, each part on its devices from the beginning."""
-  if mesh is None:
-    return function()
-  return jax.jit(function, out_shardings=shardings(mesh, jax.eval_shape(function)))()
+def make(mesh: Mesh | None, function: Callable[..., Any], *arguments: Hashable) -> Any:
+  """What the function makes of constants, each part on its devices from the beginning; compiled once for equal ones."""
+  return _made(mesh, function, arguments)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _made(mesh, function, arguments):
+  made = function(*arguments)
+  return made if mesh is None else jax.lax.with_sharding_constraint(made, shardings(mesh, made))
 
 
 def prepare(
@@ -85,7 +90,8 @@ def prepare(
     names: logical names of the axes of every parameter, by path (`transformer.parameter_axes`).
   """
   if mesh is None:
-    return function(variables)
+    # Laid out plainly: a mesh of one device would make programs of their own for whatever was computed from it.
+    return function(jax.tree.map(lambda leaf: jax.device_put(leaf, next(iter(leaf.devices()))), variables))
 
   def place(path, leaf):
     field, *rest = (getattr(entry, 'name', getattr(entry, 'key', None)) for entry in path)

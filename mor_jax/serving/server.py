@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import signal
 import socket
 import threading
@@ -12,6 +13,7 @@ from types import FrameType
 import uvicorn
 
 from mor_jax.config import ConfigError
+from mor_jax.inference.engine import Engine
 from mor_jax.inference.requests import Request
 from mor_jax.serving.application import Application
 
@@ -95,21 +97,33 @@ def serve(app: Application, host: str, port: int, drain_seconds: float, report: 
 
 
 def _warm_up(app: Application, address: str, report: Callable[[str], None]) -> None:
-  """Compiles what requests need, for prompts of every chunk, and says that the server is ready."""
+  """Compiles what requests need, and says that the server is ready."""
   begin, done = time.perf_counter(), threading.Event()
   engine = app.worker.scheduler.engine
   report(f'listening at {address}; compiling')
-  for scored in (False, True):
-    for length in sorted({min(chunk + 1, engine.max_len - WARM_UP_TOKENS) for chunk in engine.chunks}):
-      done.clear()
-      request = Request(
-        (0,) * max(length, 1), max_new_tokens=WARM_UP_TOKENS, temperature=1.0, prompt_logprobs=scored
-      )
-      job = app.worker.submit([request], done.set)
-      while not job.is_finished:
-        done.wait(POLL_SECONDS)
+  for prompts, scored in _first_prompts(engine):
+    done.clear()
+    same = {'max_new_tokens': WARM_UP_TOKENS, 'temperature': 1.0, 'prompt_logprobs': scored}
+    job = app.worker.submit([Request(prompt, **same) for prompt in prompts], done.set)
+    while not job.is_finished:
+      done.wait(POLL_SECONDS)
   app.is_warm = True
   models = app.name
   report(
     f'ready after {time.perf_counter() - begin:.1f} s: {models} at {address}/v1, {engine.slots} slots of {engine.max_len} tokens'
   )
+
+
+def _first_prompts(engine: Engine) -> Iterator[tuple[list[tuple[int, ...]], bool]]:
+  """Prompts to be answered together, and whether they are scored: every program for prompts is used once.
+
+  There is one for every chunk, for a single prompt and for several. None begins like another, or it would not be
+  computed again; but in the end some are asked for twice, so that one is copied.
+  """
+  lengths = [max(min(chunk + 1, engine.max_len - WARM_UP_TOKENS), 1) for chunk in engine.chunks]
+  numbers = itertools.cycle(range(engine.cached.config.vocab_size))
+  for count in sorted({1, min(engine.prefill_lanes, 2)}):
+    for scored, length in itertools.product((True, False), sorted(set(lengths))):
+      prompts = [(next(numbers),) * length for _ in range(count)]
+      yield prompts, scored
+    yield prompts, False
