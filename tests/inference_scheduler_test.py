@@ -11,9 +11,12 @@ import pytest
 import tiny_run
 
 from mor_jax.data import tokenizer as tokenizers
+from mor_jax.inference import engine as engine_lib
+from mor_jax.inference import prefill, ticks
 from mor_jax.inference.requests import Request, RequestError, Result
 from mor_jax.inference.scheduler import Scheduler
 from mor_jax.inference.text import complete
+from mor_jax.serving import server
 from tests import tiny, tiny_engine
 
 MODELS = {
@@ -187,6 +190,47 @@ def test_a_long_prompt_does_not_stall_the_others():
   assert (results[1].finish, results[1].tokens) == ('cancelled', [])
   expected = answers([short, *long])
   assert [running.tokens, results[0].tokens, results[2].tokens] == [expected[0], expected[1], expected[3]]
+
+
+def test_prompts_are_computed_in_no_more_lanes_and_tokens_than_they_need(monkeypatch):
+  """A single prompt in one lane; a chunk that would be mostly empty gives way to smaller ones; the same tokens always."""
+  computed = []
+
+  def extend(cached, mesh, params, prefix, tokens_BC, *rest):
+    computed.append(tokens_BC.shape)
+    return original(cached, mesh, params, prefix, tokens_BC, *rest)
+
+  original = prefill.extend
+  monkeypatch.setattr(prefill, 'extend', extend)
+  several = {'chunks': (4, 8, 32), 'prefill_lanes': 3}
+  for lengths, expected in {
+    (5,): [(1, 4)],
+    (10,): [(1, 8), (1, 4)],
+    (12, 18): [(3, 32)],
+    (40,): [(1, 32), (1, 8)],
+    (3, 2): [(3, 4)],
+  }.items():
+    requests = tiny_engine.requests(lengths, max_new_tokens=3)
+    made = [result.tokens for result in Scheduler(engine(**several)).run(requests)]
+    assert computed == expected, lengths
+    assert made == answers(requests)
+    computed.clear()
+
+
+def test_the_warm_up_of_the_server_compiles_every_program_for_prompts():
+  """What follows may be in several chunks, or copied in part, or scored: nothing is compiled any more."""
+  scheduler = Scheduler(engine(chunks=(8, 16), top_logprobs=2), ticks_per_call=4)
+  for prompts, scored in server.first_prompts(scheduler.engine):
+    scheduler.run([Request(prompt, max_new_tokens=2, prompt_logprobs=scored) for prompt in prompts])
+  programs = prefill.extend, engine_lib._insert, engine_lib._reuse, ticks.run
+  before = [program._cache_size() for program in programs]
+  for options in ({}, {'prompt_logprobs': True}):
+    requests = tiny_engine.requests((3, 12, 40, 61, 30), max_new_tokens=3, **options)
+    again = [dataclasses.replace(request, prompt=(*request.prompt[:-1], 3, 4)) for request in requests[1:]]
+    scheduler.run([*requests, *again])
+    scheduler.run(again[:1])
+  assert scheduler.prompt_tokens[1] > 100, 'copied'
+  assert [program._cache_size() for program in programs] == before
 
 
 def test_statistics_add_up():

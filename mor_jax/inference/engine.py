@@ -168,7 +168,8 @@ class Engine:
   ) -> Filling:
     """Prompts of up to `prefill_lanes` requests, to be computed together by `fill`, each but for its last token.
 
-    There are `prefill_lanes` lanes, or, where so many are enough, one on each part of the mesh.
+    There are `prefill_lanes` lanes, or one on each part of the mesh if there are no more requests. Prompts to be scored,
+    which seldom come alone, always take all: every number of lanes is another program.
 
     Args:
       requests: those of the lanes, in order; None: nothing.
@@ -177,15 +178,15 @@ class Engine:
     """
     if len(requests) > self.prefill_lanes:
       raise ValueError(f'{len(requests)} prompts are more than the {self.prefill_lanes} lanes of prefill')
-    lanes = self.parts if len(requests) == self.parts else self.prefill_lanes
+    is_scored = any(request is not None and request.prompt_logprobs for request in requests)
+    is_scored &= self.top_logprobs is not None
+    lanes = self.parts if len(requests) == self.parts and not is_scored else self.prefill_lanes
     requests = [*requests, *[None] * (lanes - len(requests))]
     rules = [self.rules(request or NOTHING) for request in requests]
     budget = (
       np.array([rule.recursions_N for rule in rules], np.int32),
       np.array([rule.shift_N for rule in rules], np.float32),
     )
-    is_scored = any(request is not None and request.prompt_logprobs for request in requests)
-    is_scored &= self.top_logprobs is not None
     sizes = lanes, self._dtype, self.parts, self.top_logprobs if is_scored else None
     prefix = self._make(prefill_lib.empty, self.cached, *sizes)
     known = [entry[1] if entry else 0 for entry in reused] + [0] * (lanes - len(reused))

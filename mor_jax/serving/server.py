@@ -101,7 +101,7 @@ def _warm_up(app: Application, address: str, report: Callable[[str], None]) -> N
   begin, done = time.perf_counter(), threading.Event()
   engine = app.worker.scheduler.engine
   report(f'listening at {address}; compiling')
-  for prompts, scored in _first_prompts(engine):
+  for prompts, scored in first_prompts(engine):
     done.clear()
     same = {'max_new_tokens': WARM_UP_TOKENS, 'temperature': 1.0, 'prompt_logprobs': scored}
     job = app.worker.submit([Request(prompt, **same) for prompt in prompts], done.set)
@@ -114,16 +114,16 @@ def _warm_up(app: Application, address: str, report: Callable[[str], None]) -> N
   )
 
 
-def _first_prompts(engine: Engine) -> Iterator[tuple[list[tuple[int, ...]], bool]]:
+def first_prompts(engine: Engine) -> Iterator[tuple[list[tuple[int, ...]], bool]]:
   """Prompts to be answered together, and whether they are scored: every program for prompts is used once.
 
-  There is one for every chunk, for a single prompt and for several. None begins like another, or it would not be
-  computed again; but in the end some are asked for twice, so that one is copied.
+  There is one for every chunk, of a single prompt and of several, of which those to be scored are one program. None begins
+  like another, or it would not be computed again; but in the end some are asked for twice, so that they are copied.
   """
-  lengths = [max(min(chunk + 1, engine.max_len - WARM_UP_TOKENS), 1) for chunk in engine.chunks]
+  lengths = sorted({max(min(chunk + 1, engine.max_len - WARM_UP_TOKENS), 1) for chunk in engine.chunks})
   numbers = itertools.cycle(range(engine.cached.config.vocab_size))
-  for count in sorted({1, min(engine.prefill_lanes, 2)}):
-    for scored, length in itertools.product((True, False), sorted(set(lengths))):
+  for count, scored in ((1, False), (1, True), (min(engine.prefill_lanes, 2), False)):
+    for length in lengths:
       prompts = [(next(numbers),) * length for _ in range(count)]
       yield prompts, scored
-    yield prompts, False
+    yield prompts, scored
