@@ -12,7 +12,8 @@ import tiny_run
 
 from mor_jax.data import tokenizer as tokenizers
 from mor_jax.inference import engine as engine_lib
-from mor_jax.inference import prefill, ticks
+from mor_jax.inference import prefill
+from mor_jax.inference import ticks as ticks_lib
 from mor_jax.inference.requests import Request, RequestError, Result
 from mor_jax.inference.scheduler import Scheduler
 from mor_jax.inference.text import complete
@@ -222,7 +223,7 @@ def test_the_warm_up_of_the_server_compiles_every_program_for_prompts():
   scheduler = Scheduler(engine(chunks=(8, 16), top_logprobs=2), ticks_per_call=4)
   for prompts, scored in server.first_prompts(scheduler.engine):
     scheduler.run([Request(prompt, max_new_tokens=2, prompt_logprobs=scored) for prompt in prompts])
-  programs = prefill.extend, engine_lib._insert, engine_lib._reuse, ticks.run
+  programs = prefill.extend, engine_lib._insert, engine_lib._reuse, ticks_lib.run
   before = [program._cache_size() for program in programs]
   for options in ({}, {'prompt_logprobs': True}):
     requests = tiny_engine.requests((3, 12, 40, 61, 30), max_new_tokens=3, **options)
