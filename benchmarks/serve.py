@@ -1,7 +1,7 @@
 """Measures the server: python -m benchmarks.serve --checkpoint=RUN [--huggingface=FOLDER] [--parts=load,stall,peer]
 
 Servers, their clients and the engine run in processes of their own, which take turns. Prompts are pieces of this
-project's documents, answers have --tokens tokens (greedy, ends ignored). --repeats measurements each, medians.
+project's documents, answers have --tokens tokens, half as many more or less (greedy, ends ignored). --repeats measurements each, medians.
 
   load   streams at each --concurrency, against the same requests handed to the engine without a server
   stall  pieces of 16 streams, alone and while prompts of --max_len tokens arrive one after another
@@ -249,8 +249,15 @@ def _median(measured: Sequence[dict[str, Any]], name: str) -> float:
 def _bodies(count: int, number: int) -> list[dict[str, Any]]:
   """Requests of measurement `number`, whose prompts no other has."""
   texts = serving_process.texts(count, FLAGS.characters)
-  common = {'model': NAME, 'max_tokens': FLAGS.tokens, 'temperature': 0.0, 'ignore_eos': True, 'seed': 0}
-  return [{'prompt': f'{number + 1}:{place} {text}', **common} for place, text in enumerate(texts)]
+  common = {'model': NAME, 'temperature': 0.0, 'ignore_eos': True, 'seed': 0}
+  return [
+    {
+      'prompt': f'{number + 1}:{place} {text}',
+      'max_tokens': FLAGS.tokens // 2 + place * 37 % FLAGS.tokens,  # of one length, all would end at once
+      **common,
+    }
+    for place, text in enumerate(texts)
+  ]
 
 
 def _flags() -> list[str]:
@@ -265,7 +272,7 @@ def _settings() -> dict[str, Any]:
   return {
     'flags': ' '.join(flag for flag in _flags()[1:] if not flag.startswith('--checkpoint')) or 'defaults',
     'model': Path(FLAGS.checkpoint or FLAGS.huggingface).resolve().name,
-    'requests': f'{FLAGS.each} of each client, prompts of {FLAGS.characters} characters, {FLAGS.tokens} tokens, greedy',
+    'requests': f'{FLAGS.each} of each client, prompts of {FLAGS.characters} characters, {FLAGS.tokens // 2} to {FLAGS.tokens * 3 // 2} tokens, greedy',
     'figures': f'median of {FLAGS.repeats} measurements in turns, after one that does not count',
   }
 

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -11,6 +12,11 @@ from typing import Any, NamedTuple
 from mor_jax.inference.requests import Request, Result
 from mor_jax.inference.scheduler import Scheduler
 from mor_jax.serving.errors import ApiError
+
+TOGETHER, MOST_TOGETHER = (
+  0.003,
+  0.03,
+)  # seconds from one request to the next, and in all, that an idle engine waits
 
 
 class Told(NamedTuple):
@@ -148,16 +154,22 @@ class Worker(threading.Thread):
       self._tell()
 
   def _take(self, wait: bool) -> bool:
-    """Does what the inbox asks for; False: stop."""
+    """Does what the inbox asks for; False: stop.
+
+    An engine that idles waits for the first request, and a moment for those that come with it: they share passes.
+    """
+    timeout, end = (None if wait else 0.0), 0.0
     while True:
       try:
-        order, what = self._inbox.get(block=wait)
+        order, what = self._inbox.get(block=timeout != 0.0, timeout=timeout)
       except queue.Empty:
         return True
-      wait = False
       if order == 'stop':
         return False
       {'begin': self._begin, 'end': self._end, 'call': self._call}[order](what)
+      if timeout is None:
+        end = time.monotonic() + MOST_TOGETHER
+      timeout = min(TOGETHER, max(end - time.monotonic(), 0.0))
 
   def _begin(self, job: Job) -> None:
     try:
