@@ -1,4 +1,4 @@
-"""The depth study: python -m benchmarks.depth [--parts=shown,hidden,chains,init,text] [--workdir=runs/depth]
+"""The depth study: python -m benchmarks.depth [--parts=shown,hidden,automaton,init,text] [--workdir=runs/depth]
 
 A positive control for depth routers: tasks whose tokens need a known number of recursions (configs/depth.py), and the
 same contenders on prose (`--source`), for which nobody knows it. All train on the same tokens, some also on the same
@@ -27,7 +27,7 @@ from mor_jax.sweeping.plan import Plan, PlannedRun
 from mor_jax.training import budget
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list('parts', ['shown', 'hidden', 'chains'], f'of {", ".join(PARTS)}')
+flags.DEFINE_list('parts', ['shown', 'hidden', 'automaton'], f'of {", ".join(PARTS)}')
 flags.DEFINE_list('only', [], 'contenders; none given: all')
 flags.DEFINE_string('source', None, 'data.source of init and text: English prose')
 flags.DEFINE_string('workdir', 'runs/depth', 'folder of the study')

@@ -232,14 +232,13 @@ PARTS = {
     },
     _some(on_tasks()),
   ),
-  'chains': Part(
+  'automaton': Part(
     CHASE,
     {
-      'data.source': 'synthetic:chains,modulus=5,hops=4',
-      'data.seq_len': 48,
-      'model.embed_factor': None,
-      'model.capacities': (1.0, 0.21, 0.15, 0.11),
-      'train.steps': 2000,
+      'data.source': 'synthetic:automaton,states=8,letters=2,hops=4,questions=16',
+      'data.seq_len': 33,
+      'model.embed_factor': 8,
+      'model.capacities': (1.0, 0.364, 0.243, 0.122),
     },
     _some(on_tasks()),
   ),

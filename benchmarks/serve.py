@@ -164,8 +164,9 @@ def peer(client: sides.Side, folder: Path) -> bool:
       with start() as server:
         for place in (-1, number):  # the first warms up
           bodies = _bodies(BUSY if place < 0 else BUSY * FLAGS.each, place)
-          if name != 'ours':
-            bodies = [{**body, 'model': FLAGS.huggingface} for body in bodies]
+          for body in bodies:
+            del body['ignore_eos']  # transformers refuses it
+            body['model'] = NAME if name == 'ours' else FLAGS.huggingface
           told = client.ask({'address': server.address, 'bodies': bodies, 'concurrency': BUSY})
       found[name].append(_figures(told, tokenizer))
       print(name, {key: round(value, 3) for key, value in found[name][-1].items()}, flush=True)
