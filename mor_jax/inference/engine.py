@@ -151,10 +151,7 @@ class Engine:
 
   def _make(self, function: Callable[..., Any], *arguments: Any) -> Any:
     made = shards.make(self._mesh, function, *arguments)
-    if self._mesh is not None:
-      return made
-    # Bound to the device, as all that is computed with the parameters: programs are compiled for either.
-    return jax.device_put(made, next(iter(jax.tree.leaves(self.params)[0].devices())))
+    return made if self._mesh is not None else shards.bound(made, self.params)
 
   def part_of(self, slot: int) -> int:
     """The part of the mesh that has a slot."""

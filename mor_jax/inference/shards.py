@@ -75,6 +75,18 @@ def make(mesh: Mesh | None, function: Callable[..., Any], *arguments: Hashable) 
   return _made(mesh, function, arguments)
 
 
+def bound(tree: Any, variables: Any) -> Any:
+  """The tree bound to the only device of the variables, as all that is computed from them will be.
+
+  A program is compiled once for what is bound to a device, once for what is not, and once for a mesh of one device.
+  Without a device of their own, or with several, nothing is changed.
+  """
+  devices = {
+    device for leaf in jax.tree.leaves(variables) if isinstance(leaf, jax.Array) for device in leaf.devices()
+  }
+  return jax.device_put(tree, devices.pop()) if len(devices) == 1 else tree
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _made(mesh, function, arguments):
   made = function(*arguments)
@@ -90,8 +102,7 @@ def prepare(
     names: logical names of the axes of every parameter, by path (`transformer.parameter_axes`).
   """
   if mesh is None:
-    # Laid out plainly: a mesh of one device would make programs of their own for whatever was computed from it.
-    return function(jax.tree.map(lambda leaf: jax.device_put(leaf, next(iter(leaf.devices()))), variables))
+    return function(bound(variables, variables))
 
   def place(path, leaf):
     field, *rest = (getattr(entry, 'name', getattr(entry, 'key', None)) for entry in path)
