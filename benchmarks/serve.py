@@ -1,7 +1,8 @@
 """Measures the server: python -m benchmarks.serve --checkpoint=RUN [--huggingface=FOLDER] [--parts=load,stall,peer]
 
 Servers, their clients and the engine run in processes of their own, which take turns. Prompts are pieces of this
-project's documents, answers have --tokens tokens, half as many more or less (greedy, ends ignored). --repeats measurements each, medians.
+project's documents; answers have --tokens tokens, up to half as many more or less, greedy, ends ignored. Figures are
+medians of --repeats measurements of each side.
 
   load   streams at each --concurrency, against the same requests handed to the engine without a server
   stall  pieces of 16 streams, alone and while prompts of --max_len tokens arrive one after another
@@ -115,7 +116,7 @@ def load(client: sides.Side, folder: Path) -> bool:
 
 def stall(client: sides.Side, folder: Path) -> bool:
   """Streams while long prompts arrive."""
-  flags = [*_flags(), f'--slots={BUSY + 4}']  # the last one counts
+  flags = [flag for flag in _flags() if not flag.startswith('--slots')] + [f'--slots={BUSY + 4}']
   with serving_process.ours(flags, folder) as server:
     most = httpx.get(f'{server.address}/v1/models').json()['data'][0]['max_model_len']
     text = serving_process.texts(1, 20 * most)[0]

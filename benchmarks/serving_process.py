@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -32,7 +31,7 @@ class ServerProcess:
     Raises:
       RunError: it ended, or was not ready in time.
     """
-    self.address, self._log = f'http://127.0.0.1:{port}', log
+    self.address = f'http://127.0.0.1:{port}'
     with log.open('wb') as output:
       self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     end = time.monotonic() + START_SECONDS
@@ -59,11 +58,6 @@ class ServerProcess:
       if line.startswith(f'{name} '):
         return float(line.split()[1])
     raise KeyError(name)
-
-  def stop(self, number: int = signal.SIGTERM) -> int:
-    """Ends it with a signal; its exit code."""
-    self.process.send_signal(number)
-    return self.process.wait(timeout=120)
 
 
 @contextlib.contextmanager

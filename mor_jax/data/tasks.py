@@ -90,11 +90,7 @@ class Chase:
     firsts += [[f'=n{a}' for a in nodes]]
     if self.hidden:
       firsts += [[f'{_LETTERS[letter - 1]}>{k}' for k in hops] for letter in hops]
-    return {
-      word: first * self.nodes + second
-      for first, words in enumerate(firsts, start=1)  # the first of all are special tokens
-      for second, word in enumerate(words)
-    }
+    return paired(firsts, self.nodes)
 
   @property
   def lengths(self) -> tuple[int, int]:
@@ -164,11 +160,7 @@ class Automaton:
     firsts = [[f'{letter}{a}>{b}' for b in states] for letter in _LETTERS[: self.letters] for a in states]
     firsts += [[f'{word}:{a}' for a in states] for word in self._read]
     firsts += [[f'={a}' for a in states]]
-    return {
-      word: first * self.states + second
-      for first, words in enumerate(firsts, start=1)  # the first of all are special tokens
-      for second, word in enumerate(words)
-    }
+    return paired(firsts, self.states)
 
   @property
   def lengths(self) -> tuple[int, int]:
@@ -225,10 +217,10 @@ class Permutations:
   def _moves(self) -> list[tuple[int, ...]]:
     """Where what stands at each place goes; never all of them where they are."""
     stay = tuple(range(self.places))
-    moves = [move for move in itertools.permutations(stay) if move != stay]
     if self.swaps:
-      moves = [move for move in moves if sum(a != b for a, b in zip(move, stay, strict=True)) == 2]
-    return moves
+      pairs = itertools.combinations(stay, 2)
+      return [tuple({a: b, b: a}.get(place, place) for place in stay) for a, b in pairs]
+    return [move for move in itertools.permutations(stay) if move != stay]
 
   @property
   def lengths(self) -> tuple[int, int]:
@@ -331,6 +323,15 @@ TASKS: dict[str, type[Task]] = {
 def numbered(words: Sequence[str], first: int = 2) -> dict[str, int]:
   """Ids of words in their order, after those of the special tokens."""
   return {word: index for index, word in enumerate(words, start=first)}
+
+
+def paired(firsts: Sequence[Sequence[str]], width: int) -> dict[str, int]:
+  """Ids first * width + second of words that are pairs; the first of all are those of the special tokens."""
+  return {
+    word: first * width + second
+    for first, words in enumerate(firsts, start=1)
+    for second, word in enumerate(words)
+  }
 
 
 def at_least(name: str, value: int, least: int) -> None:

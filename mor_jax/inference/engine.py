@@ -120,6 +120,7 @@ class Engine:
     self.params = shards.prepare(mesh, parameter_axes(config), prepare, variables)
     self.slots, self.max_len, self.steps = slots, max_len, steps
     self.parts, self._mesh = parts, mesh
+    self._device = shards.device_of(self.params) if mesh is None else None
     self.batches = ticks.Batches(lanes_each, boundary_lanes // parts)
     self.prefill_lanes = prefill_lanes
     self.chunks = tuple(sorted({min(chunk, max_len) for chunk in chunks}))
@@ -151,7 +152,7 @@ class Engine:
 
   def _make(self, function: Callable[..., Any], *arguments: Any) -> Any:
     made = shards.make(self._mesh, function, *arguments)
-    return made if self._mesh is not None else shards.bound(made, self.params)
+    return shards.bound(made, self._device)
 
   def part_of(self, slot: int) -> int:
     """The part of the mesh that has a slot."""

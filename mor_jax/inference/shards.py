@@ -75,16 +75,20 @@ def make(mesh: Mesh | None, function: Callable[..., Any], *arguments: Hashable) 
   return _made(mesh, function, arguments)
 
 
-def bound(tree: Any, variables: Any) -> Any:
-  """The tree bound to the only device of the variables, as all that is computed from them will be.
-
-  A program is compiled once for what is bound to a device, once for what is not, and once for a mesh of one device.
-  Without a device of their own, or with several, nothing is changed.
-  """
+def device_of(variables: Any) -> jax.Device | None:
+  """The only device that variables lie on; None: they lie on several, or on none."""
   devices = {
     device for leaf in jax.tree.leaves(variables) if isinstance(leaf, jax.Array) for device in leaf.devices()
   }
-  return jax.device_put(tree, devices.pop()) if len(devices) == 1 else tree
+  return devices.pop() if len(devices) == 1 else None
+
+
+def bound(tree: Any, device: jax.Device | None) -> Any:
+  """The tree bound to a device, as is all that is computed from variables there; None: as it is.
+
+  A program is compiled once for what is bound to a device, once for what is not, and once for a mesh of one device.
+  """
+  return tree if device is None else jax.device_put(tree, device)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -102,7 +106,7 @@ def prepare(
     names: logical names of the axes of every parameter, by path (`transformer.parameter_axes`).
   """
   if mesh is None:
-    return function(bound(variables, variables))
+    return function(bound(variables, device_of(variables)))
 
   def place(path, leaf):
     field, *rest = (getattr(entry, 'name', getattr(entry, 'key', None)) for entry in path)

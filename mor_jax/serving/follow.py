@@ -12,12 +12,11 @@ from starlette.responses import Response
 from mor_jax.serving.answers import Answers
 from mor_jax.serving.errors import ApiError
 from mor_jax.serving.metrics import Metrics
-from mor_jax.serving.schemas import Wanted
+from mor_jax.serving.schemas import FULL, Wanted
 from mor_jax.serving.worker import NOTHING, Job, Told, Worker
 
-LOOK_EVERY = (
-  32  # tokens of a text between two looks at what their recursions said, each of which costs a whole pass
-)
+# Tokens of a text between two looks at what their recursions said, each of which costs a pass over the whole text.
+LOOK_EVERY = 32
 Look = Callable[[Wanted, Sequence[Told], Sequence[int]], Awaitable[list[Any] | None]]
 """What was said after each recursion of every text, from the tokens at the last argument on, if it is wanted."""
 
@@ -99,6 +98,8 @@ class EventStream(Response):
     told = self._follow.job.told
     for piece in self._answers.pieces(told):
       await send({'type': 'http.response.body', 'body': _event(piece), 'more_body': True})
+    if self._wanted.depths != FULL:
+      return
     new = max(len(one.depths) - looked for one, looked in zip(told, self._looked, strict=True))
     if new >= LOOK_EVERY and (events := await self._new_looks(told)):
       await send({'type': 'http.response.body', 'body': events, 'more_body': True})

@@ -13,10 +13,8 @@ from mor_jax.inference.requests import Request, Result
 from mor_jax.inference.scheduler import Scheduler
 from mor_jax.serving.errors import ApiError
 
-TOGETHER, MOST_TOGETHER = (
-  0.003,
-  0.03,
-)  # seconds from one request to the next, and in all, that an idle engine waits
+# Seconds from one request to the next, and in all, that an idle engine waits for those that come together.
+TOGETHER, MOST_TOGETHER = 0.003, 0.03
 
 
 class Told(NamedTuple):
