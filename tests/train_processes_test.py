@@ -16,6 +16,8 @@ from mor_jax import train
 from mor_jax.config import with_changes
 from mor_jax.runs import metrics
 
+TURNED_CHOICES = 6 / 1024  # of those that a batch makes
+
 # Runs the command line of mor_jax.train; at a step of one process something happens.
 PROGRAM = """
 import os, runpy, signal, sys
@@ -95,12 +97,14 @@ def resumable(finished_run, tmp_path):
 
 
 def assert_same_metrics(folder, expected):
+  """Up to rounding, which may turn a few of the choices that `sampling_accuracy` counts."""
   ours, theirs = (metrics.read(path / 'metrics.jsonl') for path in (folder, expected))
   assert [record['step'] for record in ours] == [record['step'] for record in theirs]
   for name in ('train/loss', 'train/grad_norm', 'train/sampling_accuracy', 'validation/nll'):
     pairs = [(a[name], b[name]) for a, b in zip(ours, theirs, strict=True) if name in a or name in b]
     assert pairs, name
-    np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=2e-4, atol=2e-5, err_msg=name)
+    atol = TURNED_CHOICES if name == 'train/sampling_accuracy' else 2e-5
+    np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=2e-4, atol=atol, err_msg=name)
 
 
 @pytest.mark.slow
