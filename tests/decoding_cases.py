@@ -113,13 +113,20 @@ def build(case: Case):
   return made, {**variables, 'routing': routing}
 
 
-def decode(case: Case, made, variables) -> tuple[tiny_engine.KeepingScheduler, list[tiny_engine.Row]]:
-  """Random continuations of PROMPTS up to MAX_LEN, in fewer slots than there are prompts."""
+def decode(
+  case: Case, made, variables, drafting: bool | None = None, **options
+) -> tuple[tiny_engine.KeepingScheduler, list[tiny_engine.Row]]:
+  """Random continuations of PROMPTS up to MAX_LEN, in fewer slots than there are prompts.
+
+  Args:
+    drafting: of the scheduler.
+    options: of the engine, beside those of the case.
+  """
   batches = {'lanes': 2, 'boundary_lanes': 2}
   engine = tiny_engine.engine(
-    made, variables, max_len=MAX_LEN, slack=case.slack, keep_logits=True, **batches, **case.options
+    made, variables, max_len=MAX_LEN, slack=case.slack, keep_logits=True, **batches, **case.options, **options
   )
-  scheduler = tiny_engine.KeepingScheduler(engine, ticks_per_call=50)
+  scheduler = tiny_engine.KeepingScheduler(engine, ticks_per_call=50, drafting=drafting)
   results = scheduler.run(tiny_engine.requests(PROMPTS, max_new_tokens=MAX_LEN, temperature=1.0))
   return scheduler, tiny_engine.rows(made, variables, results, MAX_LEN, case.slack)
 

@@ -14,11 +14,12 @@ from jax.sharding import Mesh
 
 from mor_jax.config import ConfigError
 from mor_jax.inference import prefill as prefill_lib
-from mor_jax.inference import shards, ticks
+from mor_jax.inference import shards, speculation, ticks
 from mor_jax.inference import state as state_lib
 from mor_jax.inference.prefill import Filling, Prefix
-from mor_jax.inference.requests import LEAST_TEMPERATURE, Request, RequestError
+from mor_jax.inference.requests import LEAST_TEMPERATURE, Request, RequestError, short
 from mor_jax.inference.sampling import MOST_BIASES, NO_BIAS, SamplingRules
+from mor_jax.inference.speculation import Drafting
 from mor_jax.inference.state import NO_TOKEN, STOP_TOKENS, DecodeState, Rules
 from mor_jax.model import cache as cache_lib
 from mor_jax.model import decode
@@ -26,6 +27,7 @@ from mor_jax.model.transformer import Transformer, parameter_axes
 from mor_jax.parallel import mesh as mesh_lib
 
 DEFAULT_CHUNKS = (16, 64, 256)
+DRAFT_LANES = (1, 4)  # numbers of sequences that are drafted together, beside all slots
 NOTHING = Request((0,))  # in lanes without a prompt
 
 
@@ -60,6 +62,8 @@ class Engine:
     keep_logits: bool = False,
     top_logprobs: int | None = None,
     mesh: Mesh | None = None,
+    speculate: int = 0,
+    draft_recursions: int = 1,
   ):
     """Lays out the caches and brings the variables into the form that decoding reads.
 
@@ -78,6 +82,8 @@ class Engine:
       top_logprobs: keep the log-probability of every token, prompts included, and so many of the likeliest tokens
         in its place; 0: no others; None: nothing, which saves the head's work on prompts.
       mesh: devices to use (`shards`); sizes are those of all parts together. None: where the variables lie.
+      speculate: tokens of a draft (`speculation`), for calls of `generate` that draft; 0: there are none.
+      draft_recursions: recursions that write it.
 
     Raises:
       ConfigError: a size that cannot work.
@@ -119,6 +125,12 @@ class Engine:
     prepare = functools.partial(decode.prepare, self.cached)
     self.params = shards.prepare(mesh, parameter_axes(config), prepare, variables)
     self.slots, self.max_len, self.steps = slots, max_len, steps
+    self._check_drafts(speculate, draft_recursions)
+    self.speculate, self._draft_recursions = speculate, draft_recursions
+    # Each is another program. Which part of a mesh has the sequences is not asked.
+    self._draft_lanes = tuple(sorted({min(n, slots_each) for n in DRAFT_LANES} | {slots_each}))
+    if parts > 1:
+      self._draft_lanes = (slots_each,)
     self.parts, self._mesh = parts, mesh
     self._device = shards.device_of(self.params) if mesh is None else None
     self.batches = ticks.Batches(lanes_each, boundary_lanes // parts)
@@ -142,6 +154,13 @@ class Engine:
         f'layer repeats by itself; leave it out'
       )
     return max_recursions
+
+  def _check_drafts(self, length: int, recursions: int) -> None:
+    if not 0 <= length <= ticks.MOST_DRAFTS:
+      raise ConfigError(f'speculate={length} is not allowed: must be from 0 to {ticks.MOST_DRAFTS} tokens')
+    most = len(self.cached.layout.places)
+    if not 1 <= recursions <= most:
+      raise ConfigError(f'draft_recursions={recursions} is not allowed: must be from 1 to {most}')
 
   # ---- what runs on the device ----
 
@@ -257,12 +276,26 @@ class Engine:
     return _insert(self._mesh, state, prefix, lanes_G, self._slots(slot), *of_all)
 
   def generate(
-    self, state: DecodeState, max_ticks: int, max_finished: int | None = None
+    self, state: DecodeState, max_ticks: int, max_finished: int | None = None, drafts_for: int = 0
   ) -> tuple[DecodeState, ticks.Tally]:
-    """Ticks until `max_ticks` are done or `max_finished` sequences (default: all) have ended, on each part."""
-    finished = self.slots if max_finished is None else max_finished
-    limits = np.int32(max_ticks), np.int32(finished)
-    return ticks.run(self.cached, self.batches, self._mesh, self.params, state, *limits)
+    """Ticks until `max_ticks` are done or `max_finished` sequences (default: all) have ended, on each part.
+
+    Args:
+      drafts_for: draft and check instead (`speculate`), as often as takes about as many passes of the block; with lanes
+        for so many sequences, while others wait. 0: tick.
+    """
+    finished = np.int32(self.slots if max_finished is None else max_finished)
+    run = functools.partial(ticks.run, self.cached, self.batches)
+    if drafts_for:
+      if not self.speculate:
+        raise ValueError('drafts_for: an engine with speculate=0 has no drafts')
+      lanes = next(lanes for lanes in self._draft_lanes if lanes >= min(drafts_for, self._draft_lanes[-1]))
+      run = functools.partial(
+        speculation.run, self.cached, Drafting(self.speculate, self._draft_recursions, lanes)
+      )
+      passes = self.speculate * self._draft_recursions + len(self.cached.layout.places)
+      max_ticks = max(max_ticks // passes, 1)
+    return run(self._mesh, self.params, state, np.int32(max_ticks), finished)
 
   def release(self, state: DecodeState, slot: int) -> DecodeState:
     """The state with a slot free again, whatever it did."""
@@ -301,6 +334,11 @@ class Engine:
     most = request.max_recursions
     if most is not None and not 1 <= most <= self.steps:
       raise RequestError(f'max_recursions={most} is not allowed: must be from 1 to {self.steps}')
+    if request.speculate is not None and not 0 <= request.speculate <= self.speculate:
+      raise RequestError(
+        f'speculate={short(request.speculate)} is not allowed: must be from 0 to {self.speculate}, for which the '
+        f'engine is made'
+      )
 
   def rules(self, request: Request) -> Rules:
     """What a request asks for, as the state holds it."""
@@ -323,7 +361,10 @@ class Engine:
       *biases,
     )
     most = self.steps if request.max_recursions is None else request.max_recursions
-    return Rules(chosen_by, stops, np.int32(limit), np.int32(most), np.float32(request.threshold_shift))
+    drafts = self.speculate if request.speculate is None else request.speculate
+    return Rules(
+      chosen_by, stops, np.int32(limit), np.int32(most), np.float32(request.threshold_shift), np.int32(drafts)
+    )
 
   def cache_bytes(self) -> int:
     """Bytes of keys, values and scales of all slots."""

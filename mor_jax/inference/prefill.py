@@ -1,4 +1,4 @@
-"""Prompts into caches: chunk by chunk, each recursion step computed on the tokens that take it."""
+"""Prompts into caches, chunk by chunk."""
 
 import dataclasses
 import functools
@@ -9,13 +9,12 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
 
-from mor_jax.inference import scores, shards
+from mor_jax.inference import chunks, scores, shards
 from mor_jax.inference.scores import Scores
 from mor_jax.model import cache as cache_lib
 from mor_jax.model import decode, lane_routing
 from mor_jax.model.cache import Cache
 from mor_jax.model.decode import CachedModel, DecodeParams
-from mor_jax.model.lane_routing import Offer, Walk
 
 
 @struct.dataclass
@@ -100,7 +99,6 @@ def extend(
 
 
 def _extend(cached, with_logits, params, prefix, tokens_BC, lengths_B, rules, next_BC):
-  steps = len(cached.layout.places)
   columns_1C = jnp.arange(tokens_BC.shape[1])[None]
   real_BC = columns_1C < lengths_B[:, None]
   positions_BC = jnp.minimum(prefix.lengths_B[:, None] + columns_1C, cached.layout.max_len - 1)
@@ -108,74 +106,30 @@ def _extend(cached, with_logits, params, prefix, tokens_BC, lengths_B, rules, ne
   ends = lane_routing.at_ends(positions_BC, slots_B, real_BC)
   x_BCD = decode.embed(params, tokens_BC)
   x_BCD, first = decode.apply_end(cached, params.first, prefix.cache.first, x_BCD, ends)
-
-  def step(carry, index):
-    cache, walk, counts_BP, active_BC = carry
-    steps_B = jnp.full(slots_B.shape, index)
-    walk, offered = lane_routing.offer(
-      cached, params, walk, steps_B, positions_BC, active_BC, counts_BP, *rules
-    )
-    walk, cache = _selected_only(cached, params, cache, walk, slots_B, steps_B, positions_BC, offered)
-    counts_BP = counts_BP.at[:, index].add(offered.selected_BC.sum(axis=1))
-    return (cache, walk, counts_BP, offered.selected_BC), (offered.selected_BC, offered.overflow_BC.sum())
-
-  carry = (
-    prefix.cache.replace(first=first),
-    lane_routing.begin(cached, params, x_BCD, positions_BC),
-    prefix.counts_BP,
-    real_BC,
+  walk = lane_routing.begin(cached, params, x_BCD, positions_BC)
+  cache = prefix.cache.replace(first=first)
+  taken = chunks.take_steps(
+    cached, params, cache, walk, slots_B, positions_BC, prefix.counts_BP, real_BC, rules
   )
-  (cache, walk, counts_BP, _), (selected_PBC, overflow_P) = jax.lax.scan(step, carry, jnp.arange(steps))
-  x_BCD = lane_routing.finish(cached, walk)
-  x_BCD, last = decode.apply_end(cached, params.last, cache.last, x_BCD, ends)
+  x_BCD = lane_routing.finish(cached, taken.walk)
+  x_BCD, last = decode.apply_end(cached, params.last, taken.cache.last, x_BCD, ends)
   where_BC = jnp.where(real_BC, positions_BC, cached.layout.max_len)
   depths_BT = prefix.depths_BT.at[slots_B[:, None], where_BC].set(
-    selected_PBC.sum(axis=0, dtype=jnp.int8), mode='drop'
+    taken.selected_SBC.sum(axis=0, dtype=jnp.int8), mode='drop'
   )
   said = prefix.scores
   if said is not None:
     head = functools.partial(decode.logits, cached, params)
     said = scores.put_chunk(said, where_BC + 1, next_BC, x_BCD, head)
   longer = Prefix(
-    cache.replace(last=last),
+    taken.cache.replace(last=last),
     prefix.lengths_B + lengths_B,
-    counts_BP,
+    taken.counts_BP,
     depths_BT,
-    prefix.overflow_GP + overflow_P,
+    prefix.overflow_GP + taken.overflow_SBC.sum(axis=(1, 2)),
     said,
   )
   if not with_logits:
     return longer, None
   logits_BCV = decode.logits(cached, params, x_BCD.reshape(-1, x_BCD.shape[-1]))
   return longer, logits_BCV.reshape(*tokens_BC.shape, -1)
-
-
-def _selected_only(cached, params, cache, walk, slots_B, steps_B, positions_BC, offered):
-  """A step on the tokens that take it, moved to the front of their lanes, a part of the chunk at a time."""
-  length = positions_BC.shape[1]
-  part = length if cached.config.kind != 'mor' else max(length // 4, min(length, 8))
-  while length % part:
-    part += 1
-  order_BC = jnp.argsort(~offered.selected_BC, axis=1, stable=True)
-  rows_B1 = slots_B[:, None]
-
-  def run(index, carry):
-    cache, x_BCD = carry
-    chosen_BC = jax.lax.dynamic_slice_in_dim(order_BC, index * part, part, axis=1)
-
-    def take(leaf):
-      return None if leaf is None else leaf[rows_B1, chosen_BC]
-
-    some = Walk(take(x_BCD), *map(take, (walk.score_BC, walk.choice_BC, walk.start_BCD)))
-    some, cache = lane_routing.take_step(
-      cached, params, cache, some, slots_B, steps_B, take(positions_BC), Offer(*map(take, _fields(offered)))
-    )
-    return cache, x_BCD.at[rows_B1, chosen_BC].set(some.x_BCD)
-
-  parts = -(-offered.selected_BC.sum(axis=1).max() // part)
-  cache, x_BCD = jax.lax.fori_loop(0, parts, run, (cache, walk.x_BCD))
-  return walk.replace(x_BCD=x_BCD), cache
-
-
-def _fields(offered: Offer) -> tuple[jax.Array, ...]:
-  return offered.selected_BC, offered.places_BC, offered.overflow_BC

@@ -36,6 +36,7 @@ class Request:
     logit_bias: (token, what is added to its logit), at most MOST_BIASES.
     logprobs: take the scores of the text, if the engine keeps them (`top_logprobs`).
     prompt_logprobs: also those of the prompt.
+    speculate: most tokens of a draft, 0: none; None: as the engine has it. The text is the same.
   """
 
   prompt: tuple[int, ...]
@@ -55,6 +56,7 @@ class Request:
   logit_bias: tuple[tuple[int, float], ...] = ()
   logprobs: bool = True
   prompt_logprobs: bool = False
+  speculate: int | None = None
 
   def check(self) -> None:
     """Raises RequestError if a value is invalid for any engine."""

@@ -1,7 +1,6 @@
-"""Schedules requests on the engine's slots: queue, admission, cancellation, stop strings and statistics."""
+"""Schedules requests on the engine's slots: queue, admission, cancellation and stop strings."""
 
 import collections
-import dataclasses
 import time
 from collections.abc import Iterable, Iterator
 
@@ -10,83 +9,13 @@ import numpy as np
 
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.inference.engine import Engine
+from mor_jax.inference.pace import Pace
 from mor_jax.inference.prefixes import Prefixes
 from mor_jax.inference.prompts import Prompts
 from mor_jax.inference.requests import Request, RequestError, Result
 from mor_jax.inference.scores import Scores
 from mor_jax.inference.state import IDLE
-
-
-@dataclasses.dataclass
-class Statistics:
-  """Totals over the calls of an engine, with derived metrics as properties.
-
-  Attributes:
-    slots, lanes: sizes of the engine, summed over all parts of a mesh.
-    seconds: time in `Scheduler.step`, including `prefill_seconds`, the time spent on prompts.
-    ticks, boundaries, block_lanes, boundary_lanes, resident, tokens, passes, sampled, overflow: as in
-      `ticks.Tally`; overflow has one entry per recursion step and includes prompts.
-    first_token_seconds: time from submission to the first token, for each request.
-    token_seconds: mean time between tokens, for each finished request with at least two tokens.
-  """
-
-  slots: int
-  lanes: int
-  boundary_lanes_each: int
-  seconds: float = 0.0
-  prefill_seconds: float = 0.0
-  ticks: int = 0
-  boundaries: int = 0
-  block_lanes: int = 0
-  boundary_lanes: int = 0
-  resident: int = 0
-  tokens: int = 0
-  passes: int = 0
-  sampled: int = 0
-  overflow: np.ndarray | int = 0
-  first_token_seconds: list[float] = dataclasses.field(default_factory=list)
-  token_seconds: list[float] = dataclasses.field(default_factory=list)
-
-  @property
-  def tokens_per_second(self) -> float:
-    """Sampled tokens per second of total time, prefill included."""
-    return self.sampled / max(self.seconds, 1e-9)
-
-  @property
-  def slot_occupancy(self) -> float:
-    """Mean fraction of the slots in use."""
-    return self.resident / max(self.ticks * self.slots, 1)
-
-  @property
-  def lane_occupancy(self) -> float:
-    """Mean fraction of the block's lanes in use."""
-    return self.block_lanes / max(self.ticks * self.lanes, 1)
-
-  @property
-  def boundary_occupancy(self) -> float:
-    """Mean fraction of the boundary's lanes in use."""
-    return self.boundary_lanes / max(self.boundaries * self.boundary_lanes_each, 1)
-
-  @property
-  def mean_depth(self) -> float:
-    """Passes through the shared block per generated token; prompts do not count."""
-    return self.passes / max(self.tokens, 1)
-
-  def summary(self) -> dict[str, float]:
-    """The metrics as plain numbers, for a table or JSON."""
-    return {
-      'tokens_per_second': self.tokens_per_second,
-      'tokens': int(self.sampled),
-      'seconds': self.seconds,
-      'prefill_seconds': self.prefill_seconds,
-      'slot_occupancy': self.slot_occupancy,
-      'lane_occupancy': self.lane_occupancy,
-      'boundary_occupancy': self.boundary_occupancy,
-      'mean_depth': self.mean_depth,
-      'time_to_first_token': float(np.mean(self.first_token_seconds or [0.0])),
-      'time_per_token': float(np.mean(self.token_seconds or [0.0])),
-      'overflow': int(np.sum(self.overflow)),
-    }
+from mor_jax.inference.statistics import Statistics
 
 
 class Scheduler:
@@ -98,6 +27,7 @@ class Scheduler:
     tokenizer: Tokenizer | None = None,
     ticks_per_call: int = 64,
     prefill_tokens: int | None = None,
+    drafting: bool | None = None,
   ):
     """Starts with all slots free.
 
@@ -107,6 +37,8 @@ class Scheduler:
       ticks_per_call: maximum ticks per call of the engine. Fewer show text sooner; more reduce host overhead.
       prefill_tokens: tokens of prompts that are computed between two calls, or a chunk if that has more, so that a
         long prompt does not stall those who are being answered; None: all there are.
+      drafting: whether calls draft (`speculation`), if the engine is made for it; None: those which are faster so
+        (`pace`).
     """
     self.engine = engine
     batches = engine.batches
@@ -118,6 +50,7 @@ class Scheduler:
     self._resident: dict[int, Result] = {}
     self._prompts, self._prefill_tokens = Prompts(engine), prefill_tokens
     self._prefixes = Prefixes(engine)
+    self._drafting, self._pace = drafting, Pace()
 
   # ---- requests ----
 
@@ -198,11 +131,21 @@ class Scheduler:
       # With somebody waiting for a slot, the first that is free counts; but several parts of a mesh, which do
       # not know of each other, would wait for the last of them.
       max_finished = 1 if self._queue and self.engine.parts == 1 else None
-      self._state, tally = self.engine.generate(self._state, self._ticks, max_finished)
+      drafts_for, called, resident = self._drafts_for(), time.perf_counter(), len(self._resident)
+      self._state, tally = self.engine.generate(self._state, self._ticks, max_finished, drafts_for)
       ended = self._collect()
-      self._count(jax.device_get(tally))
+      self.statistics.count(jax.device_get(tally))
+      self._pace.learn(resident, drafts_for > 0, int(tally.sampled.sum()), time.perf_counter() - called)
     self.statistics.seconds += time.perf_counter() - begin
     return ended
+
+  def _drafts_for(self) -> int:
+    """Sequences that the next call drafts; 0: none, it ticks."""
+    wanting = sum(result.request.speculate != 0 for result in self._resident.values())
+    if not wanting or not self.engine.speculate:
+      return 0
+    drafts = self._pace.drafts(len(self._resident)) if self._drafting is None else self._drafting
+    return len(self._resident) if drafts else 0
 
   # ---- between the ticks ----
 
@@ -310,13 +253,6 @@ class Scheduler:
     if len(result.tokens) > 1:
       seconds = (result.finished - result.first_token) / (len(result.tokens) - 1)
       self.statistics.token_seconds.append(seconds)
-
-  def _count(self, tally) -> None:
-    sums = 'boundaries', 'block_lanes', 'boundary_lanes', 'resident', 'tokens', 'passes', 'sampled'
-    for name in sums:
-      setattr(self.statistics, name, getattr(self.statistics, name) + int(getattr(tally, name).sum()))
-    self.statistics.ticks += int(tally.ticks.max())  # parts of a mesh that have ended wait for the others
-    self.statistics.overflow = self.statistics.overflow + tally.overflow_GP.sum(axis=0)
 
 
 def _take_scores(result: Result, said: Scores, slot: int, count: int) -> None:

@@ -34,6 +34,7 @@ class Rules:
     limit_N: longest length, prompt included.
     recursions_N: most recursions of a token.
     shift_N: added to the thresholds of expert-choice.
+    drafts_N: most tokens of a draft (`speculation`).
   """
 
   sampling: SamplingRules
@@ -41,6 +42,7 @@ class Rules:
   limit_N: jax.Array
   recursions_N: jax.Array
   shift_N: jax.Array
+  drafts_N: jax.Array
 
 
 @struct.dataclass
@@ -127,6 +129,7 @@ def init_state(
     integers(),
     integers(),
     jnp.zeros((slots,)),
+    integers(),
   )
   return DecodeState(
     cache=cache_lib.init_cache(config, layout, slots, dtype),

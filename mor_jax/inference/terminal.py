@@ -8,7 +8,7 @@ from mor_jax.config import ModelConfig
 from mor_jax.data.token_texts import token_texts
 from mor_jax.data.tokenizer import REPLACEMENT, Tokenizer
 from mor_jax.inference.requests import Result
-from mor_jax.inference.scheduler import Statistics
+from mor_jax.inference.statistics import Statistics
 
 # From few recursions to many; tokens that took none come first.
 COLOURS = ('bright_black', 'cyan', 'green', 'yellow', 'red', 'magenta', 'bright_blue', 'white')
@@ -79,14 +79,17 @@ class Writer:
 
 
 def describe_statistics(statistics: Statistics, config: ModelConfig) -> str:
-  """One line with throughput, latency, slot occupancy and, for MoR, depth and overflow."""
+  """One line with throughput, latency, slot occupancy, what drafts gave and, for MoR, depth and overflow."""
   found = statistics.summary()
   parts = [
     f'{found["tokens"]} tokens in {found["seconds"]:.1f} s (compilation included): '
     f'{found["tokens_per_second"]:,.1f} tokens/s',
     f'first token after {found["time_to_first_token"]:.2f} s, then {found["time_per_token"] * 1e3:.1f} ms each',
-    f'slots {found["slot_occupancy"]:.0%} in use',
   ]
+  if statistics.ticks:
+    parts.append(f'slots {found["slot_occupancy"]:.0%} in use')
+  if statistics.checks:
+    parts.append(f'{found["tokens_per_check"]:.2f} tokens a draft')
   if config.kind == 'mor':
     parts += [
       f'mean depth {found["mean_depth"]:.2f} of {config.recursions}',

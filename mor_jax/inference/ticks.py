@@ -22,6 +22,8 @@ from mor_jax.model import decode, lane_routing
 from mor_jax.model.decode import CachedModel, DecodeParams
 from mor_jax.model.lane_routing import Offer
 
+MOST_DRAFTS = 16  # tokens of a draft (`speculation`)
+
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
@@ -43,6 +45,11 @@ class Tally:
     tokens: tokens that left the recursions, and passes through the block that they took.
     sampled: tokens that were sampled.
     overflow_GP: tokens that wanted a step and found no place in its region.
+    rounds, checks: of `speculation`: drafts with their checks, and how many sequences they had in all.
+    judged_GK, accepted_GK: drafted tokens by their place in the draft, of those whose forerunners were right; and those
+      of them that were right.
+    left_GK: of those judged, the ones that followed a token which the draft computed in full, since it left the
+      recursions there.
   """
 
   ticks: jax.Array
@@ -54,6 +61,11 @@ class Tally:
   passes: jax.Array
   sampled: jax.Array
   overflow_GP: jax.Array
+  rounds: jax.Array
+  checks: jax.Array
+  judged_GK: jax.Array
+  accepted_GK: jax.Array
+  left_GK: jax.Array
 
   def add(self, **more: jax.Array) -> 'Tally':
     """The sum with some of the numbers."""
@@ -62,7 +74,12 @@ class Tally:
 
 def empty_tally(steps: int) -> Tally:
   """Nothing done, on one part."""
-  return Tally(*(jnp.zeros((1,), jnp.int32),) * 8, jnp.zeros((1, steps), jnp.int32))
+
+  def zeros(*shape):
+    return jnp.zeros((1, *shape), jnp.int32)
+
+  by_place = zeros(MOST_DRAFTS)
+  return Tally(*(zeros(),) * 8, zeros(steps), zeros(), zeros(), *(by_place,) * 3)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -115,7 +132,7 @@ def _boundary_is_due(batches: Batches, carry) -> jax.Array:
   return (waiting >= batches.boundary) | ((waiting > 0) & (ready < batches.block))
 
 
-def _choose(wants_N: jax.Array, since_N: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+def choose(wants_N: jax.Array, since_N: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
   """Slots that get the lanes of a batch, those first that have waited longest; and which lanes have work."""
   if count == wants_N.shape[0]:
     return jnp.arange(count), wants_N
@@ -162,7 +179,7 @@ def _offer(cached, params, state, slots_B, walk, steps_B, positions_B, active_B)
 def _apply_block(cached, batches, params, carry):
   """One pass of the shared block."""
   state, tally = carry
-  slots_B, active_B = _choose(state.phase_N == BLOCK, state.since_N, batches.block)
+  slots_B, active_B = choose(state.phase_N == BLOCK, state.since_N, batches.block)
   positions_B, steps_B = state.position_N[slots_B], state.step_N[slots_B]
   admitted = Offer(active_B[:, None], state.place_N[slots_B][:, None], jnp.zeros_like(active_B)[:, None])
   walk, cache = lane_routing.take_step(
@@ -177,7 +194,7 @@ def _apply_block(cached, batches, params, carry):
 def _pass_boundary(cached, batches, params, carry):
   """Last layer, head, sampling; then the next token's embedding, first layer and first decision."""
   state, tally = carry
-  slots_B, active_B = _choose(_waiting(state), state.since_N, batches.boundary)
+  slots_B, active_B = choose(_waiting(state), state.since_N, batches.boundary)
   leaving_B = active_B & (state.phase_N[slots_B] == EXIT)
   next_B, known_B = state.position_N[slots_B] + 1, state.known_N[slots_B]
   state, logits_BV = _leave(cached, params, state, slots_B, leaving_B)
