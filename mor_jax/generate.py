@@ -4,8 +4,8 @@ Text appears as it is generated; routing is causal (threshold), keys and values 
 colours every token by the recursions that it took. With --input=FILE.jsonl many prompts are answered
 together: each line is an object with "prompt" (text) or "tokens" (ids), and, where it differs from the
 flags, any of max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
-frequency_penalty, logit_bias ({"id": number}), seed, stop_tokens, stop_strings, max_recursions, threshold_shift; an "id"
-comes back with the answer. Line i (from 0) has the seed --seed + i, so that equal lines get different texts. --output
+frequency_penalty, logit_bias ({"id": number}), seed, stop_tokens, stop_strings, max_recursions, threshold_shift,
+speculate; an "id" comes back with the answer. Line i (from 0) has the seed --seed + i, so that equal lines get different texts. --output
 has a line for each, in the same order: "text", "tokens", "depths", "finish" (length, stop_token or stop_string), with
 --logprobs=K the log-probabilities of prompt and text and the K likeliest tokens in each place, or "error" where a line
 cannot be answered. A batch that was interrupted goes on with --resume.
@@ -139,7 +139,7 @@ def _stream(run: LoadedRun, tokenizer: Tokenizer, template: Request, mesh: Mesh)
     )
   requests = batch.samples(template, tuple(tokenizer.encode_text(_prompt())), FLAGS.num_samples)
   engine, _ = engines.make_engine(run, FLAGS.num_samples, mesh)
-  scheduler = Scheduler(engine, tokenizer, ticks_per_call=STREAMING_TICKS)
+  scheduler = Scheduler(engine, tokenizer, ticks_per_call=STREAMING_TICKS, drafting=engines.drafting())
   try:
     results = [scheduler.submit(request) for request in requests]
   except RequestError as error:
@@ -180,7 +180,7 @@ def _answer_file(run: LoadedRun, tokenizer: Tokenizer, template: Request, mesh: 
     return 0
   slots = min(DEFAULT_SLOTS, len(lines) - before.lines)
   engine, _ = engines.make_engine(run, slots, mesh, FLAGS.logprobs)
-  scheduler = Scheduler(engine, tokenizer)
+  scheduler = Scheduler(engine, tokenizer, drafting=engines.drafting())
   with batch.open_output(
     FLAGS.output, before
   ) as output:  # opened last: nothing is lost if something does not work

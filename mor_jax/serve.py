@@ -119,8 +119,12 @@ def prepare() -> tuple[LoadedRun, 'schemas.Served', Scheduler]:
     thresholds=model.kind == 'mor' and model.router == 'expert_choice',
     recursions=engine.steps,
     looks=Recursions.can_look(run.model),
+    drafts=engine.speculate,
   )
-  return run, served, Scheduler(engine, tokenizer, FLAGS.ticks_per_call, FLAGS.prefill_tokens or None)
+  scheduler = Scheduler(
+    engine, tokenizer, FLAGS.ticks_per_call, FLAGS.prefill_tokens or None, engines.drafting()
+  )
+  return run, served, scheduler
 
 
 def _about(config: Config, step: int, engine: Engine) -> dict[str, Any]:

@@ -35,7 +35,10 @@ def test_unknown_variant_is_refused():
 
 @pytest.mark.slow
 def test_tiny_run_learns(tmp_path):
-  config = with_changes(resolve(get_config()), data={'cache_dir': str(tmp_path / 'cache')})
+  """In a third of its steps."""
+  config = with_changes(
+    resolve(get_config()), data={'cache_dir': str(tmp_path / 'cache')}, train={'steps': 300}
+  )
   train.main(config, str(tmp_path / 'run'))
   summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
   assert summary['validation/nll'] < summary['validation/bigram_entropy'] - 0.2

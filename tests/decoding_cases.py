@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mor_jax.inference.requests import Result
 from mor_jax.model import router
 from tests import tiny, tiny_engine
 
@@ -115,7 +116,7 @@ def build(case: Case):
 
 def decode(
   case: Case, made, variables, drafting: bool | None = None, **options
-) -> tuple[tiny_engine.KeepingScheduler, list[tiny_engine.Row]]:
+) -> tuple[tiny_engine.KeepingScheduler, list[Result]]:
   """Random continuations of PROMPTS up to MAX_LEN, in fewer slots than there are prompts.
 
   Args:
@@ -127,8 +128,7 @@ def decode(
     made, variables, max_len=MAX_LEN, slack=case.slack, keep_logits=True, **batches, **case.options, **options
   )
   scheduler = tiny_engine.KeepingScheduler(engine, ticks_per_call=50, drafting=drafting)
-  results = scheduler.run(tiny_engine.requests(PROMPTS, max_new_tokens=MAX_LEN, temperature=1.0))
-  return scheduler, tiny_engine.rows(made, variables, results, MAX_LEN, case.slack)
+  return scheduler, scheduler.run(tiny_engine.requests(PROMPTS, max_new_tokens=MAX_LEN, temperature=1.0))
 
 
 def assert_choices_show_something(case: Case, made, variables, rows: list[tiny_engine.Row]) -> None:

@@ -15,13 +15,19 @@ from mor_jax.model.transformer import Transformer
 from tests import decoding_cases, tiny, tiny_engine
 from tests.decoding_cases import EXPERT, TOKEN
 
+DRAFTED = ('auxiliary hybrid', 'token limited')  # in the default suite
+
 
 @pytest.mark.parametrize('name', decoding_cases.NAMES)
 def test_decoding_equals_the_full_forward(name):
-  """Logits to 1e-4 in float32, equal depths: 200 tokens, prompts of mixed length, slots used again, full regions."""
+  """Logits to 1e-4 in float32, equal depths: 200 tokens, prompts of mixed length, slots used again, full regions.
+
+  So it is with drafts (`speculation`), most of which are wrong.
+  """
   case = decoding_cases.CASES[name]
   made, variables = decoding_cases.build(case)
-  scheduler, rows = decoding_cases.decode(case, made, variables)
+  scheduler, results = decoding_cases.decode(case, made, variables)
+  rows = tiny_engine.rows(made, variables, results, decoding_cases.MAX_LEN, case.slack)
   lengths = [len(row.result.tokens) for row in rows]
   assert lengths == [decoding_cases.MAX_LEN - length for length in decoding_cases.PROMPTS]
   tiny_engine.assert_as_full_forward(scheduler, rows)
@@ -29,6 +35,16 @@ def test_decoding_equals_the_full_forward(name):
     decoding_cases.assert_choices_show_something(case, made, variables, rows)
     if min(made.config.step_capacities) < 1:
       assert np.sum(scheduler.statistics.overflow) > 0, 'no region was full'
+  if case.is_slow or name in DRAFTED:
+    drafting, results = decoding_cases.decode(case, made, variables, drafting=True, speculate=3)
+    assert [result.tokens for result in results] == [row.result.tokens for row in rows]
+    drafted = zip(rows, results, strict=True)
+    tiny_engine.assert_as_full_forward(
+      drafting, [dataclasses.replace(row, result=one) for row, one in drafted]
+    )
+    assert drafting.statistics.ticks == 0
+    assert 0 < np.sum(drafting.statistics.accepted) <= np.sum(drafting.statistics.judged)
+    np.testing.assert_array_equal(drafting.statistics.overflow, scheduler.statistics.overflow)
 
 
 @pytest.mark.parametrize('dtype', [pytest.param('bfloat16', marks=pytest.mark.slow), 'int8'])

@@ -1,4 +1,7 @@
-"""Drafts of the first recursions: the text, depths and scores of decoding without them, whatever is rolled back."""
+"""Drafts of the first recursions: the text, depths and scores of decoding without them, whatever is rolled back.
+
+That every kind of model has the logits of its full forward pass so, is in inference_engine_test.py.
+"""
 
 import dataclasses
 import functools
@@ -12,26 +15,10 @@ from mor_jax.inference import speculation
 from mor_jax.inference.pace import PATIENCE, Pace
 from mor_jax.inference.requests import RequestError
 from mor_jax.inference.scheduler import Scheduler
-from tests import decoding_cases, tiny, tiny_engine
+from tests import tiny, tiny_engine
 from tests.decoding_cases import EXPERT
 
-QUICK = ('auxiliary hybrid', 'token limited')
-NAMES = [
-  name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in decoding_cases.CASES
-]
 DRAWS = 20_000
-
-
-@pytest.mark.parametrize('name', NAMES)
-def test_drafted_text_is_that_of_the_full_forward(name):
-  """Logits to 1e-4 in float32 and equal depths over 200 tokens, most drafts wrong, slots used again, full regions."""
-  case = decoding_cases.CASES[name]
-  made, variables = decoding_cases.build(case)
-  scheduler, rows = decoding_cases.decode(case, made, variables, drafting=True, speculate=3)
-  tiny_engine.assert_as_full_forward(scheduler, rows)
-  statistics = scheduler.statistics
-  assert statistics.ticks == 0
-  assert 0 < np.sum(statistics.accepted) <= np.sum(statistics.judged)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from mor_jax.training.state import TrainState
 
 ONE, SPLIT = (1, 1, 1), (1, 8, 1)
 QUICK = (ONE, SPLIT, (2, 2, 2))  # in the default suite
-MESHES = (*QUICK, (8, 1, 1), (1, 4, 2))
+MESHES = (*QUICK, (8, 1, 1), (1, 4, 2))  # for the first model among the slow tests
 CHUNK = 5  # tokens whose logits exist at once
 MODELS = {
   'vanilla': {'kind': 'vanilla'},
@@ -106,8 +106,9 @@ def test_parameters_left_whole_are_noticed():
 
 
 def also_slow(*names: str) -> list:
-  """The first of the models on few meshes in the default suite, all of them on all meshes among the slow tests."""
-  return [(names[0], QUICK), *(pytest.param(name, MESHES, marks=pytest.mark.slow) for name in names)]
+  """The first of the models on few meshes in the default suite; among the slow tests on all, and the others on few."""
+  meshes = {name: MESHES if name == names[0] else QUICK for name in names}
+  return [(names[0], QUICK), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in meshes.items())]
 
 
 @pytest.mark.parametrize(

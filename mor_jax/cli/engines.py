@@ -22,6 +22,7 @@ from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.runs.restore import LoadedRun, load_run
 
 FLAGS = flags.FLAGS
+AUTO_DRAFT = 4  # tokens of a draft with --speculate=auto
 
 
 def define_flags(slots: int | None, slots_help: str) -> None:
@@ -44,6 +45,13 @@ def define_flags(slots: int | None, slots_help: str) -> None:
   flags.DEFINE_enum(
     'cache_dtype', None, sorted(cache.DTYPES), 'keys and values; default: the dtype of the model'
   )
+  flags.DEFINE_string(
+    'speculate',
+    '0',
+    'tokens that the first recursions draft, to be checked together (the text is the same): a number, 0: none; auto: '
+    f'{AUTO_DRAFT}, whenever that is faster',
+  )
+  flags.DEFINE_integer('draft_recursions', 1, 'recursions that write the drafts')
 
 
 def make_mesh() -> Mesh:
@@ -103,8 +111,23 @@ def make_engine(
     max_recursions=FLAGS.max_recursions,
     top_logprobs=top_logprobs,
     mesh=mesh if mesh.size > 1 else None,
+    speculate=_draft_length(),
+    draft_recursions=FLAGS.draft_recursions,
   )
   return engine, run
+
+
+def drafting() -> bool | None:
+  """Whether calls draft, as --speculate says; None: those that are faster so."""
+  return None if FLAGS.speculate == 'auto' else _draft_length() > 0
+
+
+def _draft_length() -> int:
+  if FLAGS.speculate == 'auto':
+    return AUTO_DRAFT
+  if not FLAGS.speculate.isascii() or not FLAGS.speculate.isdecimal():
+    raise ConfigError(f'--speculate={FLAGS.speculate} is not allowed: must be auto, or a number of tokens')
+  return int(FLAGS.speculate)
 
 
 def calibrated(run: LoadedRun) -> tuple[Config, dict[str, Any]]:

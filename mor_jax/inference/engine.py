@@ -42,6 +42,8 @@ class Engine:
     prefill_lanes: prompts that are computed together.
     chunks: numbers of tokens in which prompts are computed, rising.
     parts: parts of the mesh, the first of which has the first slots and lanes, and so on.
+    speculate: tokens of a draft; 0: there are none.
+    draft_lanes: numbers of sequences that are drafted together, rising, on each part.
   """
 
   def __init__(
@@ -128,9 +130,9 @@ class Engine:
     self._check_drafts(speculate, draft_recursions)
     self.speculate, self._draft_recursions = speculate, draft_recursions
     # Each is another program. Which part of a mesh has the sequences is not asked.
-    self._draft_lanes = tuple(sorted({min(n, slots_each) for n in DRAFT_LANES} | {slots_each}))
+    self.draft_lanes = tuple(sorted({min(n, slots_each) for n in DRAFT_LANES} | {slots_each}))
     if parts > 1:
-      self._draft_lanes = (slots_each,)
+      self.draft_lanes = (slots_each,)
     self.parts, self._mesh = parts, mesh
     self._device = shards.device_of(self.params) if mesh is None else None
     self.batches = ticks.Batches(lanes_each, boundary_lanes // parts)
@@ -289,7 +291,7 @@ class Engine:
     if drafts_for:
       if not self.speculate:
         raise ValueError('drafts_for: an engine with speculate=0 has no drafts')
-      lanes = next(lanes for lanes in self._draft_lanes if lanes >= min(drafts_for, self._draft_lanes[-1]))
+      lanes = next(lanes for lanes in self.draft_lanes if lanes >= min(drafts_for, self.draft_lanes[-1]))
       run = functools.partial(
         speculation.run, self.cached, Drafting(self.speculate, self._draft_recursions, lanes)
       )

@@ -54,6 +54,12 @@ class Scheduler:
 
   # ---- requests ----
 
+  def compile(self) -> None:
+    """Compiles every program of the engine that calls may take, while nobody is resident."""
+    lanes = self.engine.draft_lanes if self.engine.speculate and self._drafting is not False else ()
+    for drafts_for in (0, *lanes):
+      self._state, _ = self.engine.generate(self._state, 1, drafts_for=drafts_for)
+
   def submit(self, request: Request) -> Result:
     """Queues a request and returns its result, which grows during generation.
 

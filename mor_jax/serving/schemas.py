@@ -2,7 +2,7 @@
 
 A known field with a wrong value is an error that names it; unknown fields are ignored, as OpenAI does. Beyond OpenAI's
 there are `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`, `ignore_eos` (as in vLLM), and, of
-Mixture-of-Recursions models, `max_recursions`, `threshold_shift` and `depths`.
+Mixture-of-Recursions models, `max_recursions`, `threshold_shift`, `speculate` and `depths`.
 """
 
 import dataclasses
@@ -37,6 +37,7 @@ class Served:
     thresholds: whether `threshold_shift` has a meaning: expert-choice models.
     recursions: most recursions of a token.
     looks: whether there is something to be said of its recursions (`depths='full'`).
+    drafts: most tokens of a draft; 0: it never drafts.
   """
 
   name: str
@@ -47,6 +48,7 @@ class Served:
   thresholds: bool
   recursions: int
   looks: bool = False
+  drafts: int = 0
 
 
 class Wanted(NamedTuple):
@@ -211,6 +213,7 @@ def _wanted(
     stop_strings=tuple(stops),
     max_recursions=fields.integer('max_recursions', None, 1, served.recursions),
     threshold_shift=_shift(fields, served),
+    speculate=fields.integer('speculate', None, 0, served.drafts),
     logprobs=logprobs is not None or best_of > n,
     prompt_logprobs=echo and logprobs is not None,
   )

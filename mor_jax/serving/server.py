@@ -101,6 +101,7 @@ def _warm_up(app: Application, address: str, report: Callable[[str], None]) -> N
   begin, done = time.perf_counter(), threading.Event()
   engine = app.worker.scheduler.engine
   report(f'listening at {address}; compiling')
+  app.worker.call(app.worker.scheduler.compile).result()
   for prompts, scored in first_prompts(engine):
     done.clear()
     same = {'max_new_tokens': WARM_UP_TOKENS, 'temperature': 1.0, 'prompt_logprobs': scored}
