@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-from unittest import mock
 
 import jax
 import numpy as np
@@ -22,10 +21,7 @@ from mor_jax.checkpoints.checkpoint import Checkpoints
 from mor_jax.config import CheckpointConfig, Config, ConfigError, DataConfig, resolve, with_changes
 from mor_jax.console import Output
 from mor_jax.data import corpus, dataset, revisions, tokenizer
-from mor_jax.data.token_texts import token_texts
 from mor_jax.errors import RunError
-from mor_jax.inference.requests import Request, Result
-from mor_jax.inference.scheduler import Scheduler
 from mor_jax.parallel import device_memory, runtime
 from mor_jax.runs import metrics, summary
 from mor_jax.runs.run_folder import RunFolder
@@ -166,74 +162,6 @@ def test_a_run_goes_on_with_its_tokenizer_from_another_folder(holed, tmp_path):
   folder.create(moved, dataset.prepare(moved.data))
   with pytest.raises(ConfigError, match=r'data\.tokenizer was .*, now bytes'):
     folder.check(with_changes(config, data={'tokenizer': 'bytes'}))
-
-
-# ---- text of a part ----
-
-PIECES = [
-  '</s>',
-  '\u2581import',
-  '\u2581json',
-  '\u2581as',
-  '\u2581x',
-  ',',
-  's',
-  *(f'<0x{byte:02X}>' for byte in range(256)),
-]
-
-
-@pytest.fixture(scope='module')
-def sentence_pieces():
-  """A tokenizer as SentencePiece makes them: words with their space, bytes for what has no piece."""
-  model = hugging_face.models.BPE({piece: i for i, piece in enumerate(PIECES)}, [], byte_fallback=True)
-  backend = hugging_face.Tokenizer(model)
-  backend.decoder = hugging_face.decoders.Sequence(
-    [
-      hugging_face.decoders.Replace('\u2581', ' '),
-      hugging_face.decoders.ByteFallback(),
-      hugging_face.decoders.Fuse(),
-      hugging_face.decoders.Strip(' ', 1, 0),
-    ]
-  )
-  return tokenizer.Tokenizer(backend, '</s>')
-
-
-def pieces(*texts: str) -> list[int]:
-  """Ids of pieces; other texts are given by their bytes."""
-  found = []
-  for text in texts:
-    found += [PIECES.index(text)] if text in PIECES else [PIECES.index(f'<0x{b:02X}>') for b in text.encode()]
-  return found
-
-
-def test_a_continuation_keeps_the_space_before_its_first_word(sentence_pieces):
-  before, after = pieces('\u2581import', '\u2581json'), pieces('\u2581as', '\u2581x')
-  assert sentence_pieces.decode(before) + sentence_pieces.continuation(after, before) == 'import json as x'
-  assert sentence_pieces.continuation(before, []) == 'import json'
-
-
-@pytest.mark.parametrize('cut', range(27))
-def test_a_text_cut_anywhere_joins_to_itself(sentence_pieces, cut):
-  ids = pieces(
-    '\u2581import', '\u20ac\U0001f600\xe9\u20ac\U0001f600', ',', '\u2581as', '\xe9\u20ac', 's', '\u2581x'
-  )
-  told = sentence_pieces.decode(ids[:cut]).rstrip(tokenizer.REPLACEMENT)
-  assert told + sentence_pieces.continuation(ids[cut:], ids[:cut]) == sentence_pieces.decode(ids)
-
-
-def test_the_texts_of_tokens_join_to_the_text(sentence_pieces):
-  ids = pieces('\u2581import', '\u2581json', '\u20ac' * 9, '\u2581as', ',', '\u2581x', '\U0001f600')
-  texts = token_texts(sentence_pieces, np.array(ids))
-  assert len(texts) == len(ids)
-  assert ''.join(texts) == sentence_pieces.decode(ids) == 'import json' + '\u20ac' * 9 + ' as, x\U0001f600'
-
-
-def test_a_stop_string_that_begins_with_a_space_is_found(sentence_pieces):
-  before, after = pieces('\u2581import', '\u2581json'), pieces('s', '\u2581as', '\u2581x')
-  scheduler = Scheduler(mock.MagicMock(), sentence_pieces)
-  result = Result(Request(tuple(before), stop_strings=(' as',)), tokens=after)
-  assert scheduler._update_text(result)
-  assert (result.text, result.tokens) == ('s', pieces('s'))
 
 
 # ---- work that must not be lost ----

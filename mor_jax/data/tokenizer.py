@@ -28,6 +28,7 @@ MADE_HERE = ('bpe', 'bytes')
 
 AUTO = 'auto'
 _UNHEARD_OF = '\U0010fffd'  # of the private use area: no vocabulary of words has it
+BYTE_PIECE = re.compile('<0x[0-9A-F]{2}>')
 CONTEXT = 8  # tokens before a text that may change how it is written: its first space, a character begun
 REPLACEMENT = '\ufffd'  # stands for bytes that do not make a character
 
@@ -161,6 +162,10 @@ class Tokenizer:
   def spelled(self, token: int) -> str:
     """The text of a single token; of a special one, which texts do not show, its name."""
     return self.decode([token]) or self._backend.id_to_token(token) or ''
+
+  def is_byte(self, token: int) -> bool:
+    """Whether a token is one byte of SentencePiece's: one that is no text spoils all of those around it."""
+    return BYTE_PIECE.fullmatch(self._backend.id_to_token(token) or '') is not None
 
   def continuation(self, ids: Sequence[int], before: Sequence[int]) -> str:
     """The text that token ids add to that of the ids before them.

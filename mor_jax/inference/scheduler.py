@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.inference.continuation import Continuation
 from mor_jax.inference.engine import Engine
 from mor_jax.inference.pace import Pace
 from mor_jax.inference.prefixes import Prefixes
@@ -48,6 +49,7 @@ class Scheduler:
     self._state = engine.init_state()
     self._queue: collections.deque[Result] = collections.deque()
     self._resident: dict[int, Result] = {}
+    self._texts: dict[Result, Continuation] = {}
     self._prompts, self._prefill_tokens = Prompts(engine), prefill_tokens
     self._prefixes = Prefixes(engine)
     self._drafting, self._pace = drafting, Pace()
@@ -237,7 +239,9 @@ class Scheduler:
   def _update_text(self, result: Result) -> bool:
     """Decodes the tokens; if the text contains a stop string, truncates it there and returns True."""
     prompt = result.request.prompt
-    text = self._tokenizer.continuation(result.tokens, before=prompt)
+    if result not in self._texts:
+      self._texts[result] = Continuation(self._tokenizer, prompt)
+    text = self._texts[result].update(result.tokens)
     places = [text.find(stop) for stop in result.request.stop_strings]
     found = min((place for place in places if place >= 0), default=None)
     result.text = text if found is None else text[:found]
@@ -256,6 +260,7 @@ class Scheduler:
 
   def _finish(self, result: Result, reason: str) -> None:
     result.finish, result.finished = reason, time.perf_counter()
+    self._texts.pop(result, None)
     if len(result.tokens) > 1:
       seconds = (result.finished - result.first_token) / (len(result.tokens) - 1)
       self.statistics.token_seconds.append(seconds)
