@@ -36,7 +36,19 @@ class Devices:
     state = STATE // fsdp
     peak = state + rows * KEPT[config.model.remat]
     return Program(
-      config, mesh, state // 3, 2 * state // 3, state, peak - state, peak, self.memory, 1.0, 1, [], 0.0, 0.0
+      config=config,
+      mesh=mesh,
+      parameter_bytes=state // 3,
+      optimizer_bytes=2 * state // 3,
+      memory=self.memory,
+      flops=1.0,
+      argument_bytes=state,
+      temp_bytes=peak - state,
+      peak_bytes=peak,
+      traffic=1,
+      collectives=[],
+      compile_seconds=0.0,
+      compile_cpu_seconds=0.0,
     )
 
 

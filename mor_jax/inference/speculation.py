@@ -129,7 +129,7 @@ def _run(cached, drafting, whole, state):
     left = (state.phase_N != IDLE).sum()
     return (left > 0) & (active - left < max_finished) & (tally.rounds[0] < max_rounds)
 
-  body = functools.partial(_round, cached, drafting, params)
+  body = functools.partial(round_of, cached, drafting, params)
   return jax.lax.while_loop(goes_on, body, (_settle(state), ticks.empty_tally(len(cached.layout.places))))
 
 
@@ -145,7 +145,7 @@ def _settle(state: DecodeState) -> DecodeState:
   )
 
 
-def _round(cached, drafting, params, carry):
+def round_of(cached, drafting, params, carry):
   """One draft of some sequences, and its check."""
   state, tally = carry
   slots_B, active_B = ticks.choose(state.phase_N == ENTRY, state.since_N, drafting.lanes)

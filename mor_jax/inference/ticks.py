@@ -114,10 +114,10 @@ def _run(cached, batches, whole, state):
   def tick(carry):
     carry = jax.lax.while_loop(
       functools.partial(_boundary_is_due, batches),
-      functools.partial(_pass_boundary, cached, batches, params),
+      functools.partial(pass_boundary, cached, batches, params),
       carry,
     )
-    return _apply_block(cached, batches, params, carry)
+    return apply_block(cached, batches, params, carry)
 
   return jax.lax.while_loop(goes_on, tick, (state, empty_tally(len(cached.layout.places))))
 
@@ -176,7 +176,7 @@ def _offer(cached, params, state, slots_B, walk, steps_B, positions_B, active_B)
   return state, overflow_P
 
 
-def _apply_block(cached, batches, params, carry):
+def apply_block(cached, batches, params, carry):
   """One pass of the shared block."""
   state, tally = carry
   slots_B, active_B = choose(state.phase_N == BLOCK, state.since_N, batches.block)
@@ -191,7 +191,7 @@ def _apply_block(cached, batches, params, carry):
   return state, tally.add(passes=active_B.sum(), overflow_GP=overflow_P)
 
 
-def _pass_boundary(cached, batches, params, carry):
+def pass_boundary(cached, batches, params, carry):
   """Last layer, head, sampling; then the next token's embedding, first layer and first decision."""
   state, tally = carry
   slots_B, active_B = choose(_waiting(state), state.since_N, batches.boundary)

@@ -19,7 +19,8 @@ from mor_jax.model import axes
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'int8': jnp.int8}
 LARGEST_INT8 = 127
-POOL_AXES = ('layers', 'batch', 'kv_heads')  # logical names of the first axes of a pool's leaves
+TILE = 8  # entries
+POOL_AXES = ('layers', 'batch', None, 'kv_heads')  # logical names of the axes of a pool's leaves
 POOL_LEAVES = ('keys', 'values', 'key_scales', 'value_scales')
 
 
@@ -32,7 +33,7 @@ class Layout:
     places: tokens of a sequence that each step may take, one entry for each of the P steps.
     always: steps of capacity 1, which never refuse a token.
     offsets: where each step's region begins.
-    entries: entries of a slot, all regions together.
+    entries: entries of a slot, all regions together, in whole tiles.
     kv: 'recursion_wise', 'shared' (all steps read the first region, which the first step writes), or
       'hybrid' (each step writes its own region; a step reads, of every token, the latest that was
       written up to this step).
@@ -62,7 +63,12 @@ def make_layout(config: ModelConfig, max_len: int, slack: float, steps: int | No
   offsets = (0, *np.cumsum(regions[:-1]).tolist())
   if config.kv == 'shared':
     offsets = (0,) * count
-  return Layout(max_len, places, always, offsets, sum(regions), config.kv)
+  return Layout(max_len, places, always, offsets, _whole_tiles(sum(regions)), config.kv)
+
+
+def _whole_tiles(entries: int) -> int:
+  """So many entries at least that slots begin where a tile of a TPU does, in rows of which a pool is one matrix."""
+  return -(-entries // TILE) * TILE
 
 
 def num_steps(config: ModelConfig) -> int:
@@ -74,9 +80,12 @@ def num_steps(config: ModelConfig) -> int:
 class Pool:
   """Keys and values of some layers.
 
+  An entry is one run of K x E numbers: written and read as a whole, it makes no layout better for one than for the
+  other (a TPU would copy the whole pool from one to the other and back in every layer), and fills its tiles.
+
   Attributes:
-    keys, values: (layers, slots, K, entries, E) in the cache's dtype.
-    key_scales, value_scales: (layers, slots, K, entries) of an int8 cache, one for each head of
+    keys, values: (layers, slots, entries, K x E) in the cache's dtype.
+    key_scales, value_scales: (layers, slots, entries, K) of an int8 cache, one for each head of
       each entry; else None.
   """
 
@@ -107,9 +116,10 @@ def init_cache(config: ModelConfig, layout: Layout, slots: int, dtype: str) -> C
     raise ValueError(f'cache dtype {dtype!r} is not one of {", ".join(DTYPES)}')
 
   def pool(layers: int, entries: int) -> Pool:
-    shape = layers, slots, config.num_kv_heads, entries, config.head_width
-    scales = [jnp.zeros(shape[:-1]) if dtype == 'int8' else None for _ in range(2)]
-    return Pool(*(jnp.zeros(shape, DTYPES[dtype]) for _ in range(2)), *scales)
+    heads, shape = config.num_kv_heads, (layers, slots, _whole_tiles(entries))
+    scales = [jnp.zeros((*shape, heads)) if dtype == 'int8' else None for _ in range(2)]
+    width = heads * config.head_width
+    return Pool(*(jnp.zeros((*shape, width), DTYPES[dtype]) for _ in range(2)), *scales)
 
   ends, versions = config.unique_ends, None
   if layout.kv == 'hybrid':
@@ -142,12 +152,25 @@ def write(
   entries_BC: jax.Array,
   k_BCKE: jax.Array,
   v_BCKE: jax.Array,
+  as_matrix: bool = False,
 ) -> Pool:
-  """Puts keys and values into their entries; what lies outside the pool (an entry too large) is dropped."""
+  """Puts keys and values into their entries; what lies outside the pool (an entry too large) is dropped.
+
+  Args:
+    as_matrix: write rows of a matrix. For places in several axes a TPU brings the whole pool into another order first,
+      and back; a CPU copies it to see it as a matrix.
+  """
 
   def put(leaf: jax.Array, new_BCK: jax.Array) -> jax.Array:
-    places = leaf.at[layer, slots_B[:, None], :, entries_BC]
-    return axes.constrain(places.set(new_BCK.astype(leaf.dtype), mode='drop'), *POOL_AXES)
+    layers, slots, entries, width = leaf.shape
+    new_BCN = new_BCK.reshape(*entries_BC.shape, width).astype(leaf.dtype)
+    if not as_matrix:
+      written = leaf.at[layer, slots_B[:, None], entries_BC].set(new_BCN, mode='drop')
+      return axes.constrain(written, *POOL_AXES)
+    rows_BC = (layer * slots + slots_B[:, None]) * entries + entries_BC
+    rows_BC = jnp.where(entries_BC < entries, rows_BC, layers * slots * entries)
+    written = leaf.reshape(-1, width).at[rows_BC].set(new_BCN, mode='drop')
+    return axes.constrain(written.reshape(leaf.shape), *POOL_AXES)
 
   if pool.key_scales is None:
     return pool.replace(keys=put(pool.keys, k_BCKE), values=put(pool.values, v_BCKE))

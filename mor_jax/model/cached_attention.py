@@ -6,7 +6,9 @@ sizes. Two ways, which give the same:
 * 'lanes': one lane after the other, each reading a slice just long enough for what it may see. The
   fastest on CPU;
 * 'gather': all lanes at once, as many entries as the longest region has. For accelerators, where
-  lanes must not wait for each other; also used wherever entries are scattered (kv='hybrid').
+  lanes must not wait for each other.
+
+Where entries are scattered (kv='hybrid') they are gathered one by one, whichever of the two is asked for.
 """
 
 import itertools
@@ -49,12 +51,13 @@ def attend(
     read: 'lanes' or 'gather'.
   """
   batch, length, heads, width = q_BCHE.shape
-  kv_heads = pool.keys.shape[2]
+  kv_heads = pool.keys.shape[3] // width
   q_BKGCE = (q_BCHE * width**-0.5).reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
-  if view.entries_BS is not None or read == 'gather':
-    out_BKGCE = _gathered(q_BKGCE, pool, layer, view, region)
+  if view.entries_BS is not None:
+    out_BKGCE = _scattered(q_BKGCE, pool, layer, view)
   else:
-    out_BKGCE = _lane_by_lane(q_BKGCE, pool, layer, view, region)
+    way = _all_lanes if read == 'gather' else _lane_by_lane
+    out_BKGCE = way(q_BKGCE, pool, layer, view, min(region, pool.keys.shape[2]))
   return out_BKGCE.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
 
@@ -65,26 +68,17 @@ def extents(region: int) -> tuple[int, ...]:
 
 
 def _lane_by_lane(q_BKGCE, pool, layer, view, region):
-  total = pool.keys.shape[3]
-  sizes = extents(min(region, total))
+  sizes = extents(region)
   index_B = jnp.searchsorted(jnp.array(sizes), view.limit_BC.max(axis=1))
 
   def branch(size: int):
     def run(lane):
       q_KGCE, slot, base, limit_C = lane
-      start = jnp.minimum(base, total - size)  # a slice that would reach beyond the pool starts earlier
-
-      def read(leaf):
-        rest = (0,) * (leaf.ndim - 4)
-        found = jax.lax.dynamic_slice(
-          leaf, (layer, slot, 0, start, *rest), (1, 1, leaf.shape[2], size, *leaf.shape[4:])
-        )
-        return found[0]
-
-      before = base - start
+      found, before = _slice(pool, layer, slot, base, size)
       index_S = jnp.arange(size)
       visible_CS = (index_S >= before) & (index_S < (before + limit_C)[:, None])
-      return _softmax_attention(q_KGCE[None], jax.tree.map(read, pool), visible_CS[None])[0]
+      found = jax.tree.map(lambda leaf: leaf[None], found)
+      return _softmax_attention(q_KGCE[None], found, visible_CS[None])[0]
 
     return run
 
@@ -97,35 +91,58 @@ def _lane_by_lane(q_BKGCE, pool, layer, view, region):
   return jax.lax.map(one, (index_B, q_BKGCE, view.slots_B, view.base_B, view.limit_BC))
 
 
-def _gathered(q_BKGCE, pool, layer, view, region):
-  entries_BS = view.entries_BS
-  if entries_BS is None:
-    entries_BS = view.base_B[:, None] + jnp.arange(min(region, pool.keys.shape[3]))
-  visible_BCS = jnp.arange(entries_BS.shape[1]) < view.limit_BC[..., None]
+def _all_lanes(q_BKGCE, pool, layer, view, region):
+  slices = jax.vmap(lambda slot, base: _slice(pool, layer, slot, base, region))
+  found, before_B = slices(view.slots_B, view.base_B)
+  index_S, before_B11 = jnp.arange(region), before_B[:, None, None]
+  visible_BCS = (index_S >= before_B11) & (index_S < before_B11 + view.limit_BC[..., None])
+  return _softmax_attention(q_BKGCE, found, visible_BCS)
 
-  def read(leaf):  # (B, S, K, ...), since the indexed axes come first
-    found = leaf.at[layer, view.slots_B[:, None], :, entries_BS].get(mode='clip')
-    return jnp.swapaxes(found, 1, 2)
+
+def _slice(pool, layer, slot, base, size):
+  """So many entries (S, ...) of a slot, with those of a region; and how many of them lie before it.
+
+  A slice that would reach beyond the pool starts earlier.
+  """
+  start = jnp.minimum(base, pool.keys.shape[2] - size)
+
+  def read(leaf):
+    return jax.lax.dynamic_slice(leaf, (layer, slot, start, 0), (1, 1, size, leaf.shape[3]))[0, 0]
+
+  return jax.tree.map(read, pool), base - start
+
+
+def _scattered(q_BKGCE, pool, layer, view):
+  visible_BCS = jnp.arange(view.entries_BS.shape[1]) < view.limit_BC[..., None]
+
+  def read(leaf):
+    return leaf.at[layer, view.slots_B[:, None], view.entries_BS].get(mode='clip')
 
   return _softmax_attention(q_BKGCE, jax.tree.map(read, pool), visible_BCS)
 
 
 def _softmax_attention(q_BKGCE, cached: Pool, visible_BCS):
-  """Attention to keys and values (B, K, S, E) as they are stored; scales of int8 go to scores and weights."""
+  """Attention to keys and values (B, S, K x E) as they are stored; scales of int8 go to scores and weights."""
   batch, kv_heads, groups, length, width = q_BKGCE.shape
   dtype = q_BKGCE.dtype
   q_BKME = q_BKGCE.reshape(batch, kv_heads, groups * length, width)
-  k_BKES = cached.keys.astype(dtype).swapaxes(2, 3)
-  scores_BKMS = jnp.matmul(q_BKME, k_BKES, preferred_element_type=jnp.float32)
+  k_BSKE, v_BSKE = (
+    leaf.astype(dtype).reshape(*leaf.shape[:2], kv_heads, width) for leaf in (cached.keys, cached.values)
+  )
+  scores_BKMS = jnp.einsum('bkme,bske->bkms', q_BKME, k_BSKE, preferred_element_type=jnp.float32)
   if cached.key_scales is not None:
-    scores_BKMS = scores_BKMS * cached.key_scales[:, :, None, :]
+    scores_BKMS = scores_BKMS * _by_head(cached.key_scales)
   scores_BKGCS = scores_BKMS.reshape(batch, kv_heads, groups, length, -1)
   scores_BKGCS = jnp.where(visible_BCS[:, None, None], scores_BKGCS, MASKED_SCORE)
   weights_BKMS = jax.nn.softmax(scores_BKGCS).reshape(scores_BKMS.shape)
   if cached.value_scales is not None:
-    weights_BKMS = weights_BKMS * cached.value_scales[:, :, None, :]
-  out_BKME = jnp.matmul(weights_BKMS.astype(dtype), cached.values.astype(dtype))
+    weights_BKMS = weights_BKMS * _by_head(cached.value_scales)
+  out_BKME = jnp.einsum('bkms,bske->bkme', weights_BKMS.astype(dtype), v_BSKE)
   return out_BKME.reshape(q_BKGCE.shape)
+
+
+def _by_head(scales_BSK: jax.Array) -> jax.Array:
+  return scales_BSK.transpose(0, 2, 1)[:, :, None, :]
 
 
 def largest_region(layout: Layout) -> int:

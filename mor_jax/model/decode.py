@@ -191,7 +191,7 @@ def apply_block(
     tree = params.block[layer] if cached.unroll else jax.tree.map(lambda leaf: leaf[layer], params.block)
     steps_B = jnp.where(step == LANES_STEP, lanes.steps_B, step)
     own_of_lanes = jax.tree.map(lambda leaf: leaf[steps_B, own_layer], own)
-    entries_BC = jnp.where(writes, lanes.entries_BC, pool.keys.shape[3])
+    entries_BC = jnp.where(writes, lanes.entries_BC, pool.keys.shape[2])
     per_layer = PerLayer(jnp.asarray(cache), pool, own_of_lanes)
     return _layer(cached, tree, x_BCD, per_layer, memory.replace(entries_BC=entries_BC), turns), None
 

@@ -22,6 +22,7 @@ _FREE = {
   'opt-barrier',
   'iota',
 }
+_IN_PLACE = {'dynamic-update-slice': 1, 'scatter': 2}  # which operand has what is written
 _PARTIAL_READS = {'dynamic-slice', 'slice', 'gather'}
 _RENAMES = {'bitcast', 'copy', 'reshape', 'transpose', 'convert'}
 _BOOKKEEPING = ('AllocateBuffer', 'AssumeGatherIndicesInBound')
@@ -48,8 +49,8 @@ def _moved(program: hlo.Program, computation: hlo.Computation, instruction: hlo.
     return _fusion_reads(body, operands) + _fusion_writes(body, instruction)
   if instruction.opcode in _PARTIAL_READS:
     return 2 * _size(instruction)
-  if instruction.opcode == 'dynamic-update-slice':
-    return 2 * _size(operands[1])
+  if instruction.opcode in _IN_PLACE:
+    return 2 * _size(operands[_IN_PLACE[instruction.opcode]])
   if instruction.opcode == 'copy-start':  # gives (destination, source, context)
     destination, source = instruction.arrays[:2]
     return sum(array.bytes for array in (destination, source) if array.memory == 0)
@@ -79,7 +80,7 @@ def _read_of(body: hlo.Computation, name: str) -> float:
       total += _size(user, everywhere=True)
     elif user.opcode in _RENAMES:
       total += _read_of(body, user.name)
-    elif user.opcode != 'dynamic-update-slice' or user.operands[0] != name:
+    elif user.opcode not in _IN_PLACE or user.operands[0] != name:
       return float('inf')
   return total
 
@@ -95,8 +96,9 @@ def _fusion_writes(body: hlo.Computation, fusion: hlo.Instruction) -> int:
       continue
     while output.opcode in _RENAMES and output.operands and output.operands[0] in body:
       output = body[output.operands[0]]
-    in_place = output.opcode == 'dynamic-update-slice' and output.operands[1] in body
-    written += min(array.bytes, _size(body[output.operands[1]], everywhere=True)) if in_place else array.bytes
+    place = _IN_PLACE.get(output.opcode)
+    update = body.get(output.operands[place]) if place else None
+    written += array.bytes if update is None else min(array.bytes, _size(update, everywhere=True))
   return written
 
 
