@@ -1,15 +1,21 @@
-"""Compiles the train step for a machine that need not be there, and tells what it costs on each device:
+"""Compiles the train step, or generating, for a machine that need not be there, and tells what it costs on each device:
 
   python -m mor_jax.compile --config=configs/1p7b.py --topology=v5p:8x8x8 [--slices=2] [--json]
   python -m mor_jax.compile --config=configs/360m.py --topology=v5e:4x4 --suggest
+  python -m mor_jax.compile --config=configs/360m.py --topology=v5e:1x1 --program=decode --max_len=2048 [--speculate=4]
+
+--program=decode compiles what the engine of mor_jax.generate runs on one device: a pass of the shared block, the
+boundary, a chunk of prompts and, with --speculate, a draft with its check; for as many texts as fit, unless --slots
+says how many.
 
 Exits with 1 if the step does not fit into memory, after trying what would help. For TPUs it needs
 libtpu (pip install -r requirements-aot.txt), but no TPU.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
+import jax
 from absl import flags
 from rich.console import Console
 
@@ -18,9 +24,11 @@ from mor_jax.config import Config, ConfigError, with_changes
 from mor_jax.config.validation import SPECIAL_AND_BYTE_TOKENS
 from mor_jax.console import open_console, print_rows, print_table
 from mor_jax.data import synthetic
+from mor_jax.inference import ticks
 from mor_jax.interop import pretrained
+from mor_jax.model import cache
 from mor_jax.parallel import mesh as mesh_lib
-from mor_jax.planning import ahead_of_time, fitting, program_report, topology
+from mor_jax.planning import ahead_of_time, decoding, fitting, program_report, topology
 from mor_jax.planning.ahead_of_time import Program
 from mor_jax.training import benefit, budget
 
@@ -45,6 +53,15 @@ def define_flags() -> None:
   flags.DEFINE_boolean(
     'remedies', True, 'try what would help, by compiling that too, if the step does not fit'
   )
+  flags.DEFINE_enum('program', 'train', ['train', 'decode'], 'what to compile')
+  flags.DEFINE_integer('slots', None, 'decode: texts at a time; default: as many as fit')
+  flags.DEFINE_integer('max_len', None, 'decode: longest text; default: data.seq_len')
+  flags.DEFINE_integer('chunk', 64, 'decode: tokens of a prompt that are computed together')
+  flags.DEFINE_integer('speculate', 0, 'decode: tokens of a draft; 0: none')
+  flags.DEFINE_integer('draft_recursions', 1, 'decode: recursions that write it')
+  flags.DEFINE_enum(
+    'cache_dtype', None, sorted(cache.DTYPES), 'decode: keys and values; default: the dtype of the model'
+  )
   flags.DEFINE_boolean('json', False, 'print one JSON object, with figures of one device')
 
 
@@ -56,6 +73,8 @@ def main(config: Config, workdir: str | None) -> int:
   """
   del workdir  # nothing is written
   console = open_console(stderr=FLAGS.json)
+  if FLAGS.program == 'decode':
+    return _decode(config, console)
   compile_config = _compiler()
   config = budget.with_budgeted_steps(_with_vocabulary(config))
   program = compile_config(config, may_lower='train.accumulation' not in cli.overrides())
@@ -81,15 +100,49 @@ def main(config: Config, workdir: str | None) -> int:
   return 0 if fits else DOES_NOT_FIT
 
 
+def _decode(config: Config, console: Console) -> int:
+  """Compiles and reports what generating takes on one device."""
+  cli.check_least(slots=1, max_len=2, chunk=1, speculate=0, draft_recursions=1)
+  for name in ('suggest', 'slices'):
+    if FLAGS[name].present:
+      raise ConfigError(f'--{name} is for --program=train; with decode it has no meaning')
+  if FLAGS.speculate > ticks.MOST_DRAFTS or FLAGS.draft_recursions > config.model.recursions:
+    raise ConfigError(
+      f'--speculate={FLAGS.speculate} --draft_recursions={FLAGS.draft_recursions}: a draft has at most '
+      f'{ticks.MOST_DRAFTS} tokens, and {config.model.recursions} recursions'
+    )
+  model = _with_vocabulary(config).model
+  asked = decoding.Asked(
+    config.data.seq_len if FLAGS.max_len is None else FLAGS.max_len,
+    FLAGS.cache_dtype or model.dtype,
+    FLAGS.slots,
+    FLAGS.chunk,
+    FLAGS.speculate,
+    FLAGS.draft_recursions,
+    model.threshold_slack,
+    FLAGS.fast,
+  )
+  plan = decoding.compile_decoding(model, _devices()[0], asked)
+  print_table(
+    console, f'{config.name}, generating on {FLAGS.topology or "this machine"}', decoding.describe(plan)
+  )
+  if FLAGS.json:
+    print(json.dumps({'name': config.name, 'topology': FLAGS.topology, **decoding.as_json(plan)}))
+  return 0 if plan.fits else DOES_NOT_FIT
+
+
+def _devices() -> Sequence[jax.Device]:
+  if FLAGS.topology is None:
+    return jax.devices()
+  topology.prepare()
+  return topology.devices(FLAGS.topology, FLAGS.slices)
+
+
 def _compiler() -> Callable[..., Program]:
   """Config -> Program for the devices that the flags name."""
-  if FLAGS.topology is None:
-    if FLAGS.slices != 1:
-      raise ConfigError(f'--slices={FLAGS.slices} needs --topology: name what one slice is')
-    devices = None
-  else:
-    topology.prepare()
-    devices = topology.devices(FLAGS.topology, FLAGS.slices)
+  if FLAGS.topology is None and FLAGS.slices != 1:
+    raise ConfigError(f'--slices={FLAGS.slices} needs --topology: name what one slice is')
+  devices = None if FLAGS.topology is None else _devices()
 
   def compile_config(config: Config, may_lower: bool = False) -> Program:
     mesh = mesh_lib.make_mesh(config.parallel, devices)

@@ -22,7 +22,7 @@ from mor_jax.inference.sampling import MOST_BIASES, NO_BIAS, SamplingRules
 from mor_jax.inference.speculation import Drafting
 from mor_jax.inference.state import NO_TOKEN, STOP_TOKENS, DecodeState, Rules
 from mor_jax.model import cache as cache_lib
-from mor_jax.model import decode
+from mor_jax.model import cached_attention, decode
 from mor_jax.model.transformer import Transformer, parameter_axes
 from mor_jax.parallel import mesh as mesh_lib
 
@@ -79,7 +79,7 @@ class Engine:
       prefill_lanes: prompts computed together; default: 4, or fewer if there are fewer slots.
       chunks: numbers of tokens in which prompts are computed, each compiled once.
       unroll: compile layers separately; default: on CPU.
-      read: how the cache is read (`cached_attention`); default: 'lanes' on CPU, else 'gather'.
+      read: how the cache is read (`cached_attention`); default: 'lanes' on CPU, 'groups' on TPU, else 'gather'.
       keep_logits: keep the logits of every token in the state, for analysis.
       top_logprobs: keep the log-probability of every token, prompts included, and so many of the likeliest tokens
         in its place; 0: no others; None: nothing, which saves the head's work on prompts.
@@ -117,12 +117,13 @@ class Engine:
     cache_dtype = cache_dtype or config.dtype
     if cache_dtype not in cache_lib.DTYPES:
       raise ConfigError(f'cache_dtype={cache_dtype} is not one of {", ".join(cache_lib.DTYPES)}')
-    read = read or ('lanes' if on_cpu else 'gather')
-    if read not in ('lanes', 'gather'):
-      raise ConfigError(f'read={read} is not one of lanes, gather')
+    read = read or {'cpu': 'lanes', 'tpu': 'groups'}.get(jax.default_backend(), 'gather')
+    if read not in cached_attention.READS:
+      raise ConfigError(f'read={read} is not one of {", ".join(cached_attention.READS)}')
     slack = config.threshold_slack if slack is None else slack
     steps = self._steps(config, max_recursions)
-    layout = cache_lib.make_layout(config, max_len, slack, steps)
+    tiled = jax.default_backend() == 'tpu' and (mesh is None or mesh.shape['tensor'] == 1)
+    layout = cache_lib.make_layout(config, max_len, slack, steps, tiled)
     self.cached = decode.CachedModel(config, layout, on_cpu if unroll is None else unroll, read)
     prepare = functools.partial(decode.prepare, self.cached)
     self.params = shards.prepare(mesh, parameter_axes(config), prepare, variables)

@@ -19,7 +19,7 @@ from mor_jax.model import axes
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'int8': jnp.int8}
 LARGEST_INT8 = 127
-TILE = 8  # entries
+TILE, LANES = 8, 128  # rows and columns of a tile of a TPU
 POOL_AXES = ('layers', 'batch', None, 'kv_heads')  # logical names of the axes of a pool's leaves
 POOL_LEAVES = ('keys', 'values', 'key_scales', 'value_scales')
 
@@ -34,6 +34,7 @@ class Layout:
     always: steps of capacity 1, which never refuse a token.
     offsets: where each step's region begins.
     entries: entries of a slot, all regions together, in whole tiles.
+    width: numbers of an entry: K x E, and what fills the last tile (`make_layout`).
     kv: 'recursion_wise', 'shared' (all steps read the first region, which the first step writes), or
       'hybrid' (each step writes its own region; a step reads, of every token, the latest that was
       written up to this step).
@@ -44,15 +45,20 @@ class Layout:
   always: tuple[bool, ...]
   offsets: tuple[int, ...]
   entries: int
+  width: int
   kv: str
 
 
-def make_layout(config: ModelConfig, max_len: int, slack: float, steps: int | None = None) -> Layout:
+def make_layout(
+  config: ModelConfig, max_len: int, slack: float, steps: int | None = None, tiled: bool = False
+) -> Layout:
   """The layout for sequences of up to `max_len` tokens.
 
   Args:
     slack: places of a step per token that it takes on average (`ModelConfig.step_places`).
     steps: recursions there shall be room for; default all.
+    tiled: fill entries up to whole tiles of a TPU, where they take as much anyway; it would else keep the pools in
+      another order outside its programs, and bring them into this one in each.
   """
   count = num_steps(config) if steps is None else min(steps, num_steps(config))
   capacities = config.step_capacities[:count]
@@ -63,12 +69,14 @@ def make_layout(config: ModelConfig, max_len: int, slack: float, steps: int | No
   offsets = (0, *np.cumsum(regions[:-1]).tolist())
   if config.kv == 'shared':
     offsets = (0,) * count
-  return Layout(max_len, places, always, offsets, _whole_tiles(sum(regions)), config.kv)
+  width = config.num_kv_heads * config.head_width
+  width = _whole_tiles(width, LANES) if tiled else width
+  return Layout(max_len, places, always, offsets, _whole_tiles(sum(regions)), width, config.kv)
 
 
-def _whole_tiles(entries: int) -> int:
-  """So many entries at least that slots begin where a tile of a TPU does, in rows of which a pool is one matrix."""
-  return -(-entries // TILE) * TILE
+def _whole_tiles(size: int, tile: int = TILE) -> int:
+  """So many at least; slots begin where a tile of a TPU does in the matrix whose rows are a pool's entries."""
+  return -(-size // tile) * tile
 
 
 def num_steps(config: ModelConfig) -> int:
@@ -84,7 +92,7 @@ class Pool:
   other (a TPU would copy the whole pool from one to the other and back in every layer), and fills its tiles.
 
   Attributes:
-    keys, values: (layers, slots, entries, K x E) in the cache's dtype.
+    keys, values: (layers, slots, entries, K x E, or `Layout.width`) in the cache's dtype.
     key_scales, value_scales: (layers, slots, entries, K) of an int8 cache, one for each head of
       each entry; else None.
   """
@@ -118,8 +126,7 @@ def init_cache(config: ModelConfig, layout: Layout, slots: int, dtype: str) -> C
   def pool(layers: int, entries: int) -> Pool:
     heads, shape = config.num_kv_heads, (layers, slots, _whole_tiles(entries))
     scales = [jnp.zeros((*shape, heads)) if dtype == 'int8' else None for _ in range(2)]
-    width = heads * config.head_width
-    return Pool(*(jnp.zeros((*shape, width), DTYPES[dtype]) for _ in range(2)), *scales)
+    return Pool(*(jnp.zeros((*shape, layout.width), DTYPES[dtype]) for _ in range(2)), *scales)
 
   ends, versions = config.unique_ends, None
   if layout.kv == 'hybrid':
@@ -163,7 +170,8 @@ def write(
 
   def put(leaf: jax.Array, new_BCK: jax.Array) -> jax.Array:
     layers, slots, entries, width = leaf.shape
-    new_BCN = new_BCK.reshape(*entries_BC.shape, width).astype(leaf.dtype)
+    new_BCN = new_BCK.reshape(*entries_BC.shape, -1).astype(leaf.dtype)
+    new_BCN = jnp.pad(new_BCN, ((0, 0), (0, 0), (0, width - new_BCN.shape[-1])))
     if not as_matrix:
       written = leaf.at[layer, slots_B[:, None], entries_BC].set(new_BCN, mode='drop')
       return axes.constrain(written, *POOL_AXES)

@@ -1,14 +1,16 @@
 """Attention from a few tokens of each lane to the part of the cache that belongs to them.
 
 Lanes of one batch may stand at different recursion steps, hence read regions of different places and
-sizes. Two ways, which give the same:
+sizes. Three ways, which give the same:
 
 * 'lanes': one lane after the other, each reading a slice just long enough for what it may see. The
   fastest on CPU;
-* 'gather': all lanes at once, as many entries as the longest region has. For accelerators, where
-  lanes must not wait for each other.
+* 'gather': all lanes at once, as many entries as the longest region has. For GPUs, where lanes must
+  not wait for each other;
+* 'groups': the same for some lanes after the others, so many that what they read stays on the chip. For
+  TPUs, which would else write it to memory and read it again.
 
-Where entries are scattered (kv='hybrid') they are gathered one by one, whichever of the two is asked for.
+Where entries are scattered (kv='hybrid') they are gathered one by one, whichever of them is asked for.
 """
 
 import itertools
@@ -21,6 +23,10 @@ from mor_jax.model.attention_xla import MASKED_SCORE
 from mor_jax.model.cache import Layout, Pool
 
 SMALLEST_EXTENT = 64
+READS = ('lanes', 'gather', 'groups')
+GROUP_BYTES = (
+  2**24
+)  # of the keys that a group reads, and of the values as many; a TPU has 64 to 128 MiB on its chip
 
 
 @struct.dataclass
@@ -41,22 +47,28 @@ class View:
 
 
 def attend(
-  q_BCHE: jax.Array, pool: Pool, layer: int | jax.Array, view: View, region: int, read: str
+  q_BCHE: jax.Array,
+  pool: Pool,
+  layer: int | jax.Array,
+  view: View,
+  kv_heads: int,
+  region: int,
+  read: str,
 ) -> jax.Array:
   """Scaled dot-product attention (B, C, H, E) of queries to the cache of one layer.
 
   Args:
     q_BCHE: rotated queries; head h reads key/value head h // (H / K).
+    kv_heads: K.
     region: entries of the largest region.
-    read: 'lanes' or 'gather'.
+    read: one of READS.
   """
   batch, length, heads, width = q_BCHE.shape
-  kv_heads = pool.keys.shape[3] // width
   q_BKGCE = (q_BCHE * width**-0.5).reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
   if view.entries_BS is not None:
     out_BKGCE = _scattered(q_BKGCE, pool, layer, view)
   else:
-    way = _all_lanes if read == 'gather' else _lane_by_lane
+    way = {'lanes': _lane_by_lane, 'gather': _all_lanes, 'groups': _in_groups}[read]
     out_BKGCE = way(q_BKGCE, pool, layer, view, min(region, pool.keys.shape[2]))
   return out_BKGCE.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
@@ -99,6 +111,19 @@ def _all_lanes(q_BKGCE, pool, layer, view, region):
   return _softmax_attention(q_BKGCE, found, visible_BCS)
 
 
+def _in_groups(q_BKGCE, pool, layer, view, region):
+  lane_bytes = region * pool.keys.shape[3] * pool.keys.dtype.itemsize
+  size = max(GROUP_BYTES // lane_bytes, 1)
+  if size >= q_BKGCE.shape[0]:
+    return _all_lanes(q_BKGCE, pool, layer, view, region)
+
+  def one(lane):
+    q_KGCE, view = jax.tree.map(lambda leaf: leaf[None], lane)
+    return _all_lanes(q_KGCE, pool, layer, view, region)[0]
+
+  return jax.lax.map(one, (q_BKGCE, view), batch_size=size)
+
+
 def _slice(pool, layer, slot, base, size):
   """So many entries (S, ...) of a slot, with those of a region; and how many of them lie before it.
 
@@ -127,7 +152,8 @@ def _softmax_attention(q_BKGCE, cached: Pool, visible_BCS):
   dtype = q_BKGCE.dtype
   q_BKME = q_BKGCE.reshape(batch, kv_heads, groups * length, width)
   k_BSKE, v_BSKE = (
-    leaf.astype(dtype).reshape(*leaf.shape[:2], kv_heads, width) for leaf in (cached.keys, cached.values)
+    leaf[..., : kv_heads * width].astype(dtype).reshape(*leaf.shape[:2], kv_heads, width)
+    for leaf in (cached.keys, cached.values)
   )
   scores_BKMS = jnp.einsum('bkme,bske->bkms', q_BKME, k_BSKE, preferred_element_type=jnp.float32)
   if cached.key_scales is not None:

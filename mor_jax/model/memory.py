@@ -130,8 +130,11 @@ class SlotCache:
   def attend(self, q_BCHE, own, layer, backend):
     """See `Memory.attend`; `layer.kept` is the pool of some layers, `layer.index` the layer's place there."""
     del backend
+    k_BCKE, v_BCKE = own()
     pool: Pool = cache_lib.write(
-      layer.kept, layer.index, self.view.slots_B, self.entries_BC, *own(), as_matrix=self.read == 'gather'
+      layer.kept, layer.index, self.view.slots_B, self.entries_BC, k_BCKE, v_BCKE, self.read != 'lanes'
     )
-    out_BCHE = cached_attention.attend(q_BCHE, pool, layer.index, self.view, self.region, self.read)
+    out_BCHE = cached_attention.attend(
+      q_BCHE, pool, layer.index, self.view, k_BCKE.shape[2], self.region, self.read
+    )
     return out_BCHE, pool

@@ -17,6 +17,7 @@ from flax import linen as nn
 from jax.sharding import SingleDeviceSharding
 
 from mor_jax.config import ConfigError, ModelConfig
+from mor_jax.console import Row
 from mor_jax.inference import prefill, speculation, ticks
 from mor_jax.inference import state as state_lib
 from mor_jax.inference.speculation import Drafting
@@ -27,6 +28,7 @@ from mor_jax.model.decode import CachedModel
 from mor_jax.model.transformer import abstract_variables
 from mor_jax.planning import chips, cost, roofline
 from mor_jax.planning.cost import Cost
+from mor_jax.units import megabytes, quantity
 
 SHARE = 0.97  # of the memory, that a program may need
 ATTEMPTS = 4  # at the largest number of slots
@@ -98,23 +100,12 @@ class Plan:
     return roofline.estimate(chip, one.flops, one.traffic, one.collectives, np.zeros(1, int)).seconds
 
   @property
-  def token_bytes(self) -> float:
-    """Bytes of memory read and written for a token, by passes and boundary."""
-    block, boundary = (self.programs[name].traffic for name in ('block', 'boundary'))
-    return self.depth * block / self.lanes.block + boundary / self.lanes.boundary
-
-  @property
   def tokens_per_second(self) -> float | None:
     """The most tokens that a second can give, with every lane in use."""
     block, boundary = self.seconds('block'), self.seconds('boundary')
     if block is None or boundary is None:
       return None
     return 1 / (self.depth * block / self.lanes.block + boundary / self.lanes.boundary)
-
-  def drafted_per_second(self, per_check: float) -> float | None:
-    """The same with drafts, whose checks give so many tokens."""
-    seconds = self.seconds('round')
-    return None if seconds is None else self.asked.slots * per_check / seconds
 
 
 def compile_decoding(config: ModelConfig, device: jax.Device, asked: Asked) -> Plan:
@@ -148,8 +139,9 @@ def compile_decoding(config: ModelConfig, device: jax.Device, asked: Asked) -> P
 
 
 def _compile(config, device, memory, asked) -> Plan:
-  layout = cache_lib.make_layout(config, asked.max_len, asked.slack)
-  cached = CachedModel(config, layout, unroll=False, read='gather')
+  is_tpu = device.platform == 'tpu'
+  layout = cache_lib.make_layout(config, asked.max_len, asked.slack, tiled=is_tpu)
+  cached = CachedModel(config, layout, unroll=False, read='groups' if is_tpu else 'gather')
   depth = sum(config.step_capacities) if config.kind == 'mor' else cache_lib.num_steps(config)
   # In a steady state so many of the slots wait for the block, and the others for the boundary.
   block = max(int(asked.slots * depth / (depth + 1)) // LANES * LANES, min(LANES, asked.slots))
@@ -181,7 +173,6 @@ def _compile(config, device, memory, asked) -> Plan:
       return speculation.round_of(cached, drafting, params, (state, _tally(cached)))
 
     programs['round'] = (round_of, (params, state))
-  is_tpu = device.platform == 'tpu'
   costs = {
     name: cost.of(
       lambda function=function, arguments=arguments: jax.jit(function, donate_argnums=1).trace(*arguments),
@@ -214,3 +205,62 @@ def _compile(config, device, memory, asked) -> Plan:
 
 def _tally(cached: CachedModel) -> ticks.Tally:
   return ticks.empty_tally(len(cached.layout.places))
+
+
+def describe(plan: Plan) -> list[Row]:
+  """The rows of the report on a plan."""
+  asked, lanes = plan.asked, plan.lanes
+  most = max(one.peak_bytes for one in plan.programs.values())
+  of = (
+    '' if plan.memory is None else f' of {megabytes(plan.memory)}: {"fits" if plan.fits else "DOES NOT FIT"}'
+  )
+  rows = [
+    ('device', plan.kind),
+    ('slots', f'{asked.slots} texts of up to {asked.max_len} tokens, keys and values in {asked.cache_dtype}'),
+    (
+      'lanes',
+      f'block {lanes.block}, boundary {lanes.boundary}; {plan.depth:.2f} passes of the block a token',
+    ),
+    ('memory', f'{megabytes(most)}{of}'),
+    ('', f'weights {megabytes(plan.parameter_bytes)}, keys and values {megabytes(plan.cache_bytes)}'),
+  ]
+  for name, one in plan.programs.items():
+    if one.problem:
+      rows.append((name, one.problem))
+      continue
+    seconds = plan.seconds(name)
+    least = '' if seconds is None else f'; at least {seconds * 1e3:.2f} ms'
+    rows.append((name, f'{quantity(one.flops)} FLOPs, HBM traffic {megabytes(one.traffic)}{least}'))
+  if plan.tokens_per_second:
+    rows.append(('roofline', f'at most {quantity(plan.tokens_per_second)} tokens/s'))
+  return rows
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+  """Figures of the device; null where they are unknown or the program does not fit."""
+  programs = {
+    name: {
+      'flops': one.flops,
+      'traffic_bytes': one.traffic,
+      'peak_bytes': one.peak_bytes,
+      'temp_bytes': one.temp_bytes,
+      'seconds': plan.seconds(name),
+      'compile_seconds': one.compile_seconds,
+      'problem': one.problem,
+    }
+    for name, one in plan.programs.items()
+  }
+  return {
+    'device': plan.kind,
+    'fits': plan.fits,
+    'memory_bytes': None if plan.memory is None else int(plan.memory),
+    'slots': plan.asked.slots,
+    'max_len': plan.asked.max_len,
+    'block_lanes': plan.lanes.block,
+    'boundary_lanes': plan.lanes.boundary,
+    'parameter_bytes': plan.parameter_bytes,
+    'cache_bytes': plan.cache_bytes,
+    'depth': plan.depth,
+    'tokens_per_second': plan.tokens_per_second,
+    'programs': programs,
+  }

@@ -46,7 +46,7 @@ def _moved(program: hlo.Program, computation: hlo.Computation, instruction: hlo.
   operands = [computation[name] for name in instruction.operands if name in computation]
   if instruction.opcode == 'fusion' and instruction.called:
     body = program.computations.get(instruction.called[0], {})
-    return _fusion_reads(body, operands) + _fusion_writes(body, instruction)
+    return _fusion_reads(program, body, operands) + _fusion_writes(body, instruction)
   if instruction.opcode in _PARTIAL_READS:
     return 2 * _size(instruction)
   if instruction.opcode in _IN_PLACE:
@@ -57,20 +57,25 @@ def _moved(program: hlo.Program, computation: hlo.Computation, instruction: hlo.
   return sum(_size(operand) for operand in operands) + _size(instruction)
 
 
-def _fusion_reads(body: hlo.Computation, operands: list[hlo.Instruction]) -> int:
-  parameters = {}
-  for instruction in body.values():
-    if instruction.opcode == 'parameter':
-      number = int(instruction.attributes[1:].partition(')')[0])
-      parameters[number] = instruction.name
+def _fusion_reads(program: hlo.Program, body: hlo.Computation, operands: list[hlo.Instruction]) -> int:
+  parameters = _parameters(body)
   return sum(
-    min(_size(operand), _read_of(body, parameters[number]))
+    min(_size(operand), _read_of(program, body, parameters[number]))
     for number, operand in enumerate(operands)
     if number in parameters and _size(operand)
   )
 
 
-def _read_of(body: hlo.Computation, name: str) -> float:
+def _parameters(body: hlo.Computation) -> dict[int, str]:
+  """Names of a fusion's parameters by number."""
+  return {
+    int(instruction.attributes[1:].partition(')')[0]): instruction.name
+    for instruction in body.values()
+    if instruction.opcode == 'parameter'
+  }
+
+
+def _read_of(program: hlo.Program, body: hlo.Computation, name: str) -> float:
   """Bytes read of a fusion's parameter; infinite (all of it) unless it is only sliced or updated in place."""
   total = 0.0
   for user in body.values():
@@ -79,7 +84,14 @@ def _read_of(body: hlo.Computation, name: str) -> float:
     if user.opcode in _PARTIAL_READS:
       total += _size(user, everywhere=True)
     elif user.opcode in _RENAMES:
-      total += _read_of(body, user.name)
+      total += _read_of(program, body, user.name)
+    elif user.opcode == 'fusion' and user.called:  # one within the other
+      inner = program.computations.get(user.called[0], {})
+      parameters = _parameters(inner)
+      places = [place for place, operand in enumerate(user.operands) if operand == name]
+      if not all(place in parameters for place in places):
+        return float('inf')
+      total += sum(_read_of(program, inner, parameters[place]) for place in places)
     elif user.opcode not in _IN_PLACE or user.operands[0] != name:
       return float('inf')
   return total
