@@ -48,6 +48,7 @@ def test_samples_of_a_prompt_are_printed(finished_run):
     '--num_samples=2',
     '--max_new_tokens=12',
     '--show_depth',
+    '--speculate=2',
   )
   assert done.returncode == 0, done.stderr
   legend, *samples = done.stdout.splitlines()
@@ -57,7 +58,14 @@ def test_samples_of_a_prompt_are_printed(finished_run):
     '--- sample 1 (seed 0)',
     '--- sample 2 (seed 1)',
   ]
-  for said in ('24 tokens in', 'tokens/s', 'first token after', 'mean depth', 'without a place'):
+  for said in (
+    '24 tokens in',
+    'tokens/s',
+    'first token after',
+    'mean depth',
+    'without a place',
+    'tokens a draft',
+  ):
     assert said in done.stderr
 
 
@@ -115,6 +123,10 @@ def test_a_mesh_prints_the_same_text(finished_run):
     (('--prompt=a', '--temperature=-1'), '--temperature=-1.0 is not allowed: must be >= 0'),
     (('--prompt=' + 'a' * 64,), 'the prompt has 64 tokens, which leaves no room in a cache of max_len=64'),
     (('--prompt=a', '--capacities=1.0,0.1'), 'first run python -m mor_jax.calibrate'),
+    (
+      ('--prompt=a', '--speculate=many'),
+      '--speculate=many is not allowed: must be auto, or a number of tokens',
+    ),
     (('--prompt=a', '--logprobs=2'), '--logprobs=2 is for batch mode'),
     (('--prompt=a', '--resume'), '--resume goes on with the answers in a file'),
   ],

@@ -50,6 +50,7 @@ def address(server):
     (COMPLETIONS, {'logprobs': 21}, 400, 'logprobs'),
     (COMPLETIONS, {'temperature': 'hot'}, 400, 'temperature'),
     (COMPLETIONS, {'temperature': 10**400}, 400, 'temperature'),
+    (COMPLETIONS, {'speculate': 1}, 400, 'speculate'),
     (COMPLETIONS, {'top_p': 0}, 400, 'top_p'),
     (COMPLETIONS, {'min_p': 2}, 400, 'min_p'),
     (COMPLETIONS, {'presence_penalty': 3}, 400, 'presence_penalty'),
