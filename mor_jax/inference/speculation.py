@@ -122,15 +122,9 @@ def run(
 
 def _run(cached, drafting, whole, state):
   params, max_rounds, max_finished = whole
-  active = (state.phase_N != IDLE).sum()
-
-  def goes_on(carry):
-    state, tally = carry
-    left = (state.phase_N != IDLE).sum()
-    return (left > 0) & (active - left < max_finished) & (tally.rounds[0] < max_rounds)
-
+  carry = _settle(state), ticks.empty_tally(len(cached.layout.places))
   body = functools.partial(round_of, cached, drafting, params)
-  return jax.lax.while_loop(goes_on, body, (_settle(state), ticks.empty_tally(len(cached.layout.places))))
+  return ticks.repeat(body, carry, lambda tally: tally.rounds[0] < max_rounds, max_finished)
 
 
 def _settle(state: DecodeState) -> DecodeState:

@@ -9,6 +9,7 @@ for many ticks.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,9 @@ class Tally:
     return self.replace(**{name: getattr(self, name) + value for name, value in more.items()})
 
 
+Carry = tuple[DecodeState, Tally]
+
+
 def empty_tally(steps: int) -> Tally:
   """Nothing done, on one part."""
 
@@ -104,12 +108,6 @@ def run(
 
 def _run(cached, batches, whole, state):
   params, max_ticks, max_finished = whole
-  active = (state.phase_N != IDLE).sum()
-
-  def goes_on(carry):
-    state, tally = carry
-    left = (state.phase_N != IDLE).sum()
-    return (left > 0) & (active - left < max_finished) & (tally.ticks[0] < max_ticks)
 
   def tick(carry):
     carry = jax.lax.while_loop(
@@ -119,7 +117,25 @@ def _run(cached, batches, whole, state):
     )
     return apply_block(cached, batches, params, carry)
 
-  return jax.lax.while_loop(goes_on, tick, (state, empty_tally(len(cached.layout.places))))
+  tally = empty_tally(len(cached.layout.places))
+  return repeat(tick, (state, tally), lambda tally: tally.ticks[0] < max_ticks, max_finished)
+
+
+def repeat(
+  body: Callable[[Carry], Carry],
+  carry: Carry,
+  may: Callable[[Tally], jax.Array],
+  max_finished: jax.Array,
+) -> Carry:
+  """Repeats the body while sequences are left, fewer than `max_finished` have ended, and the tally may grow."""
+  active = (carry[0].phase_N != IDLE).sum()
+
+  def goes_on(carry):
+    state, tally = carry
+    left = (state.phase_N != IDLE).sum()
+    return (left > 0) & (active - left < max_finished) & may(tally)
+
+  return jax.lax.while_loop(goes_on, body, carry)
 
 
 def _waiting(state: DecodeState) -> jax.Array:
