@@ -16,11 +16,11 @@ from mor_jax.config import ConfigError
 from mor_jax.inference import prefill as prefill_lib
 from mor_jax.inference import shards, speculation, ticks
 from mor_jax.inference import state as state_lib
+from mor_jax.inference.limits import Limits
 from mor_jax.inference.prefill import Filling, Prefix
-from mor_jax.inference.requests import LEAST_TEMPERATURE, Request, RequestError, short
-from mor_jax.inference.sampling import MOST_BIASES, NO_BIAS, SamplingRules
+from mor_jax.inference.requests import Request
 from mor_jax.inference.speculation import Drafting
-from mor_jax.inference.state import NO_TOKEN, STOP_TOKENS, DecodeState, Rules
+from mor_jax.inference.state import DecodeState, Rules
 from mor_jax.model import cache as cache_lib
 from mor_jax.model import cached_attention, decode
 from mor_jax.model.transformer import Transformer, parameter_axes
@@ -128,6 +128,7 @@ class Engine:
     prepare = functools.partial(decode.prepare, self.cached)
     self.params = shards.prepare(mesh, parameter_axes(config), prepare, variables)
     self.slots, self.max_len, self.steps = slots, max_len, steps
+    self._limits = Limits(config, max_len, steps, speculate)
     self._check_drafts(speculate, draft_recursions)
     self.speculate, self._draft_recursions = speculate, draft_recursions
     # Each is another program. Which part of a mesh has the sequences is not asked.
@@ -315,59 +316,11 @@ class Engine:
 
   def check(self, request: Request) -> None:
     """Raises RequestError for a request that cannot be answered."""
-    request.check()
-    size, vocabulary = len(request.prompt), self.cached.config.vocab_size
-    if size >= self.max_len:
-      raise RequestError(
-        f'the prompt has {size} tokens, which leaves no room in a cache of max_len={self.max_len}; shorten it '
-        f'or raise max_len above {size}'
-      )
-    biased = (token for token, _ in request.logit_bias)
-    bad = [token for token in (*request.prompt, *request.stop_tokens, *biased) if not 0 <= token < vocabulary]
-    if bad:
-      raise RequestError(
-        f'token {str(bad[0])[:20]} is outside the vocabulary, whose ids go from 0 to {vocabulary - 1}'
-      )
-    config = self.cached.config
-    if request.threshold_shift and (config.kind != 'mor' or config.router != 'expert_choice'):
-      raise RequestError(
-        f'threshold_shift={request.threshold_shift} needs an expert-choice model, whose recursions have '
-        f'thresholds; use max_recursions'
-      )
-    most = request.max_recursions
-    if most is not None and not 1 <= most <= self.steps:
-      raise RequestError(f'max_recursions={most} is not allowed: must be from 1 to {self.steps}')
-    if request.speculate is not None and not 0 <= request.speculate <= self.speculate:
-      raise RequestError(
-        f'speculate={short(request.speculate)} is not allowed: must be from 0 to {self.speculate}, for which the '
-        f'engine is made'
-      )
+    self._limits.check(request)
 
   def rules(self, request: Request) -> Rules:
     """What a request asks for, as the state holds it."""
-    stops = np.full((STOP_TOKENS,), NO_TOKEN, np.int32)
-    stops[: len(request.stop_tokens)] = request.stop_tokens
-    limit = min(self.max_len, len(request.prompt) + request.max_new_tokens)
-    biases = np.full((MOST_BIASES,), NO_BIAS, np.int32), np.zeros((MOST_BIASES,), np.float32)
-    for place, (token, bias) in enumerate(request.logit_bias):
-      biases[0][place], biases[1][place] = token, bias
-    chosen_by = SamplingRules(
-      np.float32(request.temperature if request.temperature >= LEAST_TEMPERATURE else 0.0),
-      np.int32(request.top_k),
-      np.float32(request.top_p),
-      np.float32(request.repetition_penalty),
-      np.uint32(request.seed),
-      np.float32(request.min_p),
-      np.float32(request.presence_penalty),
-      np.float32(request.frequency_penalty),
-      np.int32(len(request.prompt)),
-      *biases,
-    )
-    most = self.steps if request.max_recursions is None else request.max_recursions
-    drafts = self.speculate if request.speculate is None else request.speculate
-    return Rules(
-      chosen_by, stops, np.int32(limit), np.int32(most), np.float32(request.threshold_shift), np.int32(drafts)
-    )
+    return self._limits.rules(request)
 
   def cache_bytes(self) -> int:
     """Bytes of keys, values and scales of all slots."""

@@ -306,7 +306,6 @@ def _keep(drafting, state, lanes, tokens_BT, checked, tally):
   return state, tally.add(
     rounds=1,
     checks=lanes.active_B.sum(),
-    resident=0,
     tokens=count_B.sum(),
     passes=jnp.where(kept_BC, checked.depth_BC, 0).sum(),
     sampled=(kept_BC & is_new_BC).sum(),
