@@ -3,9 +3,9 @@
   python tests/decode_mesh_check.py '[{"mesh": [1, 8, 1], "model": {"num_recursions": 2}}, ...]'
 
 For each case it prints a line of JSON: 'tokens' and 'depths' of every request, 'occupancy' of the slots, 'devices' that
-hold a part of the caches, 'collectives': of the programs 'ticks', 'prefill', 'insert' and 'release', pairs of kind and
-bytes of each, and 'slot', bytes of the smallest part of one slot's keys that a device holds. A mesh is (replica, fsdp,
-tensor), or null for an engine without one. 'left': collectives of 'insert' if it were left to the compiler.
+hold a part of the caches, 'collectives': of the programs that ran ('ticks', 'drafts', 'prefill', 'insert', 'release'),
+pairs of kind and bytes of each, and 'slot', bytes of the smallest part of one slot's keys that a device holds. A mesh is (replica, fsdp,
+tensor), or null for an engine without one, which never drafts; with a mesh it does if its options say so. 'left': collectives of 'insert' if it were left to the compiler.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import tiny_engine
 
 from mor_jax.config import ParallelConfig
 from mor_jax.inference import engine as engine_lib
-from mor_jax.inference import prefill, shards, ticks
+from mor_jax.inference import prefill, shards, speculation, ticks
 from mor_jax.inference.scheduler import Scheduler
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import rules
@@ -31,6 +31,7 @@ from mor_jax.planning.collectives import collectives
 LENGTHS = (1, 9, 4, 20, 1, 33, 2, 7, 8, 3)
 PROGRAMS = {
   'ticks': (ticks, 'run'),
+  'drafts': (speculation, 'run'),
   'prefill': (prefill, 'extend'),
   'insert': (engine_lib, '_insert'),
   'release': (engine_lib, '_release'),
@@ -48,6 +49,11 @@ class Recorder:
     if str(shapes) not in self._programs:
       self._programs[str(shapes)] = shapes, _collectives(self._function.lower(*args))
     return self._function(*args)
+
+  @property
+  def is_used(self) -> bool:
+    """Whether it was called."""
+    return bool(self._programs)
 
   @property
   def found(self) -> list[tuple[str, int]]:
@@ -84,7 +90,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
   made, variables = tiny.model(seed=9, **{'vocab_size': 64, **case['model']})
   engine = tiny_engine.engine(made, variables, slots=8, mesh=mesh, **case.get('options', {}))
   requests = tiny_engine.requests(LENGTHS, max_new_tokens=case.get('new_tokens', 15))
-  scheduler = Scheduler(engine, ticks_per_call=16)
+  scheduler = Scheduler(engine, ticks_per_call=16, drafting=mesh is not None)
   with contextlib.ExitStack() as stack:
     recorders = {name: Recorder(getattr(*place)) for name, place in PROGRAMS.items()}
     for name, place in PROGRAMS.items():
@@ -98,7 +104,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     'depths': [result.depths for result in results],
     'occupancy': scheduler.statistics.slot_occupancy,
     'devices': len({shard.device for shard in keys.addressable_shards if shard.data.shape != keys.shape}),
-    'collectives': {name: recorder.found for name, recorder in recorders.items()},
+    'collectives': {name: recorder.found for name, recorder in recorders.items() if recorder.is_used},
     'slot': int(np.prod(keys.addressable_shards[0].data.shape[2:])) * keys.dtype.itemsize,
   }
 

@@ -24,6 +24,7 @@ MODELS = {
   'relaxed': {'kind': 'recursive', 'lora_rank': 4, 'share_norms': False, 'tie_embeddings': False},
 }
 IN_DEFAULT_SUITE = ('expert_choice',)
+DRAFTED = ('shared', 'token_choice')  # on meshes, against what one device gives without drafts
 MESHES = dict.fromkeys(MODELS, (PARTS, ALL_AXES)) | {
   'residual': (REPLICAS, TENSOR),
   'vanilla': (ALL_AXES,),
@@ -35,7 +36,8 @@ MESHES = dict.fromkeys(MODELS, (PARTS, ALL_AXES)) | {
 def measured(name: str) -> dict:
   """What decode_mesh_check.py prints, by mesh."""
   meshes = (ONE, *MESHES[name])
-  options = {'read': 'gather'} if name in ('shared', 'hybrid') else {'unroll': name == 'token_choice'}
+  options = {'read': 'groups' if name == 'shared' else 'gather'} if name in ('shared', 'hybrid') else {}
+  options |= {'unroll': name == 'token_choice', 'speculate': 2 if name in DRAFTED else 0}
   cases = [{'model': MODELS[name], 'mesh': mesh, 'options': options} for mesh in meshes]
   return dict(zip(meshes, programs.measure('decode_mesh_check', cases), strict=True))
 
@@ -66,8 +68,9 @@ def test_nothing_of_a_sequence_leaves_its_devices(name):
         continue
       assert {kind for kind, _ in collectives} <= {'all-reduce', 'all-gather'}
       assert collectives, 'the devices work together'
-      if program == 'ticks':
+      if program in ('ticks', 'drafts'):
         assert max(size for _, size in collectives) < found['slot']
+    assert ('drafts' in found['collectives']) == (name in DRAFTED)
     assert found['left'], 'left to the compiler, a slot would travel'
 
 
