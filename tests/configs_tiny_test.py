@@ -35,9 +35,9 @@ def test_unknown_variant_is_refused():
 
 @pytest.mark.slow
 def test_tiny_run_learns(tmp_path):
-  """In a third of its steps."""
+  """In half of its steps."""
   config = with_changes(
-    resolve(get_config()), data={'cache_dir': str(tmp_path / 'cache')}, train={'steps': 300}
+    resolve(get_config()), data={'cache_dir': str(tmp_path / 'cache')}, train={'steps': 450}
   )
   train.main(config, str(tmp_path / 'run'))
   summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
