@@ -113,7 +113,7 @@ ALL = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ('change', 'kv', 'sharing', 'steps'), ALL[5::19]
+  ('change', 'kv', 'sharing', 'steps'), ALL[10::19]
 )  # so that sharing, steps and keys all change
 def test_gather_equals_mask_in_combination(change, kv, sharing, steps):
   ends = 2 if sharing == 'middle_cycle' else 0
