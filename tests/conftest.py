@@ -37,6 +37,17 @@ def without_tensorflow() -> Iterator[None]:
 def room_for_programs() -> Iterator[None]:
   """Compiled programs are forgotten before a process has as many memory mappings as Linux allows (65,530)."""
   yield
+  _make_room()
+
+
+@pytest.fixture
+def room_after_test() -> Iterator[None]:
+  """The same after every test, for modules that compile many programs."""
+  yield
+  _make_room()
+
+
+def _make_room() -> None:
   maps = Path('/proc/self/maps')
   if 'jax' in sys.modules and maps.exists() and len(maps.read_bytes().splitlines()) > MANY_MAPPINGS:
     sys.modules['jax'].clear_caches()

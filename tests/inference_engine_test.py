@@ -19,6 +19,7 @@ from tests.decoding_cases import EXPERT, TOKEN
 DRAFTED = ('auxiliary hybrid', 'token limited')  # in the default suite
 
 
+@pytest.mark.usefixtures('room_after_test')
 @pytest.mark.parametrize('name', decoding_cases.NAMES)
 def test_decoding_equals_the_full_forward(name):
   """Logits to 1e-4 in float32, equal depths: 200 tokens, prompts of mixed length, slots used again, full regions.
