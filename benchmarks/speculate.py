@@ -21,6 +21,7 @@ from rich.console import Console
 
 from benchmarks import results, serving_process
 from mor_jax import cli
+from mor_jax.cli.engines import AUTO_DRAFT
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.inference.engine import Engine
 from mor_jax.inference.requests import Request
@@ -93,7 +94,7 @@ def _compare(run: LoadedRun, tokenizer: Tokenizer, resident: int, temperature: f
   schedulers = {
     'ticks': Scheduler(engines[lengths[0]], drafting=False),
     **{f'K = {length}': Scheduler(engine, drafting=True) for length, engine in engines.items()},
-    'auto': Scheduler(engines.get(4, engines[lengths[0]]), drafting=None),
+    'auto': Scheduler(engines.get(AUTO_DRAFT, engines[lengths[0]]), drafting=None),
   }
   answers = {}
   for name, scheduler in schedulers.items():

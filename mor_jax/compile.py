@@ -24,7 +24,7 @@ from mor_jax.config import Config, ConfigError, with_changes
 from mor_jax.config.validation import SPECIAL_AND_BYTE_TOKENS
 from mor_jax.console import open_console, print_rows, print_table
 from mor_jax.data import synthetic
-from mor_jax.inference import ticks
+from mor_jax.inference import speculation
 from mor_jax.interop import pretrained
 from mor_jax.model import cache
 from mor_jax.parallel import mesh as mesh_lib
@@ -34,6 +34,11 @@ from mor_jax.training import benefit, budget
 
 FLAGS = flags.FLAGS
 DOES_NOT_FIT = 1
+OF_PROGRAM = {
+  'train': ('slices', 'suggest', 'remedies'),
+  'decode': ('slots', 'max_len', 'chunk', 'speculate', 'draft_recursions', 'cache_dtype'),
+}
+"""Flags that only one program has."""
 
 
 def define_flags() -> None:
@@ -73,6 +78,10 @@ def main(config: Config, workdir: str | None) -> int:
   """
   del workdir  # nothing is written
   console = open_console(stderr=FLAGS.json)
+  for program, names in OF_PROGRAM.items():
+    for name in names:
+      if FLAGS[name].present and program != FLAGS.program:
+        raise ConfigError(f'--{name} is for --program={program}; with --program={FLAGS.program} leave it out')
   if FLAGS.program == 'decode':
     return _decode(config, console)
   compile_config = _compiler()
@@ -103,15 +112,8 @@ def main(config: Config, workdir: str | None) -> int:
 def _decode(config: Config, console: Console) -> int:
   """Compiles and reports what generating takes on one device."""
   cli.check_least(slots=1, max_len=2, chunk=1, speculate=0, draft_recursions=1)
-  for name in ('suggest', 'slices'):
-    if FLAGS[name].present:
-      raise ConfigError(f'--{name} is for --program=train; with decode it has no meaning')
-  if FLAGS.speculate > ticks.MOST_DRAFTS or FLAGS.draft_recursions > config.model.recursions:
-    raise ConfigError(
-      f'--speculate={FLAGS.speculate} --draft_recursions={FLAGS.draft_recursions}: a draft has at most '
-      f'{ticks.MOST_DRAFTS} tokens, and {config.model.recursions} recursions'
-    )
   model = _with_vocabulary(config).model
+  speculation.check(FLAGS.speculate, FLAGS.draft_recursions, cache.num_steps(model))
   asked = decoding.Asked(
     config.data.seq_len if FLAGS.max_len is None else FLAGS.max_len,
     FLAGS.cache_dtype or model.dtype,

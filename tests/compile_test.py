@@ -49,6 +49,7 @@ def test_figures_of_one_device():
     (['--topology=cpu:4', '--config.parallel.fsdp=3'], 'cannot be laid out on 4 devices'),
     (['--topology=cpu:3'], 'do not divide among 3 devices; set train.global_batch to 6 or 9'),
     (['--slices=2'], '--slices=2 needs --topology'),
+    (['--slots=2'], '--slots is for --program=decode; with --program=train leave it out'),
   ],
 )
 def test_what_cannot_work_is_refused(arguments, message):

@@ -35,13 +35,13 @@ def test_unknown_variant_is_refused():
 
 @pytest.mark.slow
 def test_tiny_run_learns(tmp_path):
-  """In half of its steps."""
+  """In two thirds of its steps."""
   config = with_changes(
-    resolve(get_config()), data={'cache_dir': str(tmp_path / 'cache')}, train={'steps': 450}
+    resolve(get_config()), data={'cache_dir': str(tmp_path / 'cache')}, train={'steps': 600}
   )
   train.main(config, str(tmp_path / 'run'))
   summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
-  assert summary['validation/nll'] < summary['validation/bigram_entropy'] - 0.1
+  assert summary['validation/nll'] < summary['validation/bigram_entropy'] - 0.2
   assert summary['validation/dead_token_ratio'] < 0.05
   depths = [summary[f'validation/depth_share_{depth}'] for depth in (1, 2, 3)]
   assert min(depths) > 0.2

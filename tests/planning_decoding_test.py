@@ -54,7 +54,7 @@ def test_figures_of_a_processor():
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    (['--suggest'], '--suggest is for --program=train'),
+    (['--suggest'], '--suggest is for --program=train; with --program=decode leave it out'),
     ([], '--slots: the memory of cpu is unknown; say how many sequences'),
   ],
 )

@@ -28,6 +28,16 @@ class Taken:
   selected_SBC: jax.Array
   overflow_SBC: jax.Array
 
+  @property
+  def depth_BC(self) -> jax.Array:
+    """How many of the steps each token took."""
+    return self.selected_SBC.sum(axis=0)
+
+  @property
+  def overflow_BC(self) -> jax.Array:
+    """Which tokens found no place."""
+    return self.overflow_SBC.any(axis=0)
+
 
 def take_steps(
   cached: CachedModel,
@@ -40,6 +50,7 @@ def take_steps(
   active_BC: jax.Array,
   rules: tuple[jax.Array, jax.Array],
   first: int = 0,
+  stop: int | None = None,
 ) -> Taken:
   """Offers tokens their steps, one after the other.
 
@@ -47,7 +58,7 @@ def take_steps(
     counts_BP: places of each step that the tokens before these have taken.
     active_BC: tokens that took step `first` - 1, or are there, if that is 0.
     rules: most recursions, and shift of the thresholds, of each lane (B,).
-    first: step to begin with.
+    first, stop: step to begin with, and the one before which to stop; None: after the last.
   """
 
   def step(carry, index):
@@ -61,7 +72,7 @@ def take_steps(
     return (cache, walk, counts_BP, offered.selected_BC), (offered.selected_BC, offered.overflow_BC)
 
   carry = cache, walk, counts_BP, active_BC
-  steps_S = jnp.arange(first, len(cached.layout.places))
+  steps_S = jnp.arange(first, len(cached.layout.places) if stop is None else stop)
   (cache, walk, counts_BP, _), (selected_SBC, overflow_SBC) = jax.lax.scan(step, carry, steps_S)
   return Taken(cache, walk, counts_BP, selected_SBC, overflow_SBC)
 

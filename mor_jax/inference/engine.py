@@ -129,7 +129,7 @@ class Engine:
     self.params = shards.prepare(mesh, parameter_axes(config), prepare, variables)
     self.slots, self.max_len, self.steps = slots, max_len, steps
     self._limits = Limits(config, max_len, steps, speculate)
-    self._check_drafts(speculate, draft_recursions)
+    speculation.check(speculate, draft_recursions, steps)
     self.speculate, self._draft_recursions = speculate, draft_recursions
     # Each is another program. Which part of a mesh has the sequences is not asked.
     self.draft_lanes = tuple(sorted({min(n, slots_each) for n in DRAFT_LANES} | {slots_each}))
@@ -158,13 +158,6 @@ class Engine:
         f'layer repeats by itself; leave it out'
       )
     return max_recursions
-
-  def _check_drafts(self, length: int, recursions: int) -> None:
-    if not 0 <= length <= ticks.MOST_DRAFTS:
-      raise ConfigError(f'speculate={length} is not allowed: must be from 0 to {ticks.MOST_DRAFTS} tokens')
-    most = len(self.cached.layout.places)
-    if not 1 <= recursions <= most:
-      raise ConfigError(f'draft_recursions={recursions} is not allowed: must be from 1 to {most}')
 
   # ---- what runs on the device ----
 

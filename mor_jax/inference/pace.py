@@ -18,25 +18,59 @@ class _Way:
 
   Attributes:
     rate: tokens per second, a moving mean.
-    calls: how many were measured.
+    calls: how many were made, of which the first, which may have been compiled, says nothing.
   """
 
   rate: float = 0.0
   calls: int = 0
 
+  @property
+  def is_tried(self) -> bool:
+    """Whether its rate is known."""
+    return self.calls > TRIALS
+
   def add(self, rate: float) -> None:
-    self.rate = rate if not self.calls else self.rate + WEIGHT * (rate - self.rate)
+    """Takes the rate of a call into the mean."""
     self.calls += 1
+    if self.calls > 1:
+      self.rate += (1.0 if self.calls == 2 else WEIGHT) * (rate - self.rate)
 
 
 @dataclasses.dataclass
 class _Crowd:
-  """What was measured with about so many sequences."""
+  """What was measured with about so many sequences.
 
-  ways: dict[bool, _Way] = dataclasses.field(default_factory=lambda: {True: _Way(), False: _Way()})
+  Attributes:
+    drafts, ticks: the two ways.
+    prefers_drafts: which was faster after the latest call.
+    patience: calls after which the slower way is tried again.
+    since: calls since it was.
+  """
+
+  drafts: _Way = dataclasses.field(default_factory=_Way)
+  ticks: _Way = dataclasses.field(default_factory=_Way)
+  prefers_drafts: bool = False
   patience: int = PATIENCE
-  since: int = 0  # calls since the slower way was tried
-  preferred: bool | None = None
+  since: int = 0
+
+  def choose(self) -> bool:
+    """Whether to draft."""
+    if not self.drafts.is_tried or not self.ticks.is_tried:
+      return not self.drafts.is_tried
+    return self.prefers_drafts != (self.since >= self.patience)
+
+  def learn(self, drafted: bool, rate: float) -> None:
+    """A call gave so many tokens a second."""
+    (self.drafts if drafted else self.ticks).add(rate)
+    if not self.drafts.is_tried or not self.ticks.is_tried:
+      return
+    before, self.prefers_drafts = self.prefers_drafts, self.drafts.rate > self.ticks.rate
+    if self.prefers_drafts != before:
+      self.patience, self.since = PATIENCE, 0
+    elif drafted != self.prefers_drafts:  # a trial, which changed nothing
+      self.patience, self.since = min(2 * self.patience, MOST_PATIENCE), 0
+    else:
+      self.since += 1
 
 
 class Pace:
@@ -44,31 +78,14 @@ class Pace:
 
   def __init__(self) -> None:
     self._crowds: dict[int, _Crowd] = {}
-    self._ran: set[bool] = set()
+
+  def _crowd(self, resident: int) -> _Crowd:
+    return self._crowds.setdefault(resident.bit_length(), _Crowd())
 
   def drafts(self, resident: int) -> bool:
     """Whether the next call shall draft, with so many sequences resident."""
-    crowd = self._crowds.setdefault(resident.bit_length(), _Crowd())
-    for way, measured in crowd.ways.items():
-      if measured.calls < TRIALS:
-        return way
-    faster = crowd.ways[True].rate > crowd.ways[False].rate
-    return faster != (crowd.since >= crowd.patience)
+    return self._crowd(resident).choose()
 
   def learn(self, resident: int, drafted: bool, tokens: int, seconds: float) -> None:
     """A call gave so many tokens in so many seconds."""
-    if drafted not in self._ran:  # it was compiled
-      self._ran.add(drafted)
-      return
-    crowd = self._crowds.setdefault(resident.bit_length(), _Crowd())
-    crowd.ways[drafted].add(tokens / max(seconds, 1e-9))
-    if min(measured.calls for measured in crowd.ways.values()) < TRIALS:
-      return
-    faster = crowd.ways[True].rate > crowd.ways[False].rate
-    was_trial = crowd.since >= crowd.patience
-    if faster != crowd.preferred:
-      crowd.preferred, crowd.patience, crowd.since = faster, PATIENCE, 0
-    elif was_trial:
-      crowd.patience, crowd.since = min(2 * crowd.patience, MOST_PATIENCE), 0
-    else:
-      crowd.since += 1
+    self._crowd(resident).learn(drafted, tokens / max(seconds, 1e-9))

@@ -115,7 +115,7 @@ def _extend(cached, with_logits, params, prefix, tokens_BC, lengths_B, rules, ne
   x_BCD, last = decode.apply_end(cached, params.last, taken.cache.last, x_BCD, ends)
   where_BC = jnp.where(real_BC, positions_BC, cached.layout.max_len)
   depths_BT = prefix.depths_BT.at[slots_B[:, None], where_BC].set(
-    taken.selected_SBC.sum(axis=0, dtype=jnp.int8), mode='drop'
+    taken.depth_BC.astype(jnp.int8), mode='drop'
   )
   said = prefix.scores
   if said is not None:

@@ -141,8 +141,8 @@ class Scheduler:
       max_finished = 1 if self._queue and self.engine.parts == 1 else None
       drafts_for, called, resident = self._drafts_for(), time.perf_counter(), len(self._resident)
       self._state, tally = self.engine.generate(self._state, self._ticks, max_finished, drafts_for)
-      ended = self._collect()
-      self.statistics.count(jax.device_get(tally))
+      ended, tally = self._collect(), jax.device_get(tally)
+      self.statistics.count(tally)
       self._pace.learn(resident, drafts_for > 0, int(tally.sampled.sum()), time.perf_counter() - called)
     self.statistics.seconds += time.perf_counter() - begin
     return ended

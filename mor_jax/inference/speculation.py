@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
 
+from mor_jax.config import ConfigError
 from mor_jax.inference import chunks, scores, shards, ticks
-from mor_jax.inference.sampling import sample
 from mor_jax.inference.state import BLOCK, ENTRY, EXIT, IDLE, DecodeState, Rules
 from mor_jax.inference.ticks import Tally
 from mor_jax.model import decode, lane_routing
@@ -46,8 +46,16 @@ class Drafting:
   lanes: int
 
 
+def check(length: int, recursions: int, most: int) -> None:
+  """Raises ConfigError for drafts of a length, or of recursions of which there are at most so many, that cannot be."""
+  if not 0 <= length <= ticks.MOST_DRAFTS:
+    raise ConfigError(f'speculate={length} is not allowed: must be from 0 to {ticks.MOST_DRAFTS} tokens')
+  if not 1 <= recursions <= most:
+    raise ConfigError(f'draft_recursions={recursions} is not allowed: must be from 1 to {most}')
+
+
 @struct.dataclass
-class Lanes:
+class Sequences:
   """The sequences of a round, C = K + 1 tokens of each: the one in flight, and K that are drafted.
 
   Attributes:
@@ -150,130 +158,115 @@ def round_of(cached, drafting, params, carry):
   real_BC = active_B[:, None] & (positions_BC + 1 < rules.limit_N[:, None])
   real_BC &= index_C <= rules.drafts_N[:, None]
   positions_BC = jnp.clip(positions_BC, 0, cached.layout.max_len - 1)
-  lanes = Lanes(slots_B, active_B, positions_BC, real_BC, state.known_N[slots_B], rules)
-  cache, tokens_BT, passed = _draft(cached, drafting, params, state, lanes)
-  state, checked = _check(cached, drafting, params, state.replace(cache=cache), lanes, tokens_BT, passed)
-  return _keep(drafting, state, lanes, tokens_BT, checked, tally)
+  sequences = Sequences(slots_B, active_B, positions_BC, real_BC, state.known_N[slots_B], rules)
+  cache, tokens_BT, passed = _draft(cached, drafting, params, state, sequences)
+  state, checked = _check(cached, drafting, params, state.replace(cache=cache), sequences, tokens_BT, passed)
+  return _keep(drafting, state, sequences, tokens_BT, checked, tally)
 
 
 # ---- the draft ----
 
 
-def _draft(cached, drafting, params, state, lanes):
+def _draft(cached, drafting, params, state, sequences):
   """Tokens one after the other, each with the first recursions, the last layer and the head.
 
   Returns:
     The cache, all tokens (B, T) of the sequences, and the C computed ones as far as they came.
   """
-  rows_B = jnp.arange(lanes.slots_B.shape[0])
+  rows_B = jnp.arange(sequences.slots_B.shape[0])
 
   def write(carry, index):
     cache, tokens_BT, counts_BP = carry
-    position_B, real_B1 = lanes.positions_BC[:, index], lanes.real_BC[:, index, None]
-    ends = lane_routing.at_ends(position_B[:, None], lanes.slots_B, real_B1)
+    position_B, real_B1 = sequences.positions_BC[:, index], sequences.real_BC[:, index, None]
+    ends = lane_routing.at_ends(position_B[:, None], sequences.slots_B, real_B1)
     x_BCD = decode.embed(params, tokens_BT[rows_B, position_B])[:, None]
     x_BCD, first = decode.apply_end(cached, params.first, cache.first, x_BCD, ends)
-    cache = cache.replace(first=first)
-    cache, counts_BP, passed = _first_steps(
-      cached, drafting, params, cache, lanes, x_BCD, position_B[:, None], real_B1, counts_BP
+    taken = chunks.take_steps(
+      cached,
+      params,
+      cache.replace(first=first),
+      lane_routing.begin(cached, params, x_BCD, position_B[:, None]),
+      sequences.slots_B,
+      position_B[:, None],
+      counts_BP,
+      real_B1,
+      sequences.budget,
+      stop=drafting.recursions,
     )
+    passed = Passed(taken.walk, taken.selected_SBC[-1], taken.depth_BC, taken.overflow_BC)
 
     def go_on(cache):
       x_BCD = lane_routing.finish(cached, passed.walk)
       x_BCD, last = decode.apply_end(cached, params.last, cache.last, x_BCD, ends)
       logits_BV = decode.logits(cached, params, x_BCD[:, 0])
       next_B = position_B + 1
-      token_B = _tokens(logits_BV, lanes.rules, next_B, tokens_BT, lanes.known_B)
+      token_B = ticks.next_tokens(logits_BV, sequences.rules, next_B, tokens_BT, sequences.known_B)
       return cache.replace(last=last), tokens_BT.at[rows_B, next_B].set(token_B, mode='drop')
 
     # What follows the last of them is said by the check alone.
-    cache, tokens_BT = jax.lax.cond(index < drafting.length, go_on, lambda cache: (cache, tokens_BT), cache)
-    return (cache, tokens_BT, counts_BP), passed
+    cache, tokens_BT = jax.lax.cond(
+      index < drafting.length, go_on, lambda cache: (cache, tokens_BT), taken.cache
+    )
+    return (cache, tokens_BT, taken.counts_BP), passed
 
-  carry = state.cache, state.tokens_NT[lanes.slots_B], state.counts_NP[lanes.slots_B]
+  carry = state.cache, state.tokens_NT[sequences.slots_B], state.counts_NP[sequences.slots_B]
   (cache, tokens_BT, _), passed = jax.lax.scan(write, carry, jnp.arange(drafting.length + 1))
   return cache, tokens_BT, jax.tree.map(lambda leaf: jnp.moveaxis(leaf[:, :, 0], 0, 1), passed)
-
-
-def _first_steps(cached, drafting, params, cache, lanes, x_BCD, positions_B1, real_B1, counts_BP):
-  """The recursions of the draft for a token of each lane: cache, places taken, and the token behind them."""
-  walk = lane_routing.begin(cached, params, x_BCD, positions_B1)
-  active_B1, depth_B1, overflow_B1 = real_B1, jnp.zeros_like(positions_B1), jnp.zeros_like(real_B1)
-  for step in range(drafting.recursions):
-    steps_B = jnp.full_like(lanes.slots_B, step)
-    walk, offered = lane_routing.offer(
-      cached, params, walk, steps_B, positions_B1, active_B1, counts_BP, *lanes.budget
-    )
-    walk, cache = lane_routing.take_step(
-      cached, params, cache, walk, lanes.slots_B, steps_B, positions_B1, offered
-    )
-    active_B1, overflow_B1 = offered.selected_BC, overflow_B1 | offered.overflow_BC
-    counts_BP = counts_BP.at[:, step].add(active_B1[:, 0])
-    depth_B1 += active_B1
-  return cache, counts_BP, Passed(walk, active_B1, depth_B1, overflow_B1)
 
 
 # ---- the check ----
 
 
-def _check(cached, drafting, params, state, lanes, tokens_BT, passed):
+def _check(cached, drafting, params, state, sequences, tokens_BT, passed):
   """The remaining recursions and the last layer for all C tokens of each lane together: the state, and `Checked`."""
   taken = chunks.take_steps(
     cached,
     params,
     state.cache,
     passed.walk,
-    lanes.slots_B,
-    lanes.positions_BC,
-    state.counts_NP[lanes.slots_B],
+    sequences.slots_B,
+    sequences.positions_BC,
+    state.counts_NP[sequences.slots_B],
     passed.active_BC,
-    lanes.budget,
+    sequences.budget,
     first=drafting.recursions,
   )
-  ends = lane_routing.at_ends(lanes.positions_BC, lanes.slots_B, lanes.real_BC)
+  ends = lane_routing.at_ends(sequences.positions_BC, sequences.slots_B, sequences.real_BC)
   x_BCD = lane_routing.finish(cached, taken.walk)
   x_BCD, last = decode.apply_end(cached, params.last, taken.cache.last, x_BCD, ends)
   logits_NV = decode.logits(cached, params, x_BCD.reshape(-1, x_BCD.shape[-1]))
-  shape = lanes.positions_BC.shape
+  shape = sequences.positions_BC.shape
   rules, tokens_NT, known_N = jax.tree.map(
-    functools.partial(jnp.repeat, repeats=shape[1], axis=0), (lanes.rules, tokens_BT, lanes.known_B)
+    functools.partial(jnp.repeat, repeats=shape[1], axis=0), (sequences.rules, tokens_BT, sequences.known_B)
   )
-  next_N = _tokens(logits_NV, rules, lanes.positions_BC.ravel() + 1, tokens_NT, known_N)
+  next_N = ticks.next_tokens(logits_NV, rules, sequences.positions_BC.ravel() + 1, tokens_NT, known_N)
   checked = Checked(
     next_N.reshape(shape),
     logits_NV.reshape(*shape, -1),
-    passed.depth_BC + taken.selected_SBC.sum(axis=0),
-    passed.overflow_BC | taken.overflow_SBC.any(axis=0),
+    passed.depth_BC + taken.depth_BC,
+    passed.overflow_BC | taken.overflow_BC,
   )
   return state.replace(cache=taken.cache.replace(last=last)), checked
 
 
-def _tokens(logits_BV, rules, next_B, tokens_BT, known_B):
-  """The tokens in some places: those that are known, else those drawn."""
-  last = tokens_BT.shape[1] - 1
-  given_B = jnp.take_along_axis(tokens_BT, jnp.minimum(next_B, last)[:, None], axis=1)[:, 0]
-  drawn_B = sample(logits_BV, rules.sampling, next_B, tokens_BT, next_B)
-  return jnp.where(next_B < known_B, given_B, drawn_B)
-
-
-def _keep(drafting, state, lanes, tokens_BT, checked, tally):
+def _keep(drafting, state, sequences, tokens_BT, checked, tally):
   """The state with as much of the draft as is right, and what the check says of the token behind it."""
-  slots_B, rules = lanes.slots_B, lanes.rules
-  places_BC = lanes.positions_BC + 1
-  is_new_BC = places_BC >= lanes.known_B[:, None]
+  slots_B, rules = sequences.slots_B, sequences.rules
+  places_BC = sequences.positions_BC + 1
+  is_new_BC = places_BC >= sequences.known_B[:, None]
   ends_BC = is_new_BC & (checked.next_BC[..., None] == rules.stops_NM[:, None]).any(axis=-1)
   ends_BC |= places_BC + 1 >= rules.limit_N[:, None]
-  written_BK = jnp.take_along_axis(tokens_BT, lanes.positions_BC[:, 1:], axis=1)
+  written_BK = jnp.take_along_axis(tokens_BT, sequences.positions_BC[:, 1:], axis=1)
   is_right_BK = (checked.next_BC[:, :-1] == written_BK) & ~ends_BC[:, :-1]
   right_BC = jnp.pad(jnp.cumprod(is_right_BK, axis=1), ((0, 0), (1, 0)), constant_values=1)
-  kept_BC = lanes.real_BC & (right_BC == 1)
+  kept_BC = sequences.real_BC & (right_BC == 1)
   count_B = kept_BC.sum(axis=1)
-  known_B = jnp.maximum(lanes.known_B, lanes.positions_BC[:, 0] + count_B + 1)
+  known_B = jnp.maximum(sequences.known_B, sequences.positions_BC[:, 0] + count_B + 1)
   steps_P = jnp.arange(state.counts_NP.shape[1])
   taken_BP = (kept_BC[..., None] & (checked.depth_BC[..., None] > steps_P)).sum(axis=1)
 
   nobody, beyond = state.phase_N.shape[0], state.tokens_NT.shape[1]
-  rows_B = jnp.where(lanes.active_B, slots_B, nobody)
+  rows_B = jnp.where(sequences.active_B, slots_B, nobody)
   rows_BC = jnp.broadcast_to(rows_B[:, None], kept_BC.shape)
 
   def put(leaf, value_B):
@@ -288,24 +281,24 @@ def _keep(drafting, state, lanes, tokens_BT, checked, tally):
     said = scores.put(state.scores, rows_BC.ravel(), where_N, logits_NV, checked.next_BC.ravel())
     state = state.replace(scores=said)
   if state.logits_NTV is not None:
-    kept = put_each(state.logits_NTV, kept_BC, lanes.positions_BC, checked.logits_BCV)
+    kept = put_each(state.logits_NTV, kept_BC, sequences.positions_BC, checked.logits_BCV)
     state = state.replace(logits_NTV=kept)
   state = state.replace(
     tokens_NT=put_each(state.tokens_NT, kept_BC & is_new_BC, places_BC, checked.next_BC),
-    depths_NT=put_each(state.depths_NT, kept_BC, lanes.positions_BC, checked.depth_BC),
+    depths_NT=put_each(state.depths_NT, kept_BC, sequences.positions_BC, checked.depth_BC),
     known_N=put(state.known_N, known_B),
-    position_N=put(state.position_N, lanes.positions_BC[:, 0] + count_B - 1),
+    position_N=put(state.position_N, sequences.positions_BC[:, 0] + count_B - 1),
     phase_N=put(state.phase_N, jnp.where((kept_BC & ends_BC).any(axis=1), IDLE, ENTRY)),
     since_N=put(state.since_N, state.clock_G),
     counts_NP=state.counts_NP.at[rows_B].add(taken_BP, mode='drop'),
     clock_G=state.clock_G + 1,
   )
   # A draft counts if the token before it was right, for else nobody could have known.
-  judged_BK = kept_BC[:, :-1] & ~ends_BC[:, :-1] & lanes.real_BC[:, 1:] & is_new_BC[:, :-1]
+  judged_BK = kept_BC[:, :-1] & ~ends_BC[:, :-1] & sequences.real_BC[:, 1:] & is_new_BC[:, :-1]
   left_BK = checked.depth_BC[:, :-1] <= drafting.recursions
   return state, tally.add(
     rounds=1,
-    checks=lanes.active_B.sum(),
+    checks=sequences.active_B.sum(),
     tokens=count_B.sum(),
     passes=jnp.where(kept_BC, checked.depth_BC, 0).sum(),
     sampled=(kept_BC & is_new_BC).sum(),

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from mor_jax.inference import scores, shards
 from mor_jax.inference.sampling import sample
-from mor_jax.inference.state import BLOCK, ENTRY, EXIT, IDLE, DecodeState
+from mor_jax.inference.state import BLOCK, ENTRY, EXIT, IDLE, DecodeState, Rules
 from mor_jax.model import decode, lane_routing
 from mor_jax.model.decode import CachedModel, DecodeParams
 from mor_jax.model.lane_routing import Offer
@@ -217,11 +217,8 @@ def pass_boundary(cached, batches, params, carry):
 
   rules = jax.tree.map(lambda leaf: leaf[slots_B], state.rules)
   tokens_BT = state.tokens_NT[slots_B]
-  forced_B = next_B < known_B
-  column_B = jnp.minimum(next_B, tokens_BT.shape[1] - 1)
-  given_B = jnp.take_along_axis(tokens_BT, column_B[:, None], axis=1)[:, 0]
-  token_B = jnp.where(forced_B, given_B, sample(logits_BV, rules.sampling, next_B, tokens_BT, known_B))
-  sampled_B = leaving_B & ~forced_B
+  token_B = next_tokens(logits_BV, rules, next_B, tokens_BT, known_B)
+  sampled_B = leaving_B & (next_B >= known_B)
   ends_B = sampled_B & (token_B[:, None] == rules.stops_NM).any(axis=1)
   ends_B |= leaving_B & (next_B + 1 >= rules.limit_N)
   going_B = active_B & ~ends_B
@@ -240,6 +237,16 @@ def pass_boundary(cached, batches, params, carry):
   )
   state, overflow_P = _enter(cached, params, state, slots_B, token_B, next_B, going_B)
   return state, tally.add(overflow_GP=overflow_P)
+
+
+def next_tokens(
+  logits_BV: jax.Array, rules: Rules, next_B: jax.Array, tokens_BT: jax.Array, known_B: jax.Array
+) -> jax.Array:
+  """The tokens (B,) in some places: those that are known, else what is drawn after all before them."""
+  column_B1 = jnp.minimum(next_B, tokens_BT.shape[1] - 1)[:, None]
+  given_B = jnp.take_along_axis(tokens_BT, column_B1, axis=1)[:, 0]
+  drawn_B = sample(logits_BV, rules.sampling, next_B, tokens_BT, next_B)
+  return jnp.where(next_B < known_B, given_B, drawn_B)
 
 
 def _leave(cached, params, state, slots_B, leaving_B):

@@ -8,6 +8,7 @@ it can take (`roofline`), and from the shares of the depths the most tokens that
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -65,7 +66,6 @@ class Plan:
   """What generating costs on one device.
 
   Attributes:
-    config: the model.
     asked: what was asked for, with the number of slots.
     kind: of the device, and `memory` its bytes, None if unknown.
     lanes: of the block and the boundary.
@@ -74,7 +74,6 @@ class Plan:
     depth: passes of the block per token.
   """
 
-  config: ModelConfig
   asked: Asked
   kind: str
   memory: float | None
@@ -153,11 +152,7 @@ def _compile(config, device, memory, asked) -> Plan:
 
   variables = nn.unbox(abstract_variables(config))
   params = on_device(jax.eval_shape(functools.partial(decode.prepare, cached), variables))
-  state = on_device(
-    jax.eval_shape(lambda: state_lib.init_state(cached, asked.slots, asked.cache_dtype, top_logprobs=None))
-  )
-  lanes = min(PROMPTS, asked.slots)
-  prefix = on_device(jax.eval_shape(lambda: prefill.empty(cached, lanes, asked.cache_dtype)))
+  state = on_device(jax.eval_shape(lambda: state_lib.init_state(cached, asked.slots, asked.cache_dtype)))
 
   def block_of(params, state):
     return ticks.apply_block(cached, batches, params, (state, _tally(cached)))
@@ -165,7 +160,18 @@ def _compile(config, device, memory, asked) -> Plan:
   def boundary_of(params, state):
     return ticks.pass_boundary(cached, batches, params, (state, _tally(cached)))
 
-  programs = {'block': (block_of, (params, state)), 'boundary': (boundary_of, (params, state))}
+  def chunk_of(params, prefix, tokens_BC, lengths_B, shift_B):
+    return prefill.extend(cached, None, params, prefix, tokens_BC, lengths_B, (lengths_B, shift_B))
+
+  lanes = min(PROMPTS, asked.slots)
+  numbers = [((lanes, asked.chunk), jnp.int32), ((lanes,), jnp.int32), ((lanes,), jnp.float32)]
+  prompts = on_device([jax.ShapeDtypeStruct(*one) for one in numbers])
+  prefix = on_device(jax.eval_shape(lambda: prefill.empty(cached, lanes, asked.cache_dtype)))
+  programs = {
+    'block': (block_of, (params, state)),
+    'boundary': (boundary_of, (params, state)),
+    'chunk': (chunk_of, (params, prefix, *prompts)),
+  }
   if asked.speculate:
     drafting = Drafting(asked.speculate, asked.draft_recursions, asked.slots)
 
@@ -173,25 +179,13 @@ def _compile(config, device, memory, asked) -> Plan:
       return speculation.round_of(cached, drafting, params, (state, _tally(cached)))
 
     programs['round'] = (round_of, (params, state))
-  costs = {
-    name: cost.of(
-      lambda function=function, arguments=arguments: jax.jit(function, donate_argnums=1).trace(*arguments),
-      arguments,
-      function.__name__,
-      1,
-      is_tpu,
-      asked.fast,
-    )
-    for name, (function, arguments) in programs.items()
-  }
-  tokens = on_device(jax.ShapeDtypeStruct((lanes, asked.chunk), jnp.int32))
-  each = on_device((jax.ShapeDtypeStruct((lanes,), jnp.int32), jax.ShapeDtypeStruct((lanes,), jnp.float32)))
-  arguments = params, prefix, tokens, each[0], each
-  costs['chunk'] = cost.of(
-    lambda: prefill.extend.trace(cached, None, *arguments), arguments, 'extend', 1, is_tpu, asked.fast
-  )
+
+  def cost_of(function: Callable, arguments: tuple) -> Cost:
+    jitted = jax.jit(function, donate_argnums=1)
+    return cost.of(lambda: jitted.trace(*arguments), arguments, function.__name__, 1, is_tpu, asked.fast)
+
+  costs = {name: cost_of(*program) for name, program in programs.items()}
   return Plan(
-    config,
     asked,
     device.device_kind,
     memory,
