@@ -282,6 +282,14 @@ def test_help(program, flag):
     assert shown in done.stdout
 
 
+@pytest.mark.parametrize('command', ['generate', 'serve'])
+def test_help_has_the_flags_of_an_engine(command):
+  words = [sys.executable, '-m', f'mor_jax.{command}', '--help']
+  shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+  for name in ('checkpoint', 'max_len', 'slots', 'max_recursions', 'cache_dtype', 'speculate'):
+    assert f'\n  --{name}' in shown
+
+
 def test_interrupt(program):
   with subprocess.Popen(
     [sys.executable, 'program.py', '--config=some.py', '--workdir=sleep'],

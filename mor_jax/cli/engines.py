@@ -22,6 +22,7 @@ from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.runs.restore import LoadedRun, load_run
 
 FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # what is defined here is a flag of the command that calls for it
 AUTO_DRAFT = 4  # tokens of a draft with --speculate=auto
 
 
