@@ -105,6 +105,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     'occupancy': scheduler.statistics.slot_occupancy,
     'devices': len({shard.device for shard in keys.addressable_shards if shard.data.shape != keys.shape}),
     'collectives': {name: recorder.found for name, recorder in recorders.items() if recorder.is_used},
+    'bytes': sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(scheduler._state)),
+    'state_bytes': engine.state_bytes(),
     'slot': int(np.prod(keys.addressable_shards[0].data.shape[2:])) * keys.dtype.itemsize,
   }
 

@@ -122,6 +122,7 @@ def test_a_mesh_prints_the_same_text(finished_run):
     (('--prompt=',), '--prompt is empty'),
     (('--prompt=a', '--temperature=-1'), '--temperature=-1.0 is not allowed: must be >= 0'),
     (('--prompt=' + 'a' * 64,), 'the prompt has 64 tokens, which leaves no room in a cache of max_len=64'),
+    (('--prompt=a', '--max_len=99999999'), 'GB for keys and values on each device'),
     (('--prompt=a', '--capacities=1.0,0.1'), 'first run python -m mor_jax.calibrate'),
     (
       ('--prompt=a', '--speculate=many'),

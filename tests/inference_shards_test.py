@@ -57,6 +57,7 @@ def test_every_mesh_gives_the_tokens_of_one_device(name):
     assert found[mesh]['tokens'] == one['tokens'], mesh
     assert found[mesh]['depths'] == one['depths'], mesh
     assert found[mesh]['devices'] == 8, 'every device has a part of the caches'
+    assert found[mesh]['bytes'] == found[mesh]['state_bytes'], 'what was told before it was made'
 
 
 @pytest.mark.parametrize('name', MODELS_BY_SPEED)

@@ -18,6 +18,7 @@ from mor_jax.inference.engine import Engine
 from mor_jax.interop import imported, sources
 from mor_jax.model import cache
 from mor_jax.model.transformer import Transformer
+from mor_jax.parallel import device_memory
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.runs.restore import LoadedRun, load_run
 
@@ -97,7 +98,11 @@ def tokenizer_of(run: LoadedRun) -> Tokenizer:
 def make_engine(
   run: LoadedRun, slots: int, mesh: Mesh, top_logprobs: int | None = None
 ) -> tuple[Engine, LoadedRun]:
-  """An engine with at least so many slots, as many on every part of the mesh; and the run as it runs it."""
+  """An engine with at least so many slots, as many on every part of the mesh; and the run as it runs it.
+
+  Raises:
+    ConfigError: a setting cannot work, or there is no memory for it.
+  """
   parts = mesh_lib.row_shards(mesh)
   if FLAGS.capacities:
     config, variables = calibrated(run)
@@ -115,7 +120,18 @@ def make_engine(
     speculate=_draft_length(),
     draft_recursions=FLAGS.draft_recursions,
   )
+  _check_memory(engine, mesh)
   return engine, run
+
+
+def _check_memory(engine: Engine, mesh: Mesh) -> None:
+  needed, left = engine.state_bytes(), device_memory.free(list(mesh.devices.flat))
+  if left is not None and needed > left:
+    raise ConfigError(
+      f'--slots={engine.slots} texts of --max_len={engine.max_len} tokens need {needed / 1e9:,.2f} GB for keys and values '
+      f'on each device, where {left / 1e9:,.2f} GB are free: use fewer or shorter ones'
+      + ('' if FLAGS.cache_dtype == 'int8' else ', or --cache_dtype=int8')
+    )
 
 
 def drafting() -> bool | None:

@@ -166,6 +166,10 @@ class Engine:
     sizes = self.slots, self._dtype, self._keep_logits, self.parts, self.top_logprobs
     return self._make(state_lib.init_state, self.cached, *sizes)
 
+  def state_bytes(self) -> int:
+    """What `init_state` allocates on each device, most of it keys and values, in bytes."""
+    return shards.bytes_each(self._mesh, jax.eval_shape(self.init_state))
+
   def _make(self, function: Callable[..., Any], *arguments: Any) -> Any:
     made = shards.make(self._mesh, function, *arguments)
     return shards.bound(made, self._device)

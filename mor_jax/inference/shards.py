@@ -7,6 +7,7 @@ once, when the engine is made: a tick reads all of them, so that parts along fsd
 """
 
 import functools
+import math
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -67,6 +68,18 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
   """Where slots, caches and whatever else has the slots' axis lie between calls."""
   return jax.tree_util.tree_map_with_path(
     lambda path, _: NamedSharding(mesh, _spec(mesh, _names(path))), tree
+  )
+
+
+def bytes_each(mesh: Mesh | None, tree: Any) -> int:
+  """Bytes of a state (arrays or their shapes) on each device."""
+  leaves = jax.tree.leaves(tree)
+  if mesh is None:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+  places = jax.tree.leaves(shardings(mesh, tree))
+  return sum(
+    math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for place, leaf in zip(places, leaves, strict=True)
   )
 
 
