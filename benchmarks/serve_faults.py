@@ -3,8 +3,8 @@
 Server and clients run in processes of their own. Every part prints what it found, and fails where something is lost:
 
   vanish     --vanishing clients hang up at random moments, of streams and of whole answers, while others are answered:
-             those answers must be those of an idle server, token for token, depth for depth, scores up to rounding;
-             afterwards no slot and no queue entry may be taken, and the engine answers as before
+             those answers must be those of an idle server, bit for bit (--batch_invariant); afterwards no slot and no
+             queue entry may be taken, and the engine answers as before
   malformed  --malformed bodies from hypothesis, half of them fields with wrong values, half arbitrary JSON or bytes:
              every answer is 4xx in OpenAI's form, or 200 where the body happens to be right; none is 500
   sigterm    SIGTERM while 32 requests run or wait: each accepted one is answered whole, later ones are refused with
@@ -37,7 +37,7 @@ from mor_jax.config import ConfigError
 FLAGS = flags.FLAGS
 NAME, ROUTE = 'tried', '/v1/completions'
 PATIENCE = 300.0
-ROUNDING = 1e-4  # nats
+STAYING = 8  # clients that wait for their answers among those that vanish
 GROWTH = 16 * 2**20  # bytes that memory may grow between the first fifth and the end
 FIELDS = (
   *('model', 'prompt', 'max_tokens', 'temperature', 'top_p', 'top_k', 'min_p', 'repetition_penalty', 'seed'),
@@ -66,14 +66,14 @@ def main() -> int:
   with tempfile.TemporaryDirectory() as folder:
     for part in FLAGS.parts:
       with serving_process.ours(
-        [f'--checkpoint={FLAGS.checkpoint}', f'--name={NAME}'], Path(folder)
+        [f'--checkpoint={FLAGS.checkpoint}', f'--name={NAME}', '--batch_invariant'], Path(folder)
       ) as server:
         begin = time.perf_counter()
         faults, said = PARTS[part](server)
       failed |= bool(faults)
       rows.append([part, said, '; '.join(faults) or 'nothing lost', f'{time.perf_counter() - begin:.0f}'])
       print(*rows[-1], sep=': ', flush=True)
-  settings = {'model': Path(FLAGS.checkpoint).resolve().name, 'flags of the server': 'defaults'}
+  settings = {'model': Path(FLAGS.checkpoint).resolve().name, 'flags of the server': '--batch_invariant'}
   print(results.keep('serve_faults', ['part', 'tried', 'found', 'seconds'], rows, settings))
   return int(failed)
 
@@ -89,8 +89,7 @@ def vanish(server: ServerProcess) -> tuple[list[str], str]:
   before = server.resident_bytes
   others, answered = asyncio.run(_among_vanishing(server.address, bodies))
   faults = []
-  numbers = [0.0]
-  wrong = sum(not _equal(answer, alone[place], numbers) for place, answer in others)
+  wrong = sum(answer != alone[place] for place, answer in others)
   if wrong:
     faults.append(f'{wrong} of {len(others)} answers differ from those of an idle server')
   end = time.monotonic() + 60
@@ -100,30 +99,15 @@ def vanish(server: ServerProcess) -> tuple[list[str], str]:
     faults.append(f'{left[0]:g} slots are in use and {left[1]:g} requests wait, though nobody is there')
   with httpx.Client(base_url=server.address, timeout=PATIENCE) as client:
     afterwards = [_answer(client.post(ROUTE, json=body)) for body in bodies]
-  if not _equal(afterwards, alone, numbers):
+  if afterwards != alone:
     faults.append('answers afterwards differ')
   gone = server.metric('mor_jax_cancelled_total')
   grown = (server.resident_bytes - before) / 2**20
   said = (
     f'{FLAGS.vanishing} clients, {gone:g} of them while they were answered, {answered} earlier or later; '
   )
-  said += f'{len(others)} answers to others compared, scores equal to {max(numbers):.1e}; '
+  said += f'{len(others)} answers to others compared; '
   return faults, f'{said}memory {grown:+.1f} MB'
-
-
-def _equal(one: Any, other: Any, numbers: list[float]) -> bool:
-  """Whether two answers are equal; scores, whose differences are added to `numbers`, up to rounding.
-
-  Prompts that are computed beside others take another program, which sums in another order.
-  """
-  if isinstance(one, float) and isinstance(other, float):
-    numbers.append(abs(one - other))
-    return numbers[-1] <= ROUNDING
-  if isinstance(one, dict) and isinstance(other, dict):
-    return one.keys() == other.keys() and all(_equal(one[key], other[key], numbers) for key in one)
-  if isinstance(one, list) and isinstance(other, list):
-    return len(one) == len(other) and all(_equal(*pair, numbers) for pair in zip(one, other, strict=True))
-  return one == other
 
 
 async def _among_vanishing(address: str, bodies: list[dict[str, Any]]) -> tuple[list[tuple[int, Any]], int]:
@@ -149,7 +133,7 @@ async def _among_vanishing(address: str, bodies: list[dict[str, Any]]) -> tuple[
         others.append((place, _answer(await client.post(ROUTE, json=bodies[place]))))
 
     done = asyncio.Event()
-    others_run = [asyncio.create_task(staying()) for _ in range(3)]
+    others_run = [asyncio.create_task(staying()) for _ in range(STAYING)]
     await asyncio.gather(*(vanishing() for _ in range(24)))
     done.set()
     await asyncio.gather(*others_run)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_run
 
+from mor_jax.config import ConfigError
 from mor_jax.data import tokenizer as tokenizers
 from mor_jax.inference import engine as engine_lib
 from mor_jax.inference import prefill
@@ -56,6 +57,40 @@ def test_company_and_order_change_no_token(name):
     random.Random(order).shuffle(shuffled)
     together = answers([requests[index] for index in shuffled], ticks, name)
     assert together == [alone[index] for index in shuffled]
+
+
+@pytest.mark.parametrize('is_invariant', [False, True])
+def test_company_changes_no_bit_where_that_is_asked_for(is_invariant):
+  """Log-probabilities of prompts and answers, scored or not, alike or not, beside some that vanish, against each alone."""
+  common = tiny_engine.prompt(20, seed=3)
+  requests = [
+    Request(
+      common + tiny_engine.prompt(length, seed=length),
+      max_new_tokens=8,
+      temperature=1.0,
+      seed=length,
+      prompt_logprobs=length % 2 == 0,
+    )
+    for length in (3, 14, 25, 6)
+  ]
+  made = engine(max_len=96, chunks=(8, 16, 32), top_logprobs=1, batch_invariant=is_invariant)
+  alone = [Scheduler(made).run([request])[0].logprobs for request in requests]
+  scheduler = Scheduler(made, ticks_per_call=5, prefill_tokens=16)
+  together = [scheduler.submit(request) for request in (*requests, requests[0], requests[1])]
+  vanishing = [scheduler.submit(dataclasses.replace(request, max_new_tokens=30)) for request in requests[:2]]
+  while scheduler.busy:
+    scheduler.step()
+    if scheduler.waiting == 0:
+      for result in vanishing:
+        scheduler.cancel(result)
+  assert [result.finish for result in vanishing] == ['cancelled'] * 2
+  equal = [result.logprobs for result in together] == [*alone, *alone[:2]]
+  assert equal == is_invariant, 'without the option other programs, which sum in another order'
+
+
+def test_what_drafts_together_is_not_invariant():
+  with pytest.raises(ConfigError, match='batch_invariant cannot be used with speculate=2'):
+    engine(batch_invariant=True, speculate=2)
 
 
 def test_greedy_tokens_are_those_of_full_forward_passes():

@@ -53,6 +53,11 @@ def define_flags(slots: int | None, slots_help: str) -> None:
     'tokens that the first recursions draft, to be checked together (the text is the same): a number, 0: none; auto: '
     f'{AUTO_DRAFT}, whenever that is faster',
   )
+  flags.DEFINE_boolean(
+    'batch_invariant',
+    False,
+    'the same bits of scores, whatever else is computed at the time; costs speed where prompts are short',
+  )
   flags.DEFINE_integer('draft_recursions', 1, 'recursions that write the drafts')
 
 
@@ -119,6 +124,7 @@ def make_engine(
     mesh=mesh if mesh.size > 1 else None,
     speculate=_draft_length(),
     draft_recursions=FLAGS.draft_recursions,
+    batch_invariant=FLAGS.batch_invariant,
   )
   _check_memory(engine, mesh)
   return engine, run

@@ -44,6 +44,7 @@ class Engine:
     parts: parts of the mesh, the first of which has the first slots and lanes, and so on.
     speculate: tokens of a draft; 0: there are none.
     draft_lanes: numbers of sequences that are drafted together, rising, on each part.
+    batch_invariant: whether every sequence is computed by the same programs, in the same pieces, whoever is beside it.
   """
 
   def __init__(
@@ -66,6 +67,7 @@ class Engine:
     mesh: Mesh | None = None,
     speculate: int = 0,
     draft_recursions: int = 1,
+    batch_invariant: bool = False,
   ):
     """Lays out the caches and brings the variables into the form that decoding reads.
 
@@ -86,9 +88,11 @@ class Engine:
       mesh: devices to use (`shards`); sizes are those of all parts together. None: where the variables lie.
       speculate: tokens of a draft (`speculation`), for calls of `generate` that draft; 0: there are none.
       draft_recursions: recursions that write it.
+      batch_invariant: give the same bits whatever else is computed: prompts take one size of chunks, the middle one, and
+        all lanes. Costs time where prompts are short or come one by one.
 
     Raises:
-      ConfigError: a size that cannot work.
+      ConfigError: a size that cannot work, or two settings that exclude each other.
     """
     config, on_cpu = model.config, jax.default_backend() == 'cpu'
     lanes = slots if lanes is None else lanes
@@ -120,6 +124,10 @@ class Engine:
     read = read or {'cpu': 'lanes', 'tpu': 'groups'}.get(jax.default_backend(), 'gather')
     if read not in cached_attention.READS:
       raise ConfigError(f'read={read} is not one of {", ".join(cached_attention.READS)}')
+    if batch_invariant and speculate:
+      raise ConfigError(
+        f'batch_invariant cannot be used with speculate={speculate}: how many are drafted together depends on who is there'
+      )
     slack = config.threshold_slack if slack is None else slack
     steps = self._steps(config, max_recursions)
     tiled = jax.default_backend() == 'tpu' and (mesh is None or mesh.shape['tensor'] == 1)
@@ -140,6 +148,9 @@ class Engine:
     self.batches = ticks.Batches(lanes_each, boundary_lanes // parts)
     self.prefill_lanes = prefill_lanes
     self.chunks = tuple(sorted({min(chunk, max_len) for chunk in chunks}))
+    self.batch_invariant = batch_invariant
+    if batch_invariant:
+      self.chunks = (self.chunks[len(self.chunks) // 2],)
     self._dtype, self._keep_logits, self.top_logprobs = cache_dtype, keep_logits, top_logprobs
 
   @staticmethod
@@ -178,6 +189,15 @@ class Engine:
     """The part of the mesh that has a slot."""
     return slot // (self.slots // self.parts)
 
+  def lanes_for(self, prompts: int, is_scored: bool) -> int:
+    """Lanes that each part computes so many prompts in: one for one, else all, since each number is another program.
+
+    Prompts to be scored, which seldom come alone, always take all.
+    """
+    is_scored &= self.top_logprobs is not None
+    is_single = prompts == 1 and not is_scored and not self.batch_invariant
+    return 1 if is_single else self.prefill_lanes // self.parts
+
   def begin(
     self,
     requests: Sequence[Request | None],
@@ -186,8 +206,7 @@ class Engine:
   ) -> Filling:
     """Prompts of up to `prefill_lanes` requests, to be computed together by `fill`, each but for its last token.
 
-    There are `prefill_lanes` lanes, or one on each part of the mesh if there are no more requests. Prompts to be scored,
-    which seldom come alone, always take all: every number of lanes is another program.
+    Each part of the mesh has as many of the lanes, `lanes_for` its prompts.
 
     Args:
       requests: those of the lanes, in order; None: nothing.
@@ -198,7 +217,7 @@ class Engine:
       raise ValueError(f'{len(requests)} prompts are more than the {self.prefill_lanes} lanes of prefill')
     is_scored = any(request is not None and request.prompt_logprobs for request in requests)
     is_scored &= self.top_logprobs is not None
-    lanes = self.parts if len(requests) == self.parts and not is_scored else self.prefill_lanes
+    lanes = self.parts * self.lanes_for(-(-len(requests) // self.parts), is_scored)
     requests = [*requests, *[None] * (lanes - len(requests))]
     rules = [self.rules(request or NOTHING) for request in requests]
     budget = (

@@ -56,6 +56,8 @@ class Prefixes:
 
   def keep(self, slot: int, request: Request, tokens_T: np.ndarray) -> None:
     """A slot holds these tokens of a request."""
+    if self._engine.batch_invariant:  # what an answer adds was computed by ticks
+      tokens_T = tokens_T[: len(request.prompt) - 1]
     self._held[slot] = Held(tokens_T, _rules(request), request.prompt_logprobs)
     self._use(slot)
 
@@ -73,12 +75,16 @@ class Prefixes:
     for slot, held in self._held.items():
       if held.rules != _rules(request) or self._engine.part_of(slot) != part:
         continue
-      if request.prompt_logprobs and not held.is_scored:
+      if request.prompt_logprobs != held.is_scored and (
+        request.prompt_logprobs or self._engine.batch_invariant
+      ):
         continue
       size = min(len(prompt_T), len(held.tokens_T))
       differs = np.flatnonzero(prompt_T[:size] != held.tokens_T[:size])
       length = int(differs[0]) if len(differs) else size
       length -= request.prompt_logprobs
+      if self._engine.batch_invariant:  # whole chunks, which are computed as they would be anew
+        length -= length % self._engine.chunks[0]
       if length >= max(LEAST, found.length + 1 if found else 0):
         found = Reused(slot, length)
     if found is not None:

@@ -104,8 +104,20 @@ class Prompts:
 def _lanes(admitted: list[Entry], engine: Engine) -> Iterator[list[list[Entry]]]:
   """Groups prompts into prefill batches: for each lane the slots, of its part of the mesh, that get what it computes.
 
-  A part has one lane if no part has more prompts, else all. Requests whose prompts are computed alike, such as samples of one prompt, share a lane.
+  Every part has as many lanes (`Engine.lanes_for`). Requests whose prompts are computed alike, such as samples of
+  one prompt, share a lane. Where nothing may depend on who is there, those to be scored, which take another program, are
+  not computed beside others.
   """
+  if engine.batch_invariant:
+    for is_scored in (False, True):
+      yield from _grouped(
+        [entry for entry in admitted if entry[1].request.prompt_logprobs == is_scored], engine
+      )
+  else:
+    yield from _grouped(admitted, engine)
+
+
+def _grouped(admitted: list[Entry], engine: Engine) -> Iterator[list[list[Entry]]]:
   each = engine.prefill_lanes // engine.parts
   waiting: dict[int, dict[Any, list[Entry]]] = collections.defaultdict(dict)
   for slot, result in admitted:
@@ -114,5 +126,6 @@ def _lanes(admitted: list[Entry], engine: Engine) -> Iterator[list[list[Entry]]]
     waiting[engine.part_of(slot)].setdefault(alike, []).append((slot, result))
   for start in range(0, max(map(len, waiting.values()), default=0), each):
     parts = [list(waiting[part].values())[start : start + each] for part in range(engine.parts)]
-    width = each if max(map(len, parts)) > 1 else 1
+    is_scored = any(entry[1].request.prompt_logprobs for some in parts for lane in some for entry in lane)
+    width = engine.lanes_for(max(map(len, parts)), is_scored)
     yield [lane for some in parts for lane in [*some, *[[]] * (width - len(some))]]
