@@ -113,13 +113,13 @@ def main() -> None:
     )
     print(keep(rows), flush=True)
 
-  add(Setup(vanilla, mesh, dataset), 'itself', pretrained.shared_weights(vanilla, source))
+  add(Setup(vanilla, mesh, dataset), 'itself', pretrained.initial_weights(vanilla, source))
   for recursions in map(int, FLAGS.recursions):
     config = settings('mor', recursions)
     setup = Setup(config, mesh, dataset)
     for method in FLAGS.methods:
       chosen = with_changes(config, init={'method': method})
-      add(setup, method, pretrained.shared_weights(chosen, source))
+      add(setup, method, pretrained.initial_weights(chosen, source))
     # The recipe's small init_std is meant for routers alone.
     from_scratch = with_changes(config, model={'init': 'plain', 'init_std': None})
     add(Setup(from_scratch, mesh, dataset), 'random weights', None)
@@ -128,7 +128,7 @@ def main() -> None:
       teacher = pretrained.make_teacher(config, source)
       theirs = distillation.load_parameters(pretrained.abstract_teacher(teacher, mesh), source.weights)
       setup = Setup(config, mesh, dataset, teacher)
-      add(setup, f'{FLAGS.distilled}, distilled', pretrained.shared_weights(config, source), (theirs,))
+      add(setup, f'{FLAGS.distilled}, distilled', pretrained.initial_weights(config, source), (theirs,))
 
 
 def settings(variant: str, recursions: int) -> Config:

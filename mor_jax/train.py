@@ -5,8 +5,9 @@ checkpoint; a finished run shows its result again.
 
 The state comes from the first of these that exists:
   1. the newest good checkpoint of the run itself, so that the same command resumes;
-  2. --init_from=MODEL, a vanilla model (run folder or Llama checkpoint) whose layers become the shared
-     block as config.init says, with a fresh optimiser, routers and step 0 (docs/uptraining.md);
+  2. --init_from=MODEL, with a fresh optimiser and step 0: a vanilla model (run folder or Llama checkpoint)
+     whose layers become the shared block as config.init says, with fresh routers; or a run of this very
+     model, routers included, to be trained on other text (docs/uptraining.md);
   3. random weights.
 """
 
@@ -30,7 +31,9 @@ def define_flags() -> None:
     'allow_change', [], 'settings that a resumed run may change although they decide what is trained'
   )
   flags.DEFINE_string(
-    'init_from', None, 'vanilla model that a new training begins from; the same as --config.init.source'
+    'init_from',
+    None,
+    'vanilla model, or run of the same model, that a new training begins from; the same as --config.init.source',
   )
   flags.DEFINE_string(
     'profile', None, 'START:STOP: trace these steps, STOP left out, into profile/ of the run folder'

@@ -142,8 +142,8 @@ class InitConfig:
 
   source: str | None = setting(
     None,
-    'vanilla model to begin from, the folder of a run or a Llama checkpoint (also --init_from=FOLDER); none: '
-    'random weights',
+    'model to begin from (also --init_from=FOLDER): a vanilla one, the folder of a run or a Llama checkpoint, or a run of '
+    'the same model; none: random weights',
   )
   method: str = setting(
     'stepwise',

@@ -44,7 +44,7 @@ def open_inputs(config: Config, resumes: bool, report: Callable[[str], None]) ->
   if source is not None:
     vocab_size = config.model.vocab_size or source.weights.config.vocab_size
     config = with_changes(config, model={'vocab_size': vocab_size})
-    pretrained.shared_weights(config, source)  # checks shapes
+    pretrained.initial_weights(config, source)  # checks shapes
   dataset = loader.open_dataset(config.data, report=report)
   for opened in (source, teacher_source):
     if opened is not None:

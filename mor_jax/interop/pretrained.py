@@ -10,6 +10,7 @@ from mor_jax.config import Config, ConfigError, InitConfig, with_changes
 from mor_jax.data.conventions import Conventions
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.interop import sources
+from mor_jax.interop.continuing import SameModel
 from mor_jax.interop.uptraining import SharedWeights
 from mor_jax.interop.weights import Weights
 from mor_jax.training import distillation
@@ -77,8 +78,20 @@ def _open(flag: str, path: str | None) -> Pretrained | None:
   return None if path is None else Pretrained(flag, path, *sources.open_model(path, flag))
 
 
-def shared_weights(config: Config, source: Pretrained) -> SharedWeights:
-  """The initial weights of a run. Raises ConfigError if the source is incompatible."""
+def initial_weights(config: Config, source: Pretrained) -> SharedWeights | SameModel:
+  """The initial weights of a run: of a vanilla model's layers, or those of the same model.
+
+  Raises:
+    ConfigError: the source is incompatible.
+  """
+  theirs = source.weights.config
+  if theirs.kind != 'vanilla' or theirs.kv == 'shared':
+    if config.init.method != InitConfig().method:
+      raise ConfigError(
+        f'init.method={config.init.method} picks layers of a vanilla model, and init.source={source.path} has a model of '
+        f'model.kind={theirs.kind}, which is taken as it is; leave it out'
+      )
+    return SameModel(config.model, source.weights)
   return SharedWeights(config.model, source.weights, config.init.method, config.train.seed)
 
 

@@ -193,7 +193,7 @@ class Training:
     else:
       state = self._initialize(jnp.uint32(run.config.train.seed))
       if source is not None:
-        state = begin_from(state, pretrained.shared_weights(run.config, source))
+        state = begin_from(state, pretrained.initial_weights(run.config, source))
     if runtime.is_main():
       run.folder.go_on(run.config)  # not before: a change that fails leaves the run as it was
     return state

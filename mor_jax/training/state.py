@@ -80,10 +80,10 @@ def begin_from(state: TrainState, weights: Any) -> TrainState:
     state: at step 0; leaves that are replaced are deleted.
     weights: `interop.weights.Weights` of the same model; what they do not have stays.
   """
-  params = traverse_util.flatten_dict(state.params, sep='/')
+  leaves = traverse_util.flatten_dict(state.variables, sep='/')
   for path, leaf in weights.leaves():
-    name = path.removeprefix('params/')
-    old, leaf = params[name], np.asarray(leaf, params[name].dtype)
-    params[name] = jax.make_array_from_callback(old.shape, old.sharding, leaf.__getitem__)
+    old, leaf = leaves[path], np.asarray(leaf, leaves[path].dtype)
+    leaves[path] = jax.make_array_from_callback(old.shape, old.sharding, leaf.__getitem__)
     old.delete()
-  return state.replace(params=traverse_util.unflatten_dict(params, sep='/'))
+  variables = traverse_util.unflatten_dict(leaves, sep='/')
+  return state.replace(params=variables['params'], routing=variables.get('routing', state.routing))
