@@ -73,8 +73,8 @@ def test_gathered_tokens_are_those_of_the_whole_row(change, kind):
 
 
 DECODED = {
-  'expert': (EXPERT, 'gather', 1, False),
-  'expert shared': ({**EXPERT, 'kv': 'shared'}, 'lanes', 0, True),
+  'expert': (EXPERT, 'gather', 1, True),
+  'expert shared': ({**EXPERT, 'kv': 'shared'}, 'lanes', 0, False),
   'expert hybrid': ({**EXPERT, 'kv': 'hybrid'}, 'lanes', 0, True),
   'token': (TOKEN, 'lanes', 0, True),
   'token, all lanes': (TOKEN, 'groups', 0, True),

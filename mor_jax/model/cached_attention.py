@@ -76,7 +76,7 @@ def attend(
     kv_heads: K.
     region: entries of the largest region.
     read: one of READS.
-    window: positions that a token sees; the tokens of a lane are neighbours.
+    window: positions that a token sees, as `view.first_BC` says; None: all.
   """
   batch, length, heads, width = q_BCHE.shape
   q_BKGCE = (q_BCHE * width**-0.5).reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
@@ -84,7 +84,8 @@ def attend(
     out_BKGCE = _scattered(q_BKGCE, pool, layer, view)
   else:
     if window is not None:
-      view, region = view.from_first(), min(region, window + length - 1)
+      view = view.from_first()
+      region = min(region, window) if length == 1 else region  # several may stand far from each other
     way = {'lanes': _lane_by_lane, 'gather': _all_lanes, 'groups': _in_groups}[read]
     out_BKGCE = way(q_BKGCE, pool, layer, view, min(region, pool.keys.shape[2]))
   return out_BKGCE.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
