@@ -5,7 +5,7 @@ checkpoint; a finished run shows its result again.
 
 The state comes from the first of these that exists:
   1. the newest good checkpoint of the run itself, so that the same command resumes;
-  2. --init_from=MODEL, a vanilla model (run folder or Llama checkpoint) whose layers become the shared
+  2. --init_from=MODEL, a vanilla model (run folder or checkpoint of Hugging Face) whose layers become the shared
      block as config.init says, with a fresh optimiser, routers and step 0 (docs/uptraining.md);
   3. random weights.
 """

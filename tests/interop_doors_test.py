@@ -1,4 +1,4 @@
-"""Checkpoint folders as they are found: without a tokenizer or with SentencePiece's, in several dtypes, with extra tensors."""
+"""Checkpoint folders as they are found: without a tokenizer or with SentencePiece's, of several dtypes, with extras."""
 
 import json
 import sys

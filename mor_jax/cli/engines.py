@@ -64,7 +64,7 @@ def make_mesh() -> Mesh:
 
 
 def load(mesh: Mesh) -> LoadedRun:
-  """The run of --checkpoint; a checkpoint of Hugging Face is brought into a run folder that is gone when the process ends.
+  """The run of --checkpoint; one of Hugging Face is brought into a run folder that is gone when the process ends.
 
   Raises:
     ConfigError: it is neither.

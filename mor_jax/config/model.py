@@ -37,13 +37,13 @@ class ModelConfig:
   )
   sliding_window: int | None = setting(
     None,
-    'positions that a token attends to, its own and those right before it, in every layer, as Mistral; none: all before',
+    'positions that a token attends to in every layer, its own and those right before it, as Mistral; none: all',
   )
   rope_theta: float = setting(10000.0, 'base of the rotary position embedding')
   no_rope_layers: tuple[int, ...] = setting(
     (),
-    'layers that do not rotate queries and keys, as SmolLM3; numbers of unique layers, counted from 0: the first layer, '
-    'those of the block, the last',
+    'layers that do not rotate queries and keys, as SmolLM3; numbers of unique layers, counted from 0: the first '
+    'layer, those of the block, the last',
   )
   rope_scaling: str = setting(
     'none',

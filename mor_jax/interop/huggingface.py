@@ -111,8 +111,8 @@ def write(
   config = opened.config
   if config.kind != 'vanilla' or config.kv == 'shared':
     raise ConfigError(
-      f'a model of model.kind={config.kind}, model.kv={config.kv} cannot be written as a Llama checkpoint or the like, whose '
-      f'layers all have parameters, keys and values of their own; only vanilla models can'
+      f'a model of model.kind={config.kind}, model.kv={config.kv} cannot be written for transformers, whose models have '
+      f'layers that all have parameters, keys and values of their own; only vanilla models can'
     )
   if config.embed_factor is not None:
     raise ConfigError(

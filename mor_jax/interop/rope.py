@@ -1,4 +1,7 @@
-"""Rotary scalings in config.json of Hugging Face, in and out; of transformers 4 (`rope_scaling`) and 5 (`rope_parameters`)."""
+"""Rotary scalings in config.json of Hugging Face, in and out.
+
+transformers 4 says them in `rope_scaling`, 5 in `rope_parameters`.
+"""
 
 import math
 from collections.abc import Mapping

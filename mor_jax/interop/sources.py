@@ -21,7 +21,7 @@ def has_settings(folder: Path, *keys: str) -> bool:
 
 
 def open_model(path: str | Path, flag: str) -> tuple[Weights, Tokenizer | None, Conventions]:
-  """Opens a run folder or a checkpoint of Hugging Face: its weights, read leaf by leaf, its tokenizer and its conventions.
+  """Opens a run folder or a checkpoint of Hugging Face: weights, read leaf by leaf, tokenizer and conventions.
 
   Args:
     flag: flag to name in errors.

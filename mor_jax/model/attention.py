@@ -1,8 +1,9 @@
 """Causal grouped-query attention over tokens that know their positions and segments.
 
 A query sees a key iff both lie in the same segment and the key's position is not later
-than its own, nor a window of positions before it or more. Keys are tokens of a row in their order; queries are the same tokens, or some
-of them in the same order: that is all a recursion step needs, whichever tokens it selected.
+than its own, nor a window of positions before it or more. Keys are tokens of a row in
+their order; queries are the same tokens, or some of them in the same order: that is all
+a recursion step needs, whichever tokens it selected.
 Outputs of tokens outside the text (padding, segment 0, and below) mean nothing.
 Every backend honours all of it, or raises. But for `reference`, the definition, none of them
 holds scores or weights of all queries and keys at once when rows are long.

@@ -1,8 +1,8 @@
 """Flash attention for TPUs whose queries may be any part of a row, in order: a Pallas kernel.
 
 Recursive KV sharing asks for it: a recursion's few queries attend to the keys and values of all tokens,
-`position_k <= position_q`, and within the window, of their segment. Scores exist a block at a time; the backward pass makes
-them again from the kept log-sum-exp (Dao et al. 2022). Blocks of which no query sees a key, by the
+`position_k <= position_q`, within the segment and the window. Scores exist a block at a time; the backward
+pass makes them again from the kept log-sum-exp (Dao et al. 2022). Blocks of which no query sees a key, by the
 ranges of their positions and segments, are neither fetched nor computed.
 """
 

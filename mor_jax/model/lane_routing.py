@@ -172,7 +172,7 @@ def _place(cached, cache, slots_B, steps_B, positions_BC, offered) -> tuple[Lane
 
 
 def _first_seen(cached, cache, view, entries_BC, positions_BC) -> tuple[Cache, jax.Array]:
-  """The first entry of the region that lies in the window of each token; the cache with the positions of new entries."""
+  """The cache with the positions of new entries, and the first entry of the region in the window of each token."""
   first_BC = decode.first_in_window(cached.config, positions_BC)
   if cache.positions is None:  # entries stand where their tokens do
     return cache, first_BC

@@ -83,7 +83,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-  """Matrix product, with a bias where there is one; leading axes are flattened, since XLA is fastest on plain matrices."""
+  """Matrix product, and bias if any; leading axes are flattened, since XLA is fastest on plain matrices."""
 
   config: ModelConfig
   projection: Projection

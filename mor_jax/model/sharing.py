@@ -39,7 +39,7 @@ def place(config: ModelConfig, slot: int) -> Place:
 
 
 def rotating(config: ModelConfig, part: str) -> np.ndarray | None:
-  """Whether the layers of a part rotate queries and keys, (N,) of 'block', a scalar of others; None: all in the model do."""
+  """Whether the layers of a part rotate queries and keys: (N,) of 'block', else a scalar; None: all of the model do."""
   if not config.no_rope_layers:
     return None
   slots = [slot for slot in range(config.num_unique_layers) if place(config, slot).part == part]
