@@ -2,9 +2,9 @@
 
 What PATH is decides what FOLDER, which must not exist, will be:
 
-  the folder of a run    a folder of safetensors with config.json and tokenizer: of a vanilla model a Llama
-                         checkpoint, which `transformers` opens; of a MoR or recursive model in the authors' form
-  a Llama checkpoint     of Hugging Face (SmolLM, TinyLlama, Llama 2 and 3, ...): a run folder, for
+  the folder of a run    a folder of safetensors with config.json and tokenizer: of a vanilla model one
+                         that `transformers` opens; of a MoR or recursive model in the authors' form
+  a checkpoint           of Hugging Face (Llama, SmolLM, Qwen, Mistral, docs/families.md): a run folder, for
                          mor_jax.train --init_from, mor_jax.evaluate and mor_jax.generate
   a run of format 1      that an earlier mor_jax made: a run folder of today's format, to evaluate, generate
                          and train from
@@ -39,13 +39,15 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
   """Defines the flags of this command."""
   flags.DEFINE_string(
-    'checkpoint', None, 'what to convert: folder of a run, Llama folder, or weights of the authors'
+    'checkpoint', None, 'what to convert: folder of a run, folder of Hugging Face, or weights of the authors'
   )
   flags.DEFINE_string('output', None, 'folder to write, which must not exist')
   flags.DEFINE_string(
     'settings', None, "JSON file with the settings of the authors' weights (docs/uptraining.md)"
   )
-  flags.DEFINE_string('tokenizer', None, 'a tokenizer.json to use instead of the one beside the weights')
+  flags.DEFINE_string(
+    'tokenizer', None, 'a tokenizer.json or tokenizer.model to use instead of the one beside the weights'
+  )
   flags.DEFINE_string(
     'separator',
     None,
@@ -76,7 +78,7 @@ def export(source: Path, output: Path, dtype: str | None = None) -> str:
   weights = _cast(run, dtype)
   if run.config.kind == 'vanilla':
     huggingface.write(output, weights, run.tokenizer(), run.conventions())
-    return f'the model of step {run.step}, as a Llama checkpoint,'
+    return f'the model of step {run.step}, as a checkpoint of Hugging Face,'
   official.write(output, weights, run.tokenizer(), run.conventions())
   return f"the model of step {run.step}, under the authors' names,"
 
@@ -105,7 +107,9 @@ def bring_in(source: Path, output: Path) -> str:
   else:
     weights, tokenizer, conventions = huggingface.open_folder(source, FLAGS.separator, _tokenizer())
   if tokenizer is None:
-    raise ConfigError(f'there is no tokenizer.json beside the weights of {source}; name one with --tokenizer')
+    raise ConfigError(
+      f'there is no tokenizer.json and no tokenizer.model beside the weights of {source}; name one with --tokenizer'
+    )
   weights = _cast(weights, FLAGS.dtype)
   config = imported.write_run(output, weights, tokenizer, conventions, str(source))
   return f'the {config.model.kind} model of {source}, as a run folder,'
@@ -116,9 +120,9 @@ def _tokenizer() -> Path | None:
   if FLAGS.tokenizer is None:
     return None
   path = Path(FLAGS.tokenizer)
-  path = path / 'tokenizer.json' if path.is_dir() else path
+  path = (vocabulary.tokenizer_file(path) or path / 'tokenizer.json') if path.is_dir() else path
   if not path.is_file():
-    raise ConfigError(f'there is no {path}; name a tokenizer.json with --tokenizer')
+    raise ConfigError(f'there is no {path}; name a tokenizer.json or tokenizer.model with --tokenizer')
   return path
 
 

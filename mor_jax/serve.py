@@ -1,6 +1,6 @@
 """Serves a trained model: python -m mor_jax.serve --checkpoint=runs/tiny-mor [--port=8000]
 
-An OpenAI-compatible server on the engine of mor_jax.generate, for a run or a Llama checkpoint of Hugging Face:
+An OpenAI-compatible server on the engine of mor_jax.generate, for a run or a checkpoint of Hugging Face:
 
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
     -d '{"model": "tiny-mor", "prompt": "def ", "max_tokens": 32, "depths": true}'

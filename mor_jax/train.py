@@ -5,7 +5,7 @@ checkpoint; a finished run shows its result again.
 
 The state comes from the first of these that exists:
   1. the newest good checkpoint of the run itself, so that the same command resumes;
-  2. --init_from=MODEL, with a fresh optimiser and step 0: a vanilla model (run folder or Llama checkpoint)
+  2. --init_from=MODEL, with a fresh optimiser and step 0: a vanilla model (run, or checkpoint of Hugging Face)
      whose layers become the shared block as config.init says, with fresh routers; or a run of this very
      model, routers included, to be trained on other text (docs/uptraining.md);
   3. random weights.

@@ -85,7 +85,8 @@ def test_flags_of_convert_hold_for_llama_folders_too(source, tmp_path):
   moved = tmp_path / 'elsewhere.json'
   (source / 'tokenizer.json').rename(moved)
   with pytest.raises(
-    ConfigError, match=r'no tokenizer\.json beside the weights .* name one with --tokenizer'
+    ConfigError,
+    match=r'no tokenizer\.json and no tokenizer\.model beside the weights .* name one with --tokenizer',
   ):
     convert(checkpoint=source, output=tmp_path / 'other')
   convert(checkpoint=source, output=tmp_path / 'other', tokenizer=moved)

@@ -166,3 +166,62 @@ def test_the_state_begins_with_the_weights_and_fresh_routers():
   shardings = [leaf.sharding for leaf in jax.tree.leaves(run.abstract.params)]
   assert [leaf.sharding for leaf in jax.tree.leaves(state.params)] == shardings
   run.step(state, next(tiny_run.batches()))  # the compiled step takes it
+
+
+# ---- biases, norms of queries and keys, layers without rotation ----
+
+OF_FAMILIES = {'attention_bias': 'all', 'qk_norm': True, 'sliding_window': 5}
+
+
+def of_families(no_rope_layers):
+  """A vanilla model of 6 layers with all that attention may have."""
+  made, variables = tiny.model(kind='vanilla', seed=5, no_rope_layers=no_rope_layers, **OF_FAMILIES)
+  return made, variables, HeldWeights(made.config, variables)
+
+
+@pytest.mark.parametrize(('method', 'layers'), [('stepwise', [(1,), (4,)]), ('average', [(1, 3), (2, 4)])])
+def test_biases_norms_and_rotation_come_from_the_same_layers_as_the_kernels(method, layers):
+  rotates_not = (1,) if method == 'stepwise' else (1, 3)
+  _, variables, source = of_families(rotates_not)
+  config = tiny.config(kind='recursive', num_recursions=2, no_rope_layers=(1,), **OF_FAMILIES)
+  made = weights.tree(SharedWeights(config, source, method))['params']
+  original = variables['params']['block']['attention']
+  for name in ('query/bias', 'output/bias', 'key_norm/scale', 'value/kernel'):
+    part, leaf = name.split('/')
+    expected = [np.mean([original[part][leaf][layer] for layer in picked], axis=0) for picked in layers]
+    np.testing.assert_allclose(made['block']['attention'][part][leaf], np.stack(expected), atol=1e-6)
+
+
+def test_as_deep_and_with_one_recursion_the_model_is_the_original():
+  """Also through layers that do not rotate, whose numbers are those of unique layers."""
+  original, variables, source = of_families((0, 2, 5))
+  config = tiny.config(kind='recursive', num_recursions=1, no_rope_layers=(0, 2, 5), **OF_FAMILIES)
+  model, tokens_BT = Transformer(config), tiny.tokens(2, 12)
+  made = weights.tree(SharedWeights(config, source, 'stepwise'))
+  expected = tiny.apply(original)(variables, tokens_BT).logits
+  np.testing.assert_allclose(tiny.apply(model)(made, tokens_BT).logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('change', 'method', 'message'),
+  [
+    (
+      {},
+      'stepwise',
+      r'no_rope_layers=\(\) cannot .* makes \(1,\) of layers .* --config.model.no_rope_layers="\(1,\)"',
+    ),
+    ({'no_rope_layers': (1, 2)}, 'stepwise', r'no_rope_layers=\(1, 2\) cannot begin'),
+    (
+      {'no_rope_layers': (1,)},
+      'average',
+      r'would average layers 1, 3 of init.source, of which 1 do not rotate',
+    ),
+    ({'no_rope_layers': (1,), 'attention_bias': 'none'}, 'stepwise', 'set --config.model.attention_bias=all'),
+    ({'no_rope_layers': (1,), 'qk_norm': False}, 'stepwise', 'set --config.model.qk_norm=True'),
+    ({'no_rope_layers': (1,), 'sliding_window': None}, 'stepwise', 'set --config.model.sliding_window=5'),
+  ],
+)
+def test_attention_must_be_that_of_the_source(change, method, message):
+  config = tiny.config(kind='recursive', num_recursions=2, **{**OF_FAMILIES, **change})
+  with pytest.raises(ConfigError, match=message):
+    SharedWeights(config, of_families((1,))[2], method)

@@ -29,6 +29,7 @@ class Case:
   chosen: int | None = None  # queries in a row, at random; None: all
   to_row: bool = False  # keys are those of the whole row
   left_out: bool = False  # some of the queries take no part
+  window: int | None = None
 
   def make(self):
     """q, k, v, the cotangent, contexts of queries and keys (None: the same), and which outputs count."""
@@ -61,6 +62,9 @@ CASES = {
   'to the row': Case(40, chosen=23, to_row=True),
   'to the row, some left out': Case(40, chosen=23, to_row=True, left_out=True),
   'all to the row': Case(40, to_row=True, left_out=True),
+  'window': Case(40, window=7),
+  'gathered, window': Case(40, chosen=23, window=7),
+  'to the row, window': Case(40, chosen=23, to_row=True, left_out=True, window=7),
 }
 
 
@@ -70,13 +74,13 @@ def assert_equals_reference(attend, case: Case, tolerance: float = 2e-5) -> None
 
   def run(attend):
     def loss(q, k, v):
-      out_BCHE = attend(q, k, v, queries, keys)
+      out_BCHE = attend(q, k, v, queries, keys, window=case.window)
       return (out_BCHE * target).sum(), jnp.where(counts_BC11, out_BCHE, 0)
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
 
-  def reference(*arguments):
-    return attention.attend(*arguments, backend='reference')
+  def reference(*arguments, window):
+    return attention.attend(*arguments, backend='reference', window=window)
 
   chex.assert_trees_all_close(run(attend), run(reference), atol=tolerance, rtol=1e-5)
 
@@ -99,6 +103,8 @@ KERNELS = {
   'to the row': (Case(40, chosen=23, to_row=True), True),
   'to the row, some left out': (Case(43, chosen=23, to_row=True, left_out=True), False),
   'all to the row': (Case(40, to_row=True, left_out=True), True),
+  'window': (Case(40, window=11), True),
+  'to the row, window': (Case(43, chosen=23, to_row=True, left_out=True, window=11), True),
 }
 
 
@@ -112,9 +118,9 @@ KERNELS = {
 def test_the_kernel_for_queries_of_a_row_equals_the_reference(case):
   """Interpreted, in blocks of 8."""
 
-  def attend(q, k, v, queries, keys):
+  def attend(q, k, v, queries, keys, window):
     keys = queries if keys is None else keys
-    return attention_pallas.attend(q, k, v, queries, keys, interpret=True, smallest_block=8)
+    return attention_pallas.attend(q, k, v, queries, keys, interpret=True, smallest_block=8, window=window)
 
   assert_equals_reference(attend, case)
 
@@ -131,6 +137,15 @@ def test_blocks_that_no_query_sees_are_left_out():
   np.testing.assert_array_equal(fetch_IJ, [[0, 0, 0, 0], [0, 1, 1, 1], [0, 0, 2, 2], [0, 0, 2, 3]])
 
 
+def test_blocks_before_the_window_are_left_out():
+  """The first query of a block sees 9 positions, hence a key of the block before; with 10, also one before that."""
+  ids = jnp.arange(32)[None], jnp.ones((1, 32), int)
+  for window, blocks in ((9, 1), (10, 2)):
+    sizes = attention_pallas.Blocks(8, 8, window=window)
+    visit_IJ = attention_pallas.visited(sizes, ids, ids)[0][0]
+    np.testing.assert_array_equal(visit_IJ, np.tril(np.ones((4, 4))) - np.tril(np.ones((4, 4)), -1 - blocks))
+
+
 @pytest.mark.parametrize(
   'case',
   [Case(150, chosen=131, left_out=True), pytest.param(Case(128), marks=pytest.mark.slow)],
@@ -139,8 +154,8 @@ def test_blocks_that_no_query_sees_are_left_out():
 def test_splash_equals_the_reference(case):
   """Interpreted, in blocks of 128."""
 
-  def attend(q, k, v, queries, keys):
-    assert keys is None
+  def attend(q, k, v, queries, keys, window):
+    assert keys is window is None
     return attention_splash.attend(q, k, v, queries, interpret=True)
 
   assert_equals_reference(attend, case)
@@ -149,7 +164,7 @@ def test_splash_equals_the_reference(case):
 def test_cudnn_gets_what_it_takes(monkeypatch):
   """Even sizes and a mask; what XLA makes of them is the reference's result. (There is no GPU here.)"""
   backends.run_anywhere(monkeypatch)
-  assert_equals_reference(attention.BACKENDS['cudnn'], Case(41, chosen=23, to_row=True))
+  assert_equals_reference(attention.BACKENDS['cudnn'], Case(41, chosen=23, to_row=True, window=9))
 
 
 def test_auto_is_what_the_platform_is_best_at():
@@ -227,6 +242,15 @@ def test_only_the_past_of_the_same_segment_is_visible():
   tokens = TokenContext(jnp.array([[0, 3, 5, 0, 2]]), jnp.array([[1, 1, 1, 2, 2]]))
   expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
   np.testing.assert_array_equal(attention_xla.visible(tokens, tokens)[0], np.array(expected, bool))
+  expected[2][:2] = 0, 1  # position 3 is two before position 5
+  expected[1][0] = 0
+  np.testing.assert_array_equal(attention_xla.visible(tokens, tokens, window=3)[0], np.array(expected, bool))
+
+
+def test_windows_on_tpus_are_for_the_kernel_that_knows_positions(monkeypatch):
+  """JAX's kernel would count places among gathered tokens."""
+  backends.run_anywhere(monkeypatch)
+  assert_equals_reference(attention.BACKENDS['splash'], Case(40, chosen=23, window=7))
 
 
 def test_unknown_backend_is_refused():

@@ -29,6 +29,13 @@ MODELS = {
   'benefit': {'num_recursions': 2, 'router_target': 'benefit', 'benefit_rows': 1.0},
   'token_choice': {'num_recursions': 2, 'router': 'token_choice', 'token_capacity_factor': 1.0},
   'recursive': {'kind': 'recursive', 'num_recursions': 2, 'lora_rank': 8},
+  'all of attention': {
+    'num_recursions': 2,
+    'attention_bias': 'all',
+    'qk_norm': True,
+    'sliding_window': 5,
+    'no_rope_layers': (1,),
+  },
 }
 
 
@@ -56,6 +63,7 @@ STATES = [
   {'router': 'token_choice', 'balancing': 'loss_free', 'recursion_encoding': True},
   {'selection': 'ema_threshold'},
   {'router_target': 'benefit'},
+  {'attention_bias': 'all', 'qk_norm': True},
 ]
 
 

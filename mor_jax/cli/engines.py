@@ -70,7 +70,7 @@ def make_mesh() -> Mesh:
 
 
 def load(mesh: Mesh) -> LoadedRun:
-  """The run of --checkpoint; a Llama checkpoint is brought into a run folder that is gone when the process ends.
+  """The run of --checkpoint; one of Hugging Face is brought into a run folder that is gone when the process ends.
 
   Raises:
     ConfigError: it is neither.
@@ -79,6 +79,10 @@ def load(mesh: Mesh) -> LoadedRun:
   if sources.is_run(path) or not (path / 'config.json').is_file():
     return load_run(path, mesh=mesh)
   opened = sources.open_model(path, '--checkpoint')
+  if opened[1] is None:
+    raise ConfigError(
+      f'--checkpoint={path} has neither tokenizer.json nor tokenizer.model, and texts need one: put it there'
+    )
   folder = tempfile.TemporaryDirectory(prefix='mor_jax-')
   atexit.register(folder.cleanup)
   output = Path(folder.name) / path.resolve().name

@@ -38,15 +38,19 @@ def _whole(text: str) -> int:
     return int(float(text))
 
 
+def _numbers(text: str) -> tuple[int | float, ...]:
+  """Numbers separated by commas, in brackets or not; () is none. Raises ValueError."""
+  inner = text.strip('()[], ')
+  words = inner.split(',') if inner or not text.strip(' ,') else []
+  return tuple(int(word) if word.strip().isdecimal() else float(word) for word in words)
+
+
 _PARSERS = {
   bool: (flags.BooleanParser().parse, 'true or false'),
   int: (_whole, 'an integer'),
   float: (flags.FloatParser().parse, 'a number'),
   str: (str, 'text'),
-  tuple: (
-    lambda text: tuple(float(item) for item in text.strip('()[], ').split(',')),
-    'numbers separated by commas',
-  ),
+  tuple: (_numbers, 'numbers separated by commas'),
 }
 
 

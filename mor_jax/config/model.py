@@ -27,11 +27,29 @@ class ModelConfig:
   num_kv_heads: int = setting(5, 'key/value heads K (grouped-query attention)')
   head_dim: int | None = setting(None, 'width E of a head; none: d_model / num_heads')
   mlp_dim: int = setting(2560, 'hidden width F of the SwiGLU MLP')
+  attention_bias: str = setting(
+    'none',
+    'biases in attention: qkv, of queries, keys and values, as Qwen2; all, also of the output',
+    ('none', 'qkv', 'all'),
+  )
+  qk_norm: bool = setting(
+    False, 'RMSNorm of every head of queries and keys, before they are rotated, as Qwen3'
+  )
+  sliding_window: int | None = setting(
+    None,
+    'positions that a token attends to in every layer, its own and those right before it, as Mistral; none: all',
+  )
   rope_theta: float = setting(10000.0, 'base of the rotary position embedding')
+  no_rope_layers: tuple[int, ...] = setting(
+    (),
+    'layers that do not rotate queries and keys, as SmolLM3; numbers of unique layers, counted from 0: the first '
+    'layer, those of the block, the last',
+  )
   rope_scaling: str = setting(
     'none',
-    'slower rotations for longer texts: linear, all by rope_scaling_factor; llama3, as Llama 3.1: the slow ones',
-    ('none', 'linear', 'llama3'),
+    'slower rotations for longer texts: linear, all by rope_scaling_factor; llama3, as Llama 3.1: the slow ones; yarn, '
+    'the slow ones, and larger scores; dynamic: a larger rope_theta, for texts of rope_length',
+    ('none', 'linear', 'llama3', 'yarn', 'dynamic'),
   )
   rope_scaling_factor: float = setting(1.0, 'rope_scaling: how many times slower')
   rope_low_frequency_factor: float = setting(
@@ -40,7 +58,23 @@ class ModelConfig:
   rope_high_frequency_factor: float = setting(
     4.0, 'llama3: those that turn more often than this are left alone, those between in part'
   )
-  rope_original_length: int = setting(8192, 'llama3: longest text that the model saw before')
+  rope_beta_fast: float = setting(
+    32.0, 'yarn: rotations that turn more often than this in rope_original_length are left alone'
+  )
+  rope_beta_slow: float = setting(
+    1.0, 'yarn: those that turn less often are slowed down in full, those between in part'
+  )
+  rope_truncate: bool = setting(True, 'yarn: round the borders between those to whole rotations')
+  rope_attention_factor: float | None = setting(
+    None,
+    'yarn: factor of rotated queries and of rotated keys; none: 0.1 * ln(rope_scaling_factor) + 1, but at least 1',
+  )
+  rope_original_length: int = setting(8192, 'llama3, yarn, dynamic: longest text that the model saw before')
+  rope_length: int | None = setting(
+    None,
+    'dynamic: length of the texts that rotations are made for, the same for all of them; none: rope_original_length, '
+    'for which nothing changes',
+  )
   norm_epsilon: float = setting(1e-5, 'epsilon of RMSNorm')
   tie_embeddings: bool = setting(True, 'use the embedding matrix as output head')
   embed_factor: int | None = setting(
@@ -253,6 +287,15 @@ class ModelConfig:
   def head_width(self) -> int:
     """Width E of one head."""
     return self.head_dim or self.d_model // self.num_heads
+
+  @property
+  def rope_scores_factor(self) -> float:
+    """Factor of rotated queries and of rotated keys."""
+    if self.rope_scaling != 'yarn':
+      return 1.0
+    if self.rope_attention_factor is not None:
+      return self.rope_attention_factor
+    return 0.1 * math.log(max(self.rope_scaling_factor, 1.0)) + 1
 
   @property
   def recursions(self) -> int:

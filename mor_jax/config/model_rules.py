@@ -2,19 +2,14 @@
 
 import dataclasses
 import itertools
-from typing import Any
 
+from mor_jax.config.attention_rules import validate_attention
 from mor_jax.config.model import ModelConfig
+from mor_jax.config.requirement import require
 from mor_jax.errors import ConfigError
 
 _ONLY_BENEFIT = ('benefit_margin', 'benefit_rows', 'depth_prior_weight')
 MOST_LAYERS, LARGEST = 10_000, 2**24  # what lies above was not meant, and would take a machine down
-
-
-def require(condition: bool, flag: str, value: Any, allowed: str) -> None:
-  """Raises ConfigError, naming flag, value and what is allowed, unless the condition holds."""
-  if not condition:
-    raise ConfigError(f'{flag}={value} is not allowed: must be {allowed}')
 
 
 def validate_model(model: ModelConfig) -> None:
@@ -25,9 +20,6 @@ def validate_model(model: ModelConfig) -> None:
   if model.vocab_size is not None:
     require(2 <= model.vocab_size <= LARGEST, 'model.vocab_size', model.vocab_size, f'from 2 to {LARGEST:,}')
   for name in (
-    'rope_theta',
-    'rope_scaling_factor',
-    'rope_original_length',
     'norm_epsilon',
     'router_temperature',
     'gate_scale',
@@ -54,11 +46,6 @@ def validate_model(model: ModelConfig) -> None:
     require(value is None or value >= 0, f'model.{name}', value, '>= 0, or none')
   require(0 <= model.ema_decay < 1, 'model.ema_decay', model.ema_decay, 'in [0, 1)')
   require(0 < model.benefit_rows <= 1, 'model.benefit_rows', model.benefit_rows, 'in (0, 1]')
-  _validate_heads(model)
-  low, high = model.rope_low_frequency_factor, model.rope_high_frequency_factor
-  require(
-    0 < low < high, 'model.rope_low_frequency_factor', low, f'between 0 and rope_high_frequency_factor={high}'
-  )
   if model.recursion_encoding and model.sharing.endswith('sequence'):
     raise ConfigError(
       f'model.recursion_encoding=True marks the passes over the shared block, which '
@@ -78,25 +65,8 @@ def validate_model(model: ModelConfig) -> None:
     _validate_sharing(model)
   if model.kind == 'mor':
     _validate_routing(model)
+  validate_attention(model)
   _validate_kv(model)
-
-
-def _validate_heads(model: ModelConfig) -> None:
-  if model.head_dim is None and model.d_model % model.num_heads:
-    raise ConfigError(
-      f'model.d_model={model.d_model} is not a multiple of model.num_heads={model.num_heads}; '
-      f'change one of them or set model.head_dim'
-    )
-  if model.num_heads % model.num_kv_heads:
-    divisors = [k for k in range(1, model.num_heads + 1) if model.num_heads % k == 0]
-    raise ConfigError(
-      f'model.num_kv_heads={model.num_kv_heads} does not divide model.num_heads={model.num_heads}; '
-      f'use one of {", ".join(map(str, divisors))}'
-    )
-  if model.head_width < 2 or model.head_width % 2:
-    raise ConfigError(
-      f'model.head_dim={model.head_width} is not allowed: rotary embeddings need an even head width >= 2'
-    )
 
 
 def _validate_sharing(model: ModelConfig) -> None:

@@ -142,7 +142,7 @@ class InitConfig:
 
   source: str | None = setting(
     None,
-    'model to begin from (also --init_from=FOLDER): a vanilla one, the folder of a run or a Llama checkpoint, or a run of '
+    'model to begin from (also --init_from=FOLDER): a vanilla one, a run or a checkpoint of Hugging Face, or a run of '
     'the same model; none: random weights',
   )
   method: str = setting(
@@ -163,7 +163,7 @@ class DistillConfig:
   temperature: float = setting(1.0, 'divides the logits of both')
   top_k: int | None = setting(None, "use only this many of the teacher's most probable tokens; none: all")
   teacher: str | None = setting(
-    None, 'folder of a run or Llama checkpoint with the same tokenizer; none: init.source'
+    None, 'folder of a run or checkpoint of Hugging Face with the same tokenizer; none: init.source'
   )
 
 

@@ -64,6 +64,13 @@ def from_dict(cls: type, raw: dict[str, Any], prefix: str = '') -> Any:
   return cls(**{name: _convert(hints[name], value, f'{prefix}{name}') for name, value in raw.items()})
 
 
+def _entry_kind(hint: Any) -> type:
+  """Type of the entries of a tuple, `tuple[int, ...]`, or of one that may be None."""
+  if isinstance(hint, types.UnionType):
+    hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+  return typing.get_args(hint)[0]
+
+
 def _convert(hint: Any, value: Any, name: str) -> Any:
   kind, optional = unwrap_optional(hint)
   if isinstance(kind, type) and dataclasses.is_dataclass(kind):
@@ -75,7 +82,7 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
   if kind is tuple and isinstance(value, (list, tuple)):
-    return tuple(_convert(float, item, name) for item in value)
+    return tuple(_convert(_entry_kind(hint), item, name) for item in value)
   if type(value) is not kind:
     raise ConfigError(f'{name}={value!r} must be {"" if kind is not tuple else "a "}{kind.__name__}')
   if kind is float and not math.isfinite(value):

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from mor_jax.config.model_rules import require, validate_model
+from mor_jax.config.model_rules import validate_model
+from mor_jax.config.requirement import require
 from mor_jax.config.run import (
   CheckpointConfig,
   Config,

@@ -342,7 +342,8 @@ class Engine:
     """Bytes of keys, values and scales of all slots."""
     layout, config = self.cached.layout, self.cached.config
     shapes = jax.eval_shape(lambda: cache_lib.init_cache(config, layout, self.slots, self._dtype))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes.replace(versions=None)))
+    shapes = shapes.replace(versions=None, positions=None)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
 def _filled(rows: Sequence[Sequence[int]], size: int) -> np.ndarray:

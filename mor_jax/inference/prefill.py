@@ -105,14 +105,14 @@ def _extend(cached, with_logits, params, prefix, tokens_BC, lengths_B, rules, ne
   slots_B = jnp.arange(tokens_BC.shape[0])
   ends = lane_routing.at_ends(positions_BC, slots_B, real_BC)
   x_BCD = decode.embed(params, tokens_BC)
-  x_BCD, first = decode.apply_end(cached, params.first, prefix.cache.first, x_BCD, ends)
+  x_BCD, first = decode.apply_end(cached, params, 'first', prefix.cache.first, x_BCD, ends)
   walk = lane_routing.begin(cached, params, x_BCD, positions_BC)
   cache = prefix.cache.replace(first=first)
   taken = chunks.take_steps(
     cached, params, cache, walk, slots_B, positions_BC, prefix.counts_BP, real_BC, rules
   )
   x_BCD = lane_routing.finish(cached, taken.walk)
-  x_BCD, last = decode.apply_end(cached, params.last, taken.cache.last, x_BCD, ends)
+  x_BCD, last = decode.apply_end(cached, params, 'last', taken.cache.last, x_BCD, ends)
   where_BC = jnp.where(real_BC, positions_BC, cached.layout.max_len)
   depths_BT = prefix.depths_BT.at[slots_B[:, None], where_BC].set(
     taken.depth_BC.astype(jnp.int8), mode='drop'

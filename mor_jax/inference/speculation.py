@@ -180,7 +180,7 @@ def _draft(cached, drafting, params, state, sequences):
     position_B, real_B1 = sequences.positions_BC[:, index], sequences.real_BC[:, index, None]
     ends = lane_routing.at_ends(position_B[:, None], sequences.slots_B, real_B1)
     x_BCD = decode.embed(params, tokens_BT[rows_B, position_B])[:, None]
-    x_BCD, first = decode.apply_end(cached, params.first, cache.first, x_BCD, ends)
+    x_BCD, first = decode.apply_end(cached, params, 'first', cache.first, x_BCD, ends)
     taken = chunks.take_steps(
       cached,
       params,
@@ -197,7 +197,7 @@ def _draft(cached, drafting, params, state, sequences):
 
     def go_on(cache):
       x_BCD = lane_routing.finish(cached, passed.walk)
-      x_BCD, last = decode.apply_end(cached, params.last, cache.last, x_BCD, ends)
+      x_BCD, last = decode.apply_end(cached, params, 'last', cache.last, x_BCD, ends)
       logits_BV = decode.logits(cached, params, x_BCD[:, 0])
       next_B = position_B + 1
       token_B = ticks.next_tokens(logits_BV, sequences.rules, next_B, tokens_BT, sequences.known_B)
@@ -233,7 +233,7 @@ def _check(cached, drafting, params, state, sequences, tokens_BT, passed):
   )
   ends = lane_routing.at_ends(sequences.positions_BC, sequences.slots_B, sequences.real_BC)
   x_BCD = lane_routing.finish(cached, taken.walk)
-  x_BCD, last = decode.apply_end(cached, params.last, taken.cache.last, x_BCD, ends)
+  x_BCD, last = decode.apply_end(cached, params, 'last', taken.cache.last, x_BCD, ends)
   logits_NV = decode.logits(cached, params, x_BCD.reshape(-1, x_BCD.shape[-1]))
   shape = sequences.positions_BC.shape
   rules, tokens_NT, known_N = jax.tree.map(

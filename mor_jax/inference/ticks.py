@@ -254,7 +254,7 @@ def _leave(cached, params, state, slots_B, leaving_B):
   x_BCD = lane_routing.finish(cached, state.walk(slots_B))
   positions_B1 = jnp.maximum(state.position_N[slots_B], 0)[:, None]
   lanes = lane_routing.at_ends(positions_B1, slots_B, leaving_B[:, None])
-  x_BCD, last = decode.apply_end(cached, params.last, state.cache.last, x_BCD, lanes)
+  x_BCD, last = decode.apply_end(cached, params, 'last', state.cache.last, x_BCD, lanes)
   logits_BV = decode.logits(cached, params, x_BCD[:, 0])
   state = state.replace(cache=state.cache.replace(last=last))
   if state.logits_NTV is not None:
@@ -269,7 +269,7 @@ def _enter(cached, params, state, slots_B, token_B, positions_B, going_B):
   positions_B = jnp.minimum(positions_B, cached.layout.max_len - 1)
   lanes = lane_routing.at_ends(positions_B[:, None], slots_B, going_B[:, None])
   x_BCD = decode.embed(params, token_B)[:, None]
-  x_BCD, first = decode.apply_end(cached, params.first, state.cache.first, x_BCD, lanes)
+  x_BCD, first = decode.apply_end(cached, params, 'first', state.cache.first, x_BCD, lanes)
   state = state.replace(cache=state.cache.replace(first=first))
   walk = lane_routing.begin(cached, params, x_BCD, positions_B[:, None])
   return _offer(cached, params, state, slots_B, walk, jnp.zeros_like(slots_B), positions_B, going_B)

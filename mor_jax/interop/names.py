@@ -14,9 +14,10 @@ from flax import linen as nn
 
 from mor_jax.config import ModelConfig
 from mor_jax.model import sharing
+from mor_jax.model.layers import projections
 from mor_jax.model.transformer import abstract_variables
 
-# Our leaf of one layer: the tensor's name below the layer's prefix.
+# Our leaf of one layer: the tensor's name below the layer's prefix. Some models have more (`layer`).
 LAYER = {
   'attention_norm/scale': 'input_layernorm.weight',
   'attention/query/kernel': 'self_attn.q_proj.weight',
@@ -27,6 +28,10 @@ LAYER = {
   'mlp/gate/kernel': 'mlp.gate_proj.weight',
   'mlp/up/kernel': 'mlp.up_proj.weight',
   'mlp/down/kernel': 'mlp.down_proj.weight',
+}
+_QK_NORM = {
+  'attention/query_norm/scale': 'self_attn.q_norm.weight',
+  'attention/key_norm/scale': 'self_attn.k_norm.weight',
 }
 EMBEDDING, HEAD = 'model.embed_tokens.weight', 'lm_head.weight'
 
@@ -61,7 +66,7 @@ def llama(config: ModelConfig) -> Table:
   """Names of a Llama checkpoint; a recursive model has those of its unrolled depth, as the authors' code does."""
   table = _around_layers(config)
   for depth, slot in enumerate(sharing.layer_slots(config)):
-    table |= _layer(f'model.layers.{depth}', sharing.place(config, slot))
+    table |= _layer(config, f'model.layers.{depth}', sharing.place(config, slot))
   return table
 
 
@@ -86,7 +91,7 @@ def official(config: ModelConfig) -> Table:
       prefix = f'model.layers.{ends + step}.block.{layer}'
     else:
       prefix = f'model.layers.{ends}.block_list.{step}.{layer}'
-    table |= _layer(prefix, sharing.place(config, slot))
+    table |= _layer(config, prefix, sharing.place(config, slot))
   if config.random_router:
     return table
   routers = {'router': 'mor_router', **({'aux_router': 'mlp_router'} if config.has_aux_router else {})}
@@ -102,11 +107,6 @@ def official(config: ModelConfig) -> Table:
   return table
 
 
-def with_tied_head(config: ModelConfig, table: Table) -> Table:
-  """The table with the head that some files hold although it is the embedding's."""
-  return table | _tied_head(config)
-
-
 def _around_layers(config: ModelConfig) -> Table:
   table = {EMBEDDING: Place('params/embed/embedding'), 'model.norm.weight': Place('params/final_norm/scale')}
   if not config.tie_embeddings:
@@ -118,9 +118,19 @@ def _tied_head(config: ModelConfig) -> Table:
   return {HEAD: Place('params/embed/embedding')} if config.tie_embeddings else {}
 
 
-def _layer(prefix: str, place: sharing.Place) -> Table:
+def layer(config: ModelConfig) -> dict[str, str]:
+  """Our leaf of one layer -> the tensor's name below the layer's prefix."""
+  biases = {}
+  for name, projection in projections(config).items():
+    if projection.has_bias:
+      biases[f'{name}/bias'] = f'{LAYER[f"{name}/kernel"].removesuffix("weight")}bias'
+  return LAYER | biases | (_QK_NORM if config.qk_norm else {})
+
+
+def _layer(config: ModelConfig, prefix: str, place: sharing.Place) -> Table:
   return {
-    f'{prefix}.{theirs}': Place(f'params/{place.part}/{ours}', place.index) for ours, theirs in LAYER.items()
+    f'{prefix}.{theirs}': Place(f'params/{place.part}/{ours}', place.index)
+    for ours, theirs in layer(config).items()
   }
 
 

@@ -20,6 +20,8 @@ OURS = 'mor_jax'  # key of config.json with all settings of the model
 
 # Settings that say how the vectors were made, not what the model is.
 _DESCRIPTIVE = {'name', 'seed', 'S', 'B', 'attn', 'rinit', 'init'}
+_NOT_THEIRS = ('attention_bias', 'qk_norm', 'sliding_window', 'no_rope_layers')
+_PLAIN = ('none', False, None, ())
 _REQUIRED = ('vocab', 'd', 'ff', 'L', 'h', 'kv', 'Nr', 'sharing')
 
 
@@ -85,6 +87,14 @@ def write(
     raise ConfigError(
       "model.router_target=benefit has routers that only choose; in the authors' models their scores are gates, which "
       'would give other logits: such a model cannot be written in their form'
+    )
+  unsaid = [
+    f'model.{name}={getattr(config, name)}' for name in _NOT_THEIRS if getattr(config, name) not in _PLAIN
+  ]
+  if unsaid:
+    raise ConfigError(
+      f"the authors' models have plain Llama layers, without {', '.join(unsaid)}: such a model cannot be written in "
+      f'their form'
     )
   table = names.official(config)
   unnamed = sorted(set(opened.shapes) - {place.leaf for place in table.values()})

@@ -38,23 +38,29 @@ def with_source(config: Config, init_from: str | None) -> Config:
   if config.data.tokenizer == 'source':
     if config.init.source is None:
       raise ConfigError('data.tokenizer=source is that of init.source, which is not set: give --init_from')
-    config = with_changes(config, data={'tokenizer': str(Path(config.init.source) / 'tokenizer.json')})
+    path = Path(config.init.source) / 'tokenizer.json'
+    if path.parent.is_dir() and not path.exists():
+      raise ConfigError(
+        f'data.tokenizer=source: there is no {path}; name the tokenizer with --config.data.tokenizer, or convert the '
+        f'model with mor_jax.convert, which also reads a tokenizer.model, and begin from that'
+      )
+    config = with_changes(config, data={'tokenizer': str(path)})
   return config
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-  """A model on disk, named by a setting, its tokenizer and the conventions of its texts."""
+  """A model on disk, named by a setting, its tokenizer, if it has one, and the conventions of its texts."""
 
   flag: str
   path: str
   weights: Weights
-  tokenizer: Tokenizer
+  tokenizer: Tokenizer | None
   conventions: Conventions
 
   def check_tokenizer(self, config: Config, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError unless this model has the tokenizer of the run."""
-    if tokenizer.digest != self.tokenizer.digest:
+    """Raises ConfigError if this model has another tokenizer than the run; of one without, its users know."""
+    if self.tokenizer is not None and tokenizer.digest != self.tokenizer.digest:
       raise ConfigError(
         f'data.tokenizer={config.data.tokenizer} is not the tokenizer of {self.flag}={self.path}, so that the same '
         f'ids mean other text; set --config.data.tokenizer={self.path}/tokenizer.json'

@@ -29,6 +29,11 @@ class Reader:
       return self._problem(f'{name}={_short(value)} (must be a whole number of at least 1)', 1)
     return value
 
+  def count(self, name: str, default: int) -> int:
+    """A number of things, which may be none."""
+    value = self._values.get(name)
+    return 0 if type(value) is int and value == 0 else self.whole(name, default)
+
   def number(self, name: str, default: float | None = None) -> float:
     """A finite number; null and what is missing have the default, or are a problem without one."""
     value = self._values.get(name)

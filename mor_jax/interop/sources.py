@@ -1,4 +1,4 @@
-"""Opens a model: the newest checkpoint of a run, or a Llama checkpoint."""
+"""Opens a model: the newest checkpoint of a run, or a checkpoint of Hugging Face."""
 
 from pathlib import Path
 
@@ -20,14 +20,14 @@ def has_settings(folder: Path, *keys: str) -> bool:
   return (folder / 'config.json').is_file() and set(keys) <= set(folders.read_config(folder))
 
 
-def open_model(path: str | Path, flag: str) -> tuple[Weights, Tokenizer, Conventions]:
-  """Opens a run folder or a Llama checkpoint: its weights, read leaf by leaf, its tokenizer and its conventions.
+def open_model(path: str | Path, flag: str) -> tuple[Weights, Tokenizer | None, Conventions]:
+  """Opens a run folder or a checkpoint of Hugging Face: weights, read leaf by leaf, tokenizer and conventions.
 
   Args:
     flag: flag to name in errors.
 
   Raises:
-    ConfigError: the folder is neither, is unreadable, or has no tokenizer.
+    ConfigError: the folder is neither, or is unreadable.
   """
   path = Path(path)
   try:
@@ -36,9 +36,6 @@ def open_model(path: str | Path, flag: str) -> tuple[Weights, Tokenizer, Convent
       return run, run.tokenizer(), run.conventions()
     if has_settings(path, official.OURS):
       raise ConfigError(f'{path} holds no vanilla model')
-    weights, tokenizer, conventions = huggingface.open_folder(path)
-    if tokenizer is None:
-      raise ConfigError(f'{path} has no tokenizer.json')
-    return weights, tokenizer, conventions
+    return huggingface.open_folder(path)
   except ConfigError as error:
     raise ConfigError(f'{flag}={path}: {error}') from None

@@ -23,11 +23,19 @@ _SAME = (
   'tie_embeddings',
   'embed_factor',
   'norm_epsilon',
+  'attention_bias',
+  'qk_norm',
+  'sliding_window',
   'rope_theta',
   'rope_scaling',
   'rope_scaling_factor',
 )
-_LLAMA3 = ('rope_low_frequency_factor', 'rope_high_frequency_factor', 'rope_original_length')
+_OF_SCALING = {  # further ones that must be, by rope_scaling
+  'llama3': ('rope_low_frequency_factor', 'rope_high_frequency_factor', 'rope_original_length'),
+  'yarn': ('rope_beta_fast', 'rope_beta_slow', 'rope_truncate', 'rope_scores_factor', 'rope_original_length'),
+  'dynamic': ('rope_original_length',),
+}
+_SET_BY = {'head_width': 'head_dim', 'rope_scores_factor': 'rope_attention_factor'}  # derived: the setting
 
 # The norm before each kernel that has one, whose scale can be folded into the kernel.
 _NORM_BEFORE = {
@@ -50,7 +58,8 @@ class SharedWeights:
   With `lora_rank` the low-rank changes of each step are the best approximation (SVD) to what sharing lost
   of that step's own layer of the original. Where norm scales are shared too, they are folded into the
   kernels after them, so that nothing is lost beside the kernels. Where they are not, each step has the
-  scales of its own layer. So at full rank the model is the original. A recursion encoding begins at zero.
+  scales of its own layer. So at full rank the model is the original, but for what no step has of its own: biases,
+  norms of queries and keys, and whether a layer rotates them. A recursion encoding begins at zero.
 
   Args:
     config: of the model to begin with.
@@ -59,13 +68,15 @@ class SharedWeights:
     seed: of method 'random'.
 
   Raises:
-    ConfigError: the source is not vanilla, its layers are of other shape, or they are too few.
+    ConfigError: the source is not vanilla, its layers are of other shape, they are too few, or those that rotate
+      queries and keys are not those of the config.
   """
 
   def __init__(self, config: ModelConfig, source: Weights, method: str, seed: int = 0):
     _check(config, source.config)
     self.config, self._source = config, source
     self._sources = source_layers(config, source.config.num_layers, method, seed)
+    _check_rotation(config, source.config, method, self._sources)
     self._folds = bool(config.lora_rank) and config.share_norms and config.kind != 'vanilla'
     shapes = names.shapes(config)
     fresh = ('params/router/', 'params/aux_router/', 'routing/')
@@ -227,12 +238,31 @@ def _check(config: ModelConfig, source: ModelConfig) -> None:
       f'init.source has a model of model.kind={source.kind}, model.kv={source.kv}; only vanilla models, whose layers '
       f'all have parameters, keys and values of their own, can be begun from'
     )
-  fields = (*_SAME, *(_LLAMA3 if source.rope_scaling == 'llama3' else ()))
+  fields = (*_SAME, *_OF_SCALING.get(source.rope_scaling, ()))
   different = {name: (getattr(config, name), getattr(source, name)) for name in fields}
-  different = {
-    name.replace('head_width', 'head_dim'): pair for name, pair in different.items() if pair[0] != pair[1]
-  }
+  different = {_SET_BY.get(name, name): pair for name, pair in different.items() if pair[0] != pair[1]}
   if different:
     text = ', '.join(f'model.{name}={ours}' for name, (ours, _) in different.items())
     remedy = ' '.join(f'--config.model.{name}={theirs}' for name, (_, theirs) in different.items())
-    raise ConfigError(f'{text} cannot begin from init.source, whose layers have other shapes; set {remedy}')
+    raise ConfigError(f'{text} cannot begin from init.source, whose layers are others; set {remedy}')
+
+
+def _check_rotation(
+  config: ModelConfig, source: ModelConfig, method: str, sources: list[tuple[int, ...]]
+) -> None:
+  """A slot rotates as the layers do that it is made of; raises ConfigError where they or the config disagree."""
+  rotates = [{layer not in source.no_rope_layers for layer in layers} for layers in sources]
+  if mixed := next((layers for layers, kinds in zip(sources, rotates, strict=True) if len(kinds) > 1), None):
+    without = [layer for layer in mixed if layer in source.no_rope_layers]
+    raise ConfigError(
+      f'init.method={method} would average layers {", ".join(map(str, mixed))} of init.source, of which '
+      f'{", ".join(map(str, without))} do not rotate queries and keys and the others do: their weights have no common '
+      f'meaning; use init.method=stepwise'
+    )
+  expected = tuple(slot for slot, kinds in enumerate(rotates) if kinds == {False})
+  if set(config.no_rope_layers) != set(expected):
+    flag = ','.join(map(str, expected)) + (',' if len(expected) == 1 else '')
+    raise ConfigError(
+      f'model.no_rope_layers={config.no_rope_layers} cannot begin from init.source with init.method={method}, which '
+      f'makes {expected} of layers that do not rotate queries and keys; set --config.model.no_rope_layers="({flag})"'
+    )

@@ -9,6 +9,7 @@ from mor_jax.config import ConfigError, ModelConfig
 from mor_jax.data.conventions import SIDE_FILES, Conventions
 from mor_jax.data.tokenizer import END_OF_TEXT, Tokenizer, read_backend
 from mor_jax.files import parse_json
+from mor_jax.interop import sentencepiece_model
 
 LARGEST_SIDE_FILE = 2**20  # bytes
 DEFAULT_POSITIONS = 2048
@@ -31,12 +32,12 @@ def read(
   """Reads the vocabulary of a checkpoint folder.
 
   Args:
-    folder: with tokenizer.json, and any of SIDE_FILES.
+    folder: with tokenizer.json or tokenizer.model, and any of SIDE_FILES.
     config: its config.json.
     settings: of the model, which must have an embedding for every id.
     separator: token that ends a document; None: <|endoftext|> where there is one, else the first that the folder
       names as the end of a text.
-    path: a tokenizer.json elsewhere.
+    path: a tokenizer elsewhere.
 
   Raises:
     ConfigError: the tokenizer cannot be used, names no end of a text, or has ids that the model has no embedding for.
@@ -45,11 +46,12 @@ def read(
   longest = config.get('max_position_embeddings')
   longest = longest if type(longest) is int and longest > 0 else None
   ends = list(dict.fromkeys(_end_ids(config, files)))
-  path = path or folder / 'tokenizer.json'
-  if not path.exists():
+  path = path or tokenizer_file(folder)
+  if path is None:
     return Vocabulary(None, Conventions(tuple(ends), longest, files))
   try:
-    backend = read_backend(path)
+    is_sentencepiece = path.suffix == '.model'
+    backend = sentencepiece_model.read_backend(path) if is_sentencepiece else read_backend(path)
     named = _token_name(_json(files, 'tokenizer_config.json').get('eos_token'))
     if named and (index := backend.token_to_id(named)) is not None:
       ends.append(index)
@@ -69,6 +71,12 @@ def read(
   return Vocabulary(
     tokenizer, Conventions(tuple(dict.fromkeys([tokenizer.end_of_text, *ends])), longest, files)
   )
+
+
+def tokenizer_file(folder: Path) -> Path | None:
+  """The tokenizer of a folder: its tokenizer.json, else its tokenizer.model; None: it has neither."""
+  paths = (folder / 'tokenizer.json', folder / sentencepiece_model.NAME)
+  return next((path for path in paths if path.exists()), None)
 
 
 def check(tokenizer: Tokenizer, settings: ModelConfig, path: Path) -> None:

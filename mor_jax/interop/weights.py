@@ -1,11 +1,15 @@
 """Weights that are read leaf by leaf: from named tensors with a table, or from variables in memory.
 
+Where the layers of a stacked leaf are stored in several dtypes, the leaf has the one that holds all of them exactly.
+
 All problems with names, shapes and dtypes of a file are reported before any tensor is read.
 """
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Protocol
 
+import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.config import ConfigError, ModelConfig
@@ -13,7 +17,7 @@ from mor_jax.interop import names
 from mor_jax.interop.names import Table
 from mor_jax.interop.tensors import DTYPES, Tensors
 
-_DERIVED = '.rotary_emb.inv_freq'  # a buffer of old Llama files, which follows from the config
+_DERIVED = re.compile(r'(^|\.)rotary_emb\.\w+$')  # buffers of some files, which follow from the config
 _UNTIED = ('refuse', 'average')
 
 
@@ -62,12 +66,20 @@ class NamedWeights:
     table: expected names.
     tensors: the files.
     untied: what to do if copies of a shared layer differ: refuse or average.
+    ignored: names of tensors that need not be in the table.
 
   Raises:
     ConfigError: tensors are missing, unexpected, of wrong shape, or not floating point. Names all of them.
   """
 
-  def __init__(self, config: ModelConfig, table: Table, tensors: Tensors, untied: str = 'refuse'):
+  def __init__(
+    self,
+    config: ModelConfig,
+    table: Table,
+    tensors: Tensors,
+    untied: str = 'refuse',
+    ignored: Collection[str] = (),
+  ):
     if untied not in _UNTIED:
       raise ConfigError(f'untied={untied} is not one of {", ".join(_UNTIED)}')
     self.config = config
@@ -77,15 +89,16 @@ class NamedWeights:
     for name, place in table.items():
       if name in tensors.specs:
         self._copies.setdefault((place.leaf, place.index), []).append(name)
-    problems = self._problems()
+    problems = self._problems(ignored)
     if problems:
       raise ConfigError(f'{tensors.where}: {"; ".join(problems)}')
     self.dtypes = {}
     for (leaf, _), copies in self._copies.items():
-      self.dtypes[leaf] = DTYPES[tensors.specs[copies[0]][1]]
+      dtype = DTYPES[tensors.specs[copies[0]][1]]
+      self.dtypes[leaf] = np.dtype(jnp.promote_types(self.dtypes.get(leaf, dtype), dtype))
 
-  def _problems(self) -> list[str]:
-    problems, specs, dtypes = [], self._tensors.specs, {}
+  def _problems(self, ignored: Collection[str]) -> list[str]:
+    problems, specs = [], self._tensors.specs
     for name, place in self._table.items():
       if (place.leaf, place.index) not in self._copies:
         problems.append(f'tensor {name} is missing')
@@ -98,9 +111,8 @@ class NamedWeights:
         problems.append(f'{name} has shape {shape}, the settings ask for {wanted}')
       if dtype not in DTYPES:
         problems.append(f'{name} is stored as {dtype}, not in floating point of at least 16 bits')
-      elif dtypes.setdefault(place.leaf, dtype) != dtype:
-        problems.append(f'{name} is stored as {dtype}, other layers as {dtypes[place.leaf]}')
-    extra = [name for name in specs if name not in self._table and not name.endswith(_DERIVED)]
+    known = {*self._table, *ignored}
+    extra = [name for name in specs if name not in known and not _DERIVED.search(name)]
     return problems + [f'{name} has no place in the model' for name in sorted(extra)]
 
   def leaf(self, path: str) -> np.ndarray:

@@ -1,12 +1,15 @@
 """Causal grouped-query attention over tokens that know their positions and segments.
 
 A query sees a key iff both lie in the same segment and the key's position is not later
-than its own. Keys are tokens of a row in their order; queries are the same tokens, or some
-of them in the same order: that is all a recursion step needs, whichever tokens it selected.
+than its own, nor a window of positions before it or more. Keys are tokens of a row in
+their order; queries are the same tokens, or some of them in the same order: that is all
+a recursion step needs, whichever tokens it selected.
 Outputs of tokens outside the text (padding, segment 0, and below) mean nothing.
-Every backend honours both, or raises. But for `reference`, the definition, none of them
+Every backend honours all of it, or raises. But for `reference`, the definition, none of them
 holds scores or weights of all queries and keys at once when rows are long.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +28,7 @@ def attend(
   queries: TokenContext,
   keys: TokenContext | None = None,
   backend: str = 'auto',
+  window: int | None = None,
 ) -> jax.Array:
   """Scaled dot-product attention (B, T, H, E); query head h reads key/value head h // (H / K).
 
@@ -35,6 +39,7 @@ def attend(
     queries: positions and segments of the queries.
     keys: those of the keys, of which the queries are a part in the same order; None: the same tokens.
     backend: `model.attention`.
+    window: positions that a query sees, its own and those right before it; None: all.
 
   Raises:
     ValueError: unknown backend, or one that cannot do this on this platform.
@@ -46,7 +51,7 @@ def attend(
   reason = unfit(backend, axes.platform(), q_BTHE.dtype, q_BTHE.shape[-1])
   if reason:
     raise ValueError(f'attention backend {backend!r} {reason}')
-  return BACKENDS[backend](q_BTHE, k_BSKE, v_BSKE, queries, keys)
+  return BACKENDS[backend](q_BTHE, k_BSKE, v_BSKE, queries, keys, window)
 
 
 def fastest(platform: str | None, dtype: jnp.dtype, width: int) -> str:
@@ -71,39 +76,44 @@ def unfit(backend: str, platform: str | None, dtype: jnp.dtype, width: int) -> s
   return ''
 
 
-def _reference(q_BTHE, k_BSKE, v_BSKE, queries, keys):
+def _reference(q_BTHE, k_BSKE, v_BSKE, queries, keys, window=None):
   """The definition, head by head in float32."""
   groups = q_BTHE.shape[2] // k_BSKE.shape[2]
   k_BSHE, v_BSHE = (jnp.repeat(a.astype(jnp.float32), groups, axis=2) for a in (k_BSKE, v_BSKE))
   scores_BHTS = jnp.einsum('BTHE,BSHE->BHTS', q_BTHE.astype(jnp.float32), k_BSHE)
   scores_BHTS = scores_BHTS * q_BTHE.shape[-1] ** -0.5
-  visible_BTS = visible(queries, queries if keys is None else keys)
+  visible_BTS = visible(queries, queries if keys is None else keys, window)
   scores_BHTS = jnp.where(visible_BTS[:, None], scores_BHTS, MASKED_SCORE)
   out_BTHE = jnp.einsum('BHTS,BSHE->BTHE', jax.nn.softmax(scores_BHTS), v_BSHE)
   return out_BTHE.astype(q_BTHE.dtype)
 
 
-def _xla(q_BTHE, k_BSKE, v_BSKE, queries, keys):
-  return attention_xla.attend(q_BTHE, k_BSKE, v_BSKE, queries, queries if keys is None else keys)
+def _xla(q_BTHE, k_BSKE, v_BSKE, queries, keys, window=None):
+  keys = queries if keys is None else keys
+  return attention_xla.attend(q_BTHE, k_BSKE, v_BSKE, queries, keys, window)
 
 
-def _splash(q_BTHE, k_BSKE, v_BSKE, queries, keys):
-  """Splash attention, or our own kernel where the queries are some tokens and the keys all."""
+def _splash(q_BTHE, k_BSKE, v_BSKE, queries, keys, window=None):
+  """Splash attention, or our own kernel: where the queries are some tokens and the keys all, and for windows.
+
+  JAX's kernel counts a window in places of a row, where gathered tokens lie closer than in their text.
+  """
   # Pallas takes a second to import, which is for those who use it.
   from mor_jax.model import attention_pallas, attention_splash
 
-  if keys is None:
+  if keys is None and window is None:
     return _on_own_device(attention_splash.attend)(q_BTHE, k_BSKE, v_BSKE, queries)
-  return _on_own_device(attention_pallas.attend)(q_BTHE, k_BSKE, v_BSKE, queries, keys)
+  keys, kernel = queries if keys is None else keys, partial(attention_pallas.attend, window=window)
+  return _on_own_device(kernel)(q_BTHE, k_BSKE, v_BSKE, queries, keys)
 
 
-def _cudnn(q_BTHE, k_BSKE, v_BSKE, queries, keys):
+def _cudnn(q_BTHE, k_BSKE, v_BSKE, queries, keys, window=None):
   """cuDNN's flash attention, which learns of positions and segments through a mask shared by all heads."""
   keys = queries if keys is None else keys
 
   def run(q_BTHE, k_BSKE, v_BSKE, queries, keys):
     length, odd_T, odd_S = q_BTHE.shape[1], q_BTHE.shape[1] % 2, k_BSKE.shape[1] % 2  # it takes even sizes
-    mask_B1TS = jnp.pad(visible(queries, keys)[:, None], ((0, 0), (0, 0), (0, odd_T), (0, odd_S)))
+    mask_B1TS = jnp.pad(visible(queries, keys, window)[:, None], ((0, 0), (0, 0), (0, odd_T), (0, odd_S)))
     q, k, v = (
       jnp.pad(a, ((0, 0), (0, odd), (0, 0), (0, 0)))
       for a, odd in ((q_BTHE, odd_T), (k_BSKE, odd_S), (v_BSKE, odd_S))

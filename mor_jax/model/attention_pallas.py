@@ -1,8 +1,8 @@
 """Flash attention for TPUs whose queries may be any part of a row, in order: a Pallas kernel.
 
 Recursive KV sharing asks for it: a recursion's few queries attend to the keys and values of all tokens,
-`position_k <= position_q` within the segment. Scores exist a block at a time; the backward pass makes
-them again from the kept log-sum-exp (Dao et al. 2022). Blocks of which no query sees a key, by the
+`position_k <= position_q`, within the segment and the window. Scores exist a block at a time; the backward
+pass makes them again from the kept log-sum-exp (Dao et al. 2022). Blocks of which no query sees a key, by the
 ranges of their positions and segments, are neither fetched nor computed.
 """
 
@@ -25,11 +25,12 @@ _OWN_DIMENSION = ('parallel', 'parallel', 'parallel', 'arbitrary')
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-  """Sizes: `queries` and `keys` of a block; `interpret` runs the kernel without a TPU, for tests."""
+  """Sizes: `queries` and `keys` of a block, and the window; `interpret` runs the kernel without a TPU, for tests."""
 
   queries: int
   keys: int
   interpret: bool = False
+  window: int | None = None
 
 
 def attend(
@@ -40,6 +41,7 @@ def attend(
   keys: TokenContext,
   interpret: bool = False,
   smallest_block: int = SMALLEST_BLOCK,
+  window: int | None = None,
 ) -> jax.Array:
   """As `attention.attend`; tokens outside the text (segment 0 and below) get zeros.
 
@@ -48,7 +50,10 @@ def attend(
     smallest_block: lengths are filled up to a multiple of it; below 128 with `interpret` only.
   """
   sizes = Blocks(
-    block_size(q_BTHE.shape[1], smallest_block), block_size(k_BSKE.shape[1], smallest_block), interpret
+    block_size(q_BTHE.shape[1], smallest_block),
+    block_size(k_BSKE.shape[1], smallest_block),
+    interpret,
+    window,
   )
   query_ids = _ids(queries, sizes.queries, nobody=-1)
   key_ids = _ids(keys, sizes.keys, nobody=-2)
@@ -94,7 +99,7 @@ def _forward(sizes, q_BTHE, k_BSKE, v_BSKE, query_ids, key_ids):
   visit_BIJ, fetch_BIJ = visited(sizes, query_ids, key_ids)
   query, key, per_query, column, line = _queries_outside(sizes, visit_BIJ.shape, groups, width)
   out_BHTE, total_BHT1 = pl.pallas_call(
-    partial(_forward_kernel, visit_BIJ.shape),
+    partial(_forward_kernel, visit_BIJ.shape, sizes.window),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=2,
       grid=(batch, heads, *visit_BIJ.shape[1:]),
@@ -142,7 +147,7 @@ def _backward(sizes, kept, grad_BTHE):
   visit_BIJ, fetch_BIJ = visited(sizes, query_ids, key_ids)
   query, key, per_query, column, line = _queries_outside(sizes, visit_BIJ.shape, groups, width)
   grad_q_BHTE = pl.pallas_call(
-    partial(_query_kernel, visit_BIJ.shape),
+    partial(_query_kernel, visit_BIJ.shape, sizes.window),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=2,
       grid=(batch, heads, *visit_BIJ.shape[1:]),
@@ -179,7 +184,7 @@ def _backward(sizes, kept, grad_BTHE):
   column = pl.BlockSpec((1, sizes.keys, 1), lambda b, k, j, t, *_: (b, j, 0))
   total_BH1T, inner_BH1T = (a_BHT1.reshape(batch, heads, 1, length) for a_BHT1 in (total_BHT1, inner_BHT1))
   grad_k_BKSE, grad_v_BKSE = pl.pallas_call(
-    partial(_key_kernel, visit_BJI.shape),
+    partial(_key_kernel, visit_BJI.shape, sizes.window),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=2,
       grid=(batch, kv_heads, visit_BJI.shape[1], groups * blocks),
@@ -204,7 +209,22 @@ _attention.defvjp(_forward, _backward)
 
 
 def _forward_kernel(
-  grid, visit, _, q, k, v, q_position, q_segment, k_position, k_segment, out, total, largest, sums, acc
+  grid,
+  window,
+  visit,
+  _,
+  q,
+  k,
+  v,
+  q_position,
+  q_segment,
+  k_position,
+  k_segment,
+  out,
+  total,
+  largest,
+  sums,
+  acc,
 ):
   b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
 
@@ -217,7 +237,7 @@ def _forward_kernel(
   @pl.when(visit[_flat(grid, b, i, j)] > 0)
   def _():
     scores_TS = _dot(q[0, 0], k[0, 0], 1, 1)
-    visible_TS = (k_position[0] <= q_position[0]) & (k_segment[0] == q_segment[0])
+    visible_TS = _visible(window, q_position[0], q_segment[0], k_position[0], k_segment[0])
     old_T1 = largest[...]
     new_T1 = jnp.maximum(old_T1, jnp.where(visible_TS, scores_TS, LOWEST).max(axis=1, keepdims=True))
     weights_TS = jnp.where(visible_TS, jnp.exp(scores_TS - new_T1), 0)
@@ -235,7 +255,7 @@ def _forward_kernel(
 
 
 def _query_kernel(
-  grid, visit, _, q, k, v, grad, total, inner, q_position, q_segment, k_position, k_segment, out, acc
+  grid, window, visit, _, q, k, v, grad, total, inner, q_position, q_segment, k_position, k_segment, out, acc
 ):
   b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
 
@@ -245,7 +265,7 @@ def _query_kernel(
 
   @pl.when(visit[_flat(grid, b, i, j)] > 0)
   def _():
-    visible_TS = (k_position[0] <= q_position[0]) & (k_segment[0] == q_segment[0])
+    visible_TS = _visible(window, q_position[0], q_segment[0], k_position[0], k_segment[0])
     weights_TS = jnp.where(visible_TS, jnp.exp(_dot(q[0, 0], k[0, 0], 1, 1) - total[0, 0]), 0)
     grad_TS = weights_TS * (_dot(grad[0, 0], v[0, 0], 1, 1) - inner[0, 0])
     acc[...] += _dot(grad_TS.astype(k.dtype), k[0, 0], 1, 0)
@@ -257,6 +277,7 @@ def _query_kernel(
 
 def _key_kernel(
   grid,
+  window,
   visit,
   _,
   q,
@@ -281,7 +302,7 @@ def _key_kernel(
 
   @pl.when(visit[_flat(grid, b, j, t % grid[2])] > 0)
   def _():
-    visible_ST = (k_position[0] <= q_position[0]) & (k_segment[0] == q_segment[0])
+    visible_ST = _visible(window, q_position[0], q_segment[0], k_position[0], k_segment[0])
     weights_ST = jnp.where(visible_ST, jnp.exp(_dot(k[0, 0], q[0, 0], 1, 1) - total[0, 0]), 0)
     acc_v[...] += _dot(weights_ST.astype(grad.dtype), grad[0, 0], 1, 0)
     grad_ST = weights_ST * (_dot(v[0, 0], grad[0, 0], 1, 1) - inner[0, 0])
@@ -291,6 +312,11 @@ def _key_kernel(
   def _():
     out_k[0, 0] = acc_k[...].astype(out_k.dtype)
     out_v[0, 0] = acc_v[...].astype(out_v.dtype)
+
+
+def _visible(window, q_position, q_segment, k_position, k_segment):
+  sees = (k_position <= q_position) & (k_segment == q_segment)
+  return sees if window is None else sees & (q_position - k_position < window)
 
 
 def _dot(left, right, left_axis, right_axis):
@@ -322,6 +348,9 @@ def visited(sizes, query_ids, key_ids, keys_outside=False):
   last_q, last_k = pairs(highest_q[1], highest_k[1])
   latest_q, earliest_k = pairs(highest_q[0], lowest_k[0])
   visit_BIJ = (first_q <= last_k) & (first_k <= last_q) & (earliest_k <= latest_q)
+  if sizes.window is not None:
+    earliest_q, latest_k = pairs(lowest_q[0], highest_k[0])
+    visit_BIJ &= earliest_q < latest_k + sizes.window
   if keys_outside:
     visit_BIJ = visit_BIJ.swapaxes(1, 2)
   index_J = jnp.arange(visit_BIJ.shape[2])

@@ -5,6 +5,8 @@ multiplied, which saves half the work of a long row. The backward pass computes 
 again, block by block: writing them to memory and reading them back would take longer.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -18,36 +20,44 @@ MOST_BLOCKS = 8  # ... unless a row has too many for the size of the program
 AT_ONCE = 1024  # keys; the blocks of longer rows run one after the other, for the sake of memory
 
 
-def visible(queries: TokenContext, keys: TokenContext) -> jax.Array:
-  """Mask (B, T, S): same segment, and the key not later than the query."""
+def visible(queries: TokenContext, keys: TokenContext, window: int | None = None) -> jax.Array:
+  """Mask (B, T, S): same segment, and the key not later than the query, nor `window` positions before it or more."""
   not_later_BTS = keys.positions_BC[:, None, :] <= queries.positions_BC[:, :, None]
   same_segment_BTS = keys.segments_BC[:, None, :] == queries.segments_BC[:, :, None]
-  return not_later_BTS & same_segment_BTS
+  if window is None:
+    return not_later_BTS & same_segment_BTS
+  near_BTS = queries.positions_BC[:, :, None] - keys.positions_BC[:, None, :] < window
+  return not_later_BTS & near_BTS & same_segment_BTS
 
 
 def attend(
-  q_BTHE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array, queries: TokenContext, keys: TokenContext
+  q_BTHE: jax.Array,
+  k_BSKE: jax.Array,
+  v_BSKE: jax.Array,
+  queries: TokenContext,
+  keys: TokenContext,
+  window: int | None = None,
 ) -> jax.Array:
   """As `attention.attend`."""
   batch, length, heads, width = q_BTHE.shape
   kv_heads = k_BSKE.shape[2]
   q_BTKGE = (q_BTHE * width**-0.5).reshape(batch, length, kv_heads, heads // kv_heads, width)
   k_BKSE, v_BKSE = k_BSKE.transpose(0, 2, 1, 3), v_BSKE.transpose(0, 2, 1, 3)
-  out_BKGTE = _attend(q_BTKGE.transpose(0, 2, 3, 1, 4), k_BKSE, v_BKSE, queries, keys)
+  out_BKGTE = _attend(window, q_BTKGE.transpose(0, 2, 3, 1, 4), k_BKSE, v_BKSE, queries, keys)
   return out_BKGTE.transpose(0, 3, 1, 2, 4).reshape(q_BTHE.shape)
 
 
-@jax.custom_vjp
-def _attend(q_BKGTE, k_BKSE, v_BKSE, queries, keys):
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(window, q_BKGTE, k_BKSE, v_BKSE, queries, keys):
   """Attention of scaled queries, with heads before tokens."""
-  return _forward(q_BKGTE, k_BKSE, v_BKSE, queries, keys)[0]
+  return _forward(window, q_BKGTE, k_BKSE, v_BKSE, queries, keys)[0]
 
 
-def _forward(q_BKGTE, k_BKSE, v_BKSE, queries, keys):
+def _forward(window, q_BKGTE, k_BKSE, v_BKSE, queries, keys):
   outputs, normalizers = [], []
   for begin, end, seen in _blocks(q_BKGTE.shape[3], k_BKSE.shape[2]):
     q_BKME = _after(outputs, _folded(q_BKGTE, begin, end), k_BKSE)
-    scores_BKMS = _scores(q_BKME, k_BKSE, queries, keys, begin, end, seen)
+    scores_BKMS = _scores(window, q_BKME, k_BKSE, queries, keys, begin, end, seen)
     largest_BKM1 = scores_BKMS.max(axis=-1, keepdims=True)
     weights_BKMS = jnp.exp(scores_BKMS - largest_BKM1)
     total_BKM1 = weights_BKMS.sum(axis=-1, keepdims=True)
@@ -60,13 +70,13 @@ def _forward(q_BKGTE, k_BKSE, v_BKSE, queries, keys):
   return out_BKGTE, (q_BKGTE, k_BKSE, v_BKSE, queries, keys, normalizers)
 
 
-def _backward(kept, grad_BKGTE):
+def _backward(window, kept, grad_BKGTE):
   q_BKGTE, k_BKSE, v_BKSE, queries, keys, normalizers = kept
   grads_q, grad_k_BKSE, grad_v_BKSE = [], 0.0, 0.0
   blocks = _blocks(q_BKGTE.shape[3], k_BKSE.shape[2])
   for (begin, end, seen), (largest_BKM1, total_BKM1) in zip(blocks, normalizers, strict=True):
     q_BKME = _after(grads_q, _folded(q_BKGTE, begin, end), k_BKSE)
-    scores_BKMS = _scores(q_BKME, k_BKSE, queries, keys, begin, end, seen)
+    scores_BKMS = _scores(window, q_BKME, k_BKSE, queries, keys, begin, end, seen)
     weights_BKMS = jnp.exp(scores_BKMS - largest_BKM1)
     grad_BKME = _after(grads_q, _folded(grad_BKGTE, begin, end), k_BKSE).astype(jnp.float32) / total_BKM1
     grad_BKME = grad_BKME.astype(v_BKSE.dtype)
@@ -105,10 +115,10 @@ def _after(earlier, block_BKME, k_BKSE):
   return block_BKME + 0 * earlier[-1][:, :1, 0, :1, :1].astype(block_BKME.dtype)
 
 
-def _scores(q_BKME, k_BKSE, queries, keys, begin, end, seen):
+def _scores(window, q_BKME, k_BKSE, queries, keys, begin, end, seen):
   """Masked scores (B, K, M, S) in float32 of a block, the queries of a group flattened into one matrix."""
   scores_BKMS = _product(q_BKME, k_BKSE[:, :, :seen], transposed=True)
-  visible_BTS = visible(_cut(queries, begin, end), _cut(keys, 0, seen))
+  visible_BTS = visible(_cut(queries, begin, end), _cut(keys, 0, seen), window)
   visible_BKMS = jnp.tile(visible_BTS, (1, q_BKME.shape[2] // (end - begin), 1))[:, None]
   return jnp.where(visible_BKMS, scores_BKMS, MASKED_SCORE)
 

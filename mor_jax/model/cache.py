@@ -110,12 +110,14 @@ class Cache:
   Attributes:
     first, block, last: pools of the layers before the recursions, of the shared block, and after.
     versions: under kv='hybrid', (slots, P, max_len): the entry that a step reads for each position.
+    positions: (slots, entries) of the tokens in the shared block's regions, where a window must know them.
   """
 
   first: Pool
   block: Pool
   last: Pool
   versions: jax.Array | None
+  positions: jax.Array | None = None
 
 
 def init_cache(config: ModelConfig, layout: Layout, slots: int, dtype: str) -> Cache:
@@ -128,7 +130,9 @@ def init_cache(config: ModelConfig, layout: Layout, slots: int, dtype: str) -> C
     scales = [jnp.zeros((*shape, heads)) if dtype == 'int8' else None for _ in range(2)]
     return Pool(*(jnp.zeros((*shape, layout.width), DTYPES[dtype]) for _ in range(2)), *scales)
 
-  ends, versions = config.unique_ends, None
+  ends, versions, positions = config.unique_ends, None, None
+  if config.sliding_window is not None and config.kind == 'mor' and layout.kv == 'recursion_wise':
+    positions = jnp.zeros((slots, layout.entries), jnp.int32)
   if layout.kv == 'hybrid':
     versions = jnp.zeros((slots, len(layout.places), layout.max_len), jnp.int32)
   return Cache(
@@ -136,6 +140,7 @@ def init_cache(config: ModelConfig, layout: Layout, slots: int, dtype: str) -> C
     pool(block_caches(config), layout.entries),
     pool(ends, layout.max_len),
     versions,
+    positions,
   )
 
 
@@ -208,7 +213,9 @@ def copy_slots(cache: Cache, slots_B: jax.Array, source: Cache, lanes_B: jax.Arr
   pools = [
     jax.tree.map(put, getattr(cache, name), getattr(source, name)) for name in ('first', 'block', 'last')
   ]
-  versions = cache.versions
-  if versions is not None:
-    versions = versions.at[slots_B].set(source.versions[lanes_B], mode='drop')
-  return Cache(*pools, versions)
+
+  def put_table(table: jax.Array, other: jax.Array) -> jax.Array:
+    return table.at[slots_B].set(other[lanes_B], mode='drop')
+
+  tables = (cache.versions, cache.positions), (source.versions, source.positions)
+  return Cache(*pools, *jax.tree.map(put_table, *tables))

@@ -37,13 +37,26 @@ class View:
     slots_B: slot of the lane.
     base_B: first entry of the region.
     limit_BC: entries of the region that the token sees, counted from `base_B`.
+    first_BC: the first of them that it sees, for a window; None: all.
     entries_BS: under kv='hybrid', in place of base_B: where the entry of each position lies.
   """
 
   slots_B: jax.Array
   base_B: jax.Array
   limit_BC: jax.Array
+  first_BC: jax.Array | None = None
   entries_BS: jax.Array | None = None
+
+  def sees(self, index_S: jax.Array) -> jax.Array:
+    """Mask (B, C, S) of entries of a region by their number in it, (S,) or (B, 1, S)."""
+    before_BCS = index_S < self.limit_BC[..., None]
+    return before_BCS if self.first_BC is None else before_BCS & (index_S >= self.first_BC[..., None])
+
+  def from_first(self) -> 'View':
+    """The same with regions that begin where the first token of each lane begins to see."""
+    skipped_B = self.first_BC.min(axis=1)
+    limit_BC, first_BC = (a_BC - skipped_B[:, None] for a_BC in (self.limit_BC, self.first_BC))
+    return self.replace(base_B=self.base_B + skipped_B, limit_BC=limit_BC, first_BC=first_BC)
 
 
 def attend(
@@ -54,6 +67,7 @@ def attend(
   kv_heads: int,
   region: int,
   read: str,
+  window: int | None = None,
 ) -> jax.Array:
   """Scaled dot-product attention (B, C, H, E) of queries to the cache of one layer.
 
@@ -62,12 +76,16 @@ def attend(
     kv_heads: K.
     region: entries of the largest region.
     read: one of READS.
+    window: positions that a token sees, as `view.first_BC` says; None: all.
   """
   batch, length, heads, width = q_BCHE.shape
   q_BKGCE = (q_BCHE * width**-0.5).reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
   if view.entries_BS is not None:
     out_BKGCE = _scattered(q_BKGCE, pool, layer, view)
   else:
+    if window is not None:
+      view = view.from_first()
+      region = min(region, window) if length == 1 else region  # several may stand far from each other
     way = {'lanes': _lane_by_lane, 'gather': _all_lanes, 'groups': _in_groups}[read]
     out_BKGCE = way(q_BKGCE, pool, layer, view, min(region, pool.keys.shape[2]))
   return out_BKGCE.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
@@ -85,30 +103,25 @@ def _lane_by_lane(q_BKGCE, pool, layer, view, region):
 
   def branch(size: int):
     def run(lane):
-      q_KGCE, slot, base, limit_C = lane
-      found, before = _slice(pool, layer, slot, base, size)
-      index_S = jnp.arange(size)
-      visible_CS = (index_S >= before) & (index_S < (before + limit_C)[:, None])
-      found = jax.tree.map(lambda leaf: leaf[None], found)
-      return _softmax_attention(q_KGCE[None], found, visible_CS[None])[0]
+      q_KGCE, view = jax.tree.map(lambda leaf: leaf[None], lane)
+      return _all_lanes(q_KGCE, pool, layer, view, size)[0]
 
     return run
 
   branches = [branch(size) for size in sizes]
 
   def one(args):
-    index, *lane = args
+    index, lane = args
     return branches[0](lane) if len(branches) == 1 else jax.lax.switch(index, branches, lane)
 
-  return jax.lax.map(one, (index_B, q_BKGCE, view.slots_B, view.base_B, view.limit_BC))
+  return jax.lax.map(one, (index_B, (q_BKGCE, view)))
 
 
 def _all_lanes(q_BKGCE, pool, layer, view, region):
   slices = jax.vmap(lambda slot, base: _slice(pool, layer, slot, base, region))
   found, before_B = slices(view.slots_B, view.base_B)
-  index_S, before_B11 = jnp.arange(region), before_B[:, None, None]
-  visible_BCS = (index_S >= before_B11) & (index_S < before_B11 + view.limit_BC[..., None])
-  return _softmax_attention(q_BKGCE, found, visible_BCS)
+  index_B1S = jnp.arange(region) - before_B[:, None, None]
+  return _softmax_attention(q_BKGCE, found, view.sees(index_B1S) & (index_B1S >= 0))
 
 
 def _in_groups(q_BKGCE, pool, layer, view, region):
@@ -138,7 +151,7 @@ def _slice(pool, layer, slot, base, size):
 
 
 def _scattered(q_BKGCE, pool, layer, view):
-  visible_BCS = jnp.arange(view.entries_BS.shape[1]) < view.limit_BC[..., None]
+  visible_BCS = view.sees(jnp.arange(view.entries_BS.shape[1]))
 
   def read(leaf):
     return leaf.at[layer, view.slots_B[:, None], view.entries_BS].get(mode='clip')

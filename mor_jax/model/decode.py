@@ -154,18 +154,28 @@ def block_uses(config: ModelConfig) -> list[LayerUse]:
 
 
 def apply_end(
-  cached: CachedModel, layer: dict | None, pool: Pool, x_BCD: jax.Array, lanes: Lanes
+  cached: CachedModel, params: DecodeParams, part: str, pool: Pool, x_BCD: jax.Array, lanes: Lanes
 ) -> tuple[jax.Array, Pool]:
-  """The layer before the recursions or that after them, where the model has one, on the lanes' tokens.
+  """The 'first' layer, before the recursions, or the 'last', where the model has them, on the lanes' tokens.
 
   Returns:
     Residual stream and updated pool.
   """
+  layer, config = getattr(params, part), cached.config
   if layer is None:
     return x_BCD, pool
+  if config.sliding_window is not None:
+    view = lanes.view.replace(first_BC=first_in_window(config, lanes.positions_BC))
+    lanes = lanes.replace(view=view)
   memory = SlotCache(lanes.view, lanes.entries_BC, cached.layout.max_len, cached.read)
-  turns = rotation(cached.config, lanes.positions_BC)
-  return _layer(cached, layer, x_BCD, PerLayer(jnp.zeros((), jnp.int32), pool), memory, turns)
+  turns = rotation(config, lanes.positions_BC)
+  per_layer = PerLayer(jnp.zeros((), jnp.int32), pool, rotates=sharing.rotating(config, part))
+  return _layer(cached, layer, x_BCD, per_layer, memory, turns)
+
+
+def first_in_window(config: ModelConfig, positions_BC: jax.Array) -> jax.Array:
+  """The first position that tokens at these positions see."""
+  return jnp.maximum(positions_BC - config.sliding_window + 1, 0)
 
 
 def apply_block(
@@ -181,6 +191,7 @@ def apply_block(
     encoding_BCD = own.pop('encoding')['embedding'][lanes.steps_B][:, None]
     x_BCD = relaxation.encode(x_BCD, {'encoding': {'embedding': encoding_BCD}})
   turns = rotation(config, lanes.positions_BC)
+  rotates_N = sharing.rotating(config, 'block')
   memory = SlotCache(
     lanes.view, lanes.entries_BC, cached_attention.largest_region(cached.layout), cached.read
   )
@@ -192,7 +203,8 @@ def apply_block(
     steps_B = jnp.where(step == LANES_STEP, lanes.steps_B, step)
     own_of_lanes = jax.tree.map(lambda leaf: leaf[steps_B, own_layer], own)
     entries_BC = jnp.where(writes, lanes.entries_BC, pool.keys.shape[2])
-    per_layer = PerLayer(jnp.asarray(cache), pool, own_of_lanes)
+    rotates = None if rotates_N is None else jnp.asarray(rotates_N)[layer]
+    per_layer = PerLayer(jnp.asarray(cache), pool, own_of_lanes, rotates)
     return _layer(cached, tree, x_BCD, per_layer, memory.replace(entries_BC=entries_BC), turns), None
 
   columns = [dataclasses.astuple(use) for use in block_uses(config)]

@@ -31,8 +31,10 @@ class ParameterCount:
 
 
 def layer_parameters(config: ModelConfig) -> int:
-  """Parameters of one decoder layer: projections and two norm scales."""
-  return _layer_kernel_size(config) + 2 * config.d_model
+  """Parameters of one decoder layer: projections with their biases, and norm scales."""
+  biases = sum(kernel.outputs for kernel in projections(config).values() if kernel.has_bias)
+  norms = 2 * config.d_model + (2 * config.head_width if config.qk_norm else 0)
+  return _layer_kernel_size(config) + biases + norms
 
 
 def router_parameters(config: ModelConfig) -> int:

@@ -157,6 +157,9 @@ def _place(cached, cache, slots_B, steps_B, positions_BC, offered) -> tuple[Lane
     entries_BC, view = positions_BC, view.replace(limit_BC=positions_BC + 1)
     writes_BC &= (steps_B == 0)[:, None]
   entries_BC = jnp.where(writes_BC, entries_BC, layout.entries)
+  if cached.config.sliding_window is not None:
+    cache, first_BC = _first_seen(cached, cache, view, entries_BC, positions_BC)
+    view = view.replace(first_BC=first_BC)
   if layout.kv == 'hybrid':
     steps_P = jnp.arange(len(layout.places))
     written_BCP = writes_BC[..., None] & (steps_P >= steps_B[:, None, None])
@@ -166,3 +169,15 @@ def _place(cached, cache, slots_B, steps_B, positions_BC, offered) -> tuple[Lane
     cache = cache.replace(versions=versions)
     view = view.replace(limit_BC=positions_BC + 1, entries_BS=versions[slots_B, steps_B])
   return Lanes(view, positions_BC, entries_BC, steps_B), cache
+
+
+def _first_seen(cached, cache, view, entries_BC, positions_BC) -> tuple[Cache, jax.Array]:
+  """The cache with the positions of new entries, and the first entry of the region in the window of each token."""
+  first_BC = decode.first_in_window(cached.config, positions_BC)
+  if cache.positions is None:  # entries stand where their tokens do
+    return cache, first_BC
+  positions = cache.positions.at[view.slots_B[:, None], entries_BC].set(positions_BC, mode='drop')
+  index_B1S = jnp.arange(positions.shape[1]) - view.base_B[:, None, None]
+  passed_BCS = positions[view.slots_B][:, None] < first_BC[..., None]
+  passed_BCS &= (index_B1S >= 0) & (index_B1S < view.limit_BC[..., None])
+  return cache.replace(positions=positions), passed_BCS.sum(axis=-1)

@@ -1,4 +1,4 @@
-"""The decoder layer of Llama and SmolLM: RMSNorm, rotary attention, SwiGLU, pre-norm residuals.
+"""The decoder layer of Llama and its kin: RMSNorm, rotary attention, SwiGLU, pre-norm residuals.
 
 Written once for training, prefill and decoding. What differs between them is handed in: a memory
 (`memory.py`), which says where the keys and values come from, and what a lane has of its own.
@@ -16,28 +16,30 @@ from jax.ad_checkpoint import checkpoint_name
 from mor_jax.config import ModelConfig
 from mor_jax.model import axes
 from mor_jax.model.memory import Memory
-from mor_jax.model.rotary import Rotation, rotate
+from mor_jax.model.rotary import Rotation, only_where, rotate
 
 LAYER_INPUT = 'layer_input'  # name of the residual stream that enters a layer, for remat policies
 
 
 class Projection(NamedTuple):
-  """A kernel of the layer: its sizes, and the logical names of its two axes."""
+  """A kernel of the layer: its sizes, the logical names of its two axes, and whether a bias is added."""
 
   inputs: int
   outputs: int
   axes: tuple[str, str]
+  has_bias: bool = False
 
 
 def projections(config: ModelConfig) -> dict[str, Projection]:
   """All kernels of a decoder layer by name, 'attention/query' and so on."""
   width, mlp = config.d_model, config.mlp_dim
+  some, every = config.attention_bias != 'none', config.attention_bias == 'all'
   heads, kv_heads = (count * config.head_width for count in (config.num_heads, config.num_kv_heads))
   return {
-    'attention/query': Projection(width, heads, ('embed', 'heads')),
-    'attention/key': Projection(width, kv_heads, ('embed', 'kv_heads')),
-    'attention/value': Projection(width, kv_heads, ('embed', 'kv_heads')),
-    'attention/output': Projection(heads, width, ('heads', 'embed')),
+    'attention/query': Projection(width, heads, ('embed', 'heads'), some),
+    'attention/key': Projection(width, kv_heads, ('embed', 'kv_heads'), some),
+    'attention/value': Projection(width, kv_heads, ('embed', 'kv_heads'), some),
+    'attention/output': Projection(heads, width, ('heads', 'embed'), every),
     'mlp/gate': Projection(width, mlp, ('embed', 'mlp')),
     'mlp/up': Projection(width, mlp, ('embed', 'mlp')),
     'mlp/down': Projection(mlp, width, ('mlp', 'embed')),
@@ -54,11 +56,13 @@ class PerLayer:
     own: changes of kernels and norm scales that differ from lane to lane (relaxed sharing in decoding):
       'lora' with factors down (B, I, r) and up (B, r, O), 'norms' with scales (B, D). Training merges
       these changes into the parameters instead (`relaxation.relax`).
+    rotates: whether the layer rotates queries and keys; None: all layers of the model do.
   """
 
   index: jax.Array
   kept: Any = None
   own: dict = struct.field(default_factory=dict)
+  rotates: jax.Array | None = None
 
 
 class RMSNorm(nn.Module):
@@ -79,7 +83,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-  """Matrix product without bias; leading axes are flattened, since XLA is fastest on plain matrices."""
+  """Matrix product, and bias if any; leading axes are flattened, since XLA is fastest on plain matrices."""
 
   config: ModelConfig
   projection: Projection
@@ -95,6 +99,10 @@ class Linear(nn.Module):
     dtype = jnp.dtype(cfg.dtype)
     kernel_IO = axes.gather_parameter(kernel_IO.astype(dtype), names)
     y = x.reshape(-1, x.shape[-1]).astype(dtype) @ kernel_IO
+    if self.projection.has_bias:
+      init = nn.with_logical_partitioning(nn.initializers.zeros, names[1:])
+      bias_O = self.param('bias', init, (self.projection.outputs,), jnp.float32)
+      y = y + axes.gather_parameter(bias_O.astype(dtype), names[1:])
     y = y.reshape(*x.shape[:-1], self.projection.outputs)
     if factors is not None:
       low = x.astype(jnp.float32) @ factors['down'] @ factors['up']
@@ -115,6 +123,7 @@ class Attention(nn.Module):
     cfg = self.config
     batch, length, _ = x_BCD.shape
     kernels, lora = projections(cfg), layer.own.get('lora', {})
+    turns = only_where(layer.rotates, rotation)
 
     def linear(name, x):
       std = cfg.output_std(self.uses) if name == 'output' else cfg.weight_std
@@ -124,11 +133,17 @@ class Attention(nn.Module):
     def heads(name, count):
       return linear(name, x_BCD).reshape(batch, length, count, cfg.head_width)
 
-    def own_keys_and_values():
-      return rotate(heads('key', cfg.num_kv_heads), rotation), heads('value', cfg.num_kv_heads)
+    def turned(name, count):
+      x_BCHE = heads(name, count)
+      if cfg.qk_norm:
+        x_BCHE = RMSNorm(cfg, name=f'{name}_norm')(x_BCHE)
+      return rotate(x_BCHE, turns)
 
-    q_BCHE = rotate(heads('query', cfg.num_heads), rotation)
-    out_BCHE, kept = memory.attend(q_BCHE, own_keys_and_values, layer, cfg.attention)
+    def own_keys_and_values():
+      return turned('key', cfg.num_kv_heads), heads('value', cfg.num_kv_heads)
+
+    q_BCHE = turned('query', cfg.num_heads)
+    out_BCHE, kept = memory.attend(q_BCHE, own_keys_and_values, layer, cfg.attention, cfg.sliding_window)
     chex.assert_equal_shape([q_BCHE, out_BCHE])
     return linear('output', out_BCHE.reshape(batch, length, -1)), kept
 

@@ -29,7 +29,12 @@ class Memory(Protocol):
   """What all kinds have in common; each is a pytree."""
 
   def attend(
-    self, q_BCHE: jax.Array, own: Callable[[], KeysAndValues], layer: Any, backend: str
+    self,
+    q_BCHE: jax.Array,
+    own: Callable[[], KeysAndValues],
+    layer: Any,
+    backend: str,
+    window: int | None = None,
   ) -> tuple[jax.Array, Any]:
     """Attention (B, C, H, E) of rotated queries, and what is kept of the layer.
 
@@ -38,6 +43,7 @@ class Memory(Protocol):
       own: makes the rotated keys and the values (B, C, K, E) of the same tokens.
       layer: `layers.PerLayer`; its `kept` is what the memory has of this layer.
       backend: `model.attention`.
+      window: positions that a token sees, `model.sliding_window`.
     """
 
 
@@ -53,11 +59,11 @@ class Row:
   context: TokenContext
   remembers: bool = struct.field(pytree_node=False, default=False)
 
-  def attend(self, q_BCHE, own, layer, backend):
+  def attend(self, q_BCHE, own, layer, backend, window=None):
     """See `Memory.attend`."""
     del layer
     keys_and_values = own()
-    out_BCHE = attention.attend(q_BCHE, *keys_and_values, self.context, None, backend)
+    out_BCHE = attention.attend(q_BCHE, *keys_and_values, self.context, None, backend, window)
     return out_BCHE, keys_and_values if self.remembers else None
 
 
@@ -73,10 +79,10 @@ class SharedMemory:
   queries: TokenContext
   keys: TokenContext
 
-  def attend(self, q_BCHE, own, layer, backend):
+  def attend(self, q_BCHE, own, layer, backend, window=None):
     """See `Memory.attend`."""
     del own
-    return attention.attend(q_BCHE, *layer.kept, self.queries, self.keys, backend), None
+    return attention.attend(q_BCHE, *layer.kept, self.queries, self.keys, backend, window), None
 
 
 @struct.dataclass
@@ -95,11 +101,11 @@ class HybridMemory:
   indices_BC: jax.Array
   chosen_BC: jax.Array
 
-  def attend(self, q_BCHE, own, layer, backend):
+  def attend(self, q_BCHE, own, layer, backend, window=None):
     """See `Memory.attend`."""
     pairs = zip(layer.kept, own(), strict=True)
     keys_and_values = tuple(self._overwritten(old_BSKE, new_BCKE) for old_BSKE, new_BCKE in pairs)
-    out_BCHE = attention.attend(q_BCHE, *keys_and_values, self.queries, self.keys, backend)
+    out_BCHE = attention.attend(q_BCHE, *keys_and_values, self.queries, self.keys, backend, window)
     return out_BCHE, keys_and_values
 
   def _overwritten(self, old_BSKE: jax.Array, new_BCKE: jax.Array) -> jax.Array:
@@ -127,7 +133,7 @@ class SlotCache:
   region: int = struct.field(pytree_node=False)
   read: str = struct.field(pytree_node=False)
 
-  def attend(self, q_BCHE, own, layer, backend):
+  def attend(self, q_BCHE, own, layer, backend, window=None):
     """See `Memory.attend`; `layer.kept` is the pool of some layers, `layer.index` the layer's place there."""
     del backend
     k_BCKE, v_BCKE = own()
@@ -135,6 +141,6 @@ class SlotCache:
       layer.kept, layer.index, self.view.slots_B, self.entries_BC, k_BCKE, v_BCKE, self.read != 'lanes'
     )
     out_BCHE = cached_attention.attend(
-      q_BCHE, pool, layer.index, self.view, k_BCKE.shape[2], self.region, self.read
+      q_BCHE, pool, layer.index, self.view, k_BCKE.shape[2], self.region, self.read, window
     )
     return out_BCHE, pool

@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax import struct
 
 from mor_jax.config import ModelConfig
-from mor_jax.model import relaxation
+from mor_jax.model import relaxation, sharing
 from mor_jax.model.context import TokenContext
 from mor_jax.model.memory import HybridMemory, KeysAndValues, Memory, Row, SharedMemory
 from mor_jax.model.rotary import rotation
@@ -108,26 +108,31 @@ def repeat(
     The residual stream, and those after each recursion (R, B, T, D) if the rule keeps them.
   """
   config = block.config
+  rotates_N = sharing.rotating(config, 'block')
   if config.sharing.endswith('cycle'):
     own_steps = jax.tree.map(lambda leaf_R: leaf_R[: rule.steps], own_R)
-    return _repeat_layers(block, own_steps, x_BTD, context, config.shared_depth, rule, given)
+    return _repeat_layers(block, own_steps, rotates_N, x_BTD, context, rule, given)
 
-  def repeat_layer(layer, x_BTD, own_R):
+  def repeat_layer(layer, x_BTD, own_and_rotates):
+    own_R, rotates_1 = own_and_rotates
     own_R = jax.tree.map(lambda leaf_R: leaf_R[:, None], own_R)
-    return _repeat_layers(layer, own_R, x_BTD, context, 1, rule, given)
+    return _repeat_layers(layer, own_R, rotates_1, x_BTD, context, rule, given, count=1)
 
   own_N = jax.tree.map(lambda leaf_RN: leaf_RN.swapaxes(0, 1), own_R)
+  per_layer = own_N, None if rotates_N is None else rotates_N[:, None]
   layer_by_layer = _scan_parts(config, repeat_layer, config.shared_depth)
-  return _with_parameters(lambda leaf_N: leaf_N[:, None], layer_by_layer)(block, x_BTD, own_N)[0], None
+  return _with_parameters(lambda leaf_N: leaf_N[:, None], layer_by_layer)(block, x_BTD, per_layer)[0], None
 
 
-def _repeat_layers(layers, own_R, x_BTD, context, count, rule, given):
-  """Passes over the same `count` layers."""
+def _repeat_layers(layers, own_R, rotates_N, x_BTD, context, rule, given, count=None):
+  """Passes over the same `count` layers, all of the block by default."""
+  count = count or layers.config.shared_depth
 
   def one_pass(layers, carry, own_and_step):
     x_BTD, remembered = carry
     own, step = own_and_step
-    y_BTD, remembered = run_pass(layers, own, relaxation.encode(x_BTD, own), context, remembered, count)
+    encoded_BTD = relaxation.encode(x_BTD, own)
+    y_BTD, remembered = run_pass(layers, own, encoded_BTD, context, remembered, count, rotates_N)
     if given.depths_BT is not None:  # who left keeps its stream, of which others still read keys and values
       y_BTD = jnp.where((given.depths_BT > step)[..., None], y_BTD, x_BTD)
     if given.most_B is not None:
@@ -146,22 +151,43 @@ def share_memory(block: nn.Module, x_BTD: jax.Array, context: TokenContext) -> j
   `sequence` the layers of a group follow one another and read those of its first.
   """
   config, passes = block.config, block.config.passes
+  rotates_N = sharing.rotating(config, 'block')
 
-  def run_passes(layers_Rn, x_BTD, count):
-    def one_pass(layers_n, carry):
+  def run_passes(layers_Rn, x_BTD, rotates_Rn, count):
+    def one_pass(layers_n, carry, rotates_n):
       x_BTD, remembered = carry
-      return run_pass(layers_n, {}, x_BTD, context, remembered, count), None
+      return run_pass(layers_n, {}, x_BTD, context, remembered, count, rotates_n), None
 
-    carry = _with_parameters(lambda leaf_Rn: leaf_Rn[0], one_pass)(layers_Rn, (x_BTD, None))[0]
+    def first(leaf_Rn):
+      return leaf_Rn[0]
+
+    def rest(leaf_Rn):
+      return leaf_Rn[1:]
+
+    start = (x_BTD, None), jax.tree.map(first, rotates_Rn)
+    carry = _with_parameters(first, one_pass)(layers_Rn, *start)[0]
     others = _scan_parts(config, one_pass, passes - 1)
-    return _with_parameters(lambda leaf_Rn: leaf_Rn[1:], others)(layers_Rn, carry)[0][0]
+    return _with_parameters(rest, others)(layers_Rn, carry, jax.tree.map(rest, rotates_Rn))[0][0]
 
   parts = config.shared_depth // passes
-  if config.sharing.endswith('cycle'):
-    run = partial(run_passes, count=parts)
-    return _with_parameters(lambda leaf: leaf.reshape(passes, parts, *leaf.shape[1:]), run)(block, x_BTD)
-  run = _scan_parts(config, lambda layers, x_BTD: (run_passes(layers, x_BTD, count=1), None), parts)
-  return _with_parameters(lambda leaf: leaf.reshape(parts, passes, 1, *leaf.shape[1:]), run)(block, x_BTD)[0]
+  is_cycle = config.sharing.endswith('cycle')
+
+  def cut(leaf_N):
+    sizes = (passes, parts) if is_cycle else (parts, passes, 1)
+    return leaf_N.reshape(*sizes, *leaf_N.shape[1:])
+
+  run = partial(run_passes, count=parts)
+  if not is_cycle:
+
+    def run_group(layers, x_BTD, rotates):
+      return run_passes(layers, x_BTD, rotates, count=1), None
+
+    scanned = _scan_parts(config, run_group, parts)
+
+    def run(*inputs):
+      return scanned(*inputs)[0]
+
+  return _with_parameters(cut, run)(block, x_BTD, jax.tree.map(cut, rotates_N))
 
 
 def run_step(
@@ -187,8 +213,8 @@ def run_step(
     The block's output, and what the next step is to be given.
   """
   context, x_BCD = context.only(chosen_BC), relaxation.encode(x_BCD, own)
-  count = block.config.shared_depth
-  return run_pass(block, own, x_BCD, context, remembered, count, (indices_BC, chosen_BC))
+  count, rotates_N = block.config.shared_depth, sharing.rotating(block.config, 'block')
+  return run_pass(block, own, x_BCD, context, remembered, count, rotates_N, (indices_BC, chosen_BC))
 
 
 def run_pass(
@@ -198,11 +224,13 @@ def run_pass(
   context: TokenContext,
   remembered: Remembered | None,
   count: int,
+  rotates_N: jax.Array | None,
   places: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, Remembered | None]:
   """A pass over `count` layers: its output, and what the next pass is to be given.
 
   Args:
+    rotates_N: whether each layer rotates queries and keys; None: all do.
     places: where the tokens stand in the row and which of them are chosen; None: all tokens of it, of which
       under `kv=hybrid` nothing of an earlier pass would be left to read.
   """
@@ -218,7 +246,7 @@ def run_pass(
     run = nn.remat(run)
   turns = rotation(config, context.positions_BC)
   kept = None if remembered is None else remembered.keys_and_values
-  x_BCD, kept = run(layers, x_BCD, memory, turns, kept=kept, own=own)
+  x_BCD, kept = run(layers, x_BCD, memory, turns, kept=kept, own=own, rotates=rotates_N)
   if kept is None:
     return x_BCD, remembered
   return x_BCD, Remembered(kept, context if remembered is None else remembered.context)

@@ -75,7 +75,7 @@ class _Factors(nn.Module):
 
   @nn.compact
   def __call__(self) -> dict:
-    inputs, outputs, (from_axis, to_axis) = self.projection
+    inputs, outputs, (from_axis, to_axis) = self.projection[:3]
     stacked_on = ('recursions', 'layers')
     # The short axis is split over devices where the other is not split by 'embed'.
     down_axes = (*stacked_on, from_axis, None if from_axis == 'embed' else 'rank')

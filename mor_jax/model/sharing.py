@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import numpy as np
+
 from mor_jax.config import ModelConfig
 
 
@@ -34,3 +36,12 @@ def place(config: ModelConfig, slot: int) -> Place:
   if ends <= slot < ends + depth:
     return Place('block', slot - ends)
   return Place('first' if slot < ends else 'last')
+
+
+def rotating(config: ModelConfig, part: str) -> np.ndarray | None:
+  """Whether the layers of a part rotate queries and keys: (N,) of 'block', else a scalar; None: all of the model do."""
+  if not config.no_rope_layers:
+    return None
+  slots = [slot for slot in range(config.num_unique_layers) if place(config, slot).part == part]
+  rotates = np.array([slot not in config.no_rope_layers for slot in slots])
+  return rotates if part == 'block' else rotates[0]

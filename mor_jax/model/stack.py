@@ -80,6 +80,7 @@ def run_layers(
   count: int | None = None,
   kept: Any = None,
   own: dict | None = None,
+  rotates: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
   """Applies a bound layer or stack, with kernels in the dtype that products take.
 
@@ -94,11 +95,13 @@ def run_layers(
     count: layers of a stack; None: a single layer.
     kept: what the memory has of each layer, leaves with a leading layer axis.
     own: changes of the layers' parameters in this recursion step (`relaxation`).
+    rotates: whether each layer rotates queries and keys (`sharing.rotating`).
 
   Returns:
     The residual stream, and what the memory keeps of each layer.
   """
-  layer = PerLayer(jnp.zeros((), jnp.int32) if count is None else jnp.arange(count), kept)
+  index = jnp.zeros((), jnp.int32) if count is None else jnp.arange(count)
+  layer = PerLayer(index, kept, rotates=rotates)
   prepare = partial(_prepare, layers.config, own or {})
   call = nn.map_variables(lambda bound, *inputs: bound(*inputs), 'params', trans_in_fn=prepare)
   return call(layers, x_BCD, layer, memory, turns)

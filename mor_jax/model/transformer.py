@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax import struct
 
 from mor_jax.config import ModelConfig
-from mor_jax.model import axes, expert_choice, recursion, relaxation, router, stack, token_choice
+from mor_jax.model import axes, expert_choice, recursion, relaxation, router, sharing, stack, token_choice
 from mor_jax.model.context import TokenContext
 from mor_jax.model.embedding import Embedding
 from mor_jax.model.layers import RMSNorm
@@ -195,13 +195,15 @@ class Transformer(nn.Module):
   def _begin(self, x_BTD, context):
     if self.config.unique_ends:
       turns = rotation(self.config, context.positions_BC)
-      x_BTD, _ = stack.run_layers(self.first, x_BTD, Row(context), turns)
+      rotates = sharing.rotating(self.config, 'first')
+      x_BTD, _ = stack.run_layers(self.first, x_BTD, Row(context), turns, rotates=rotates)
     return x_BTD
 
   def _end(self, x_BTD, context):
     if self.config.unique_ends:
       turns = rotation(self.config, context.positions_BC)
-      x_BTD, _ = stack.run_layers(self.last, x_BTD, Row(context), turns)
+      rotates = sharing.rotating(self.config, 'last')
+      x_BTD, _ = stack.run_layers(self.last, x_BTD, Row(context), turns, rotates=rotates)
     return self.final_norm(x_BTD)
 
   def _recursions(self, x_BTD, context, rule, given):
@@ -215,7 +217,8 @@ class Transformer(nn.Module):
       return x_BTD, None, states_RBTD
     if cfg.passes > 1:
       return recursion.share_memory(self.block, x_BTD, context), None, None
-    return *recursion.run_pass(self.block, {}, x_BTD, context, None, cfg.shared_depth), None
+    rotates = sharing.rotating(cfg, 'block')
+    return *recursion.run_pass(self.block, {}, x_BTD, context, None, cfg.shared_depth, rotates), None
 
   def _route(self, x_BTD, context, rule, given):
     cfg, own_R = self.config, self.steps()
