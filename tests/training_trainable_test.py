@@ -291,9 +291,9 @@ def test_a_run_says_what_it_trains_goes_on_at_the_border_and_may_be_told_to_trai
   config = with_changes(STAGED, model={'vocab_size': None}, data=data, train=steps, checkpoint=saves)
   assert train.main(config, str(tmp_path / 'whole')) == 0
   shown = ' '.join(capsys.readouterr().out.split())
-  assert 'trained from step 1 routers,last/ (9.3 k parameters), from step 4 routers,block (' in shown
-  assert 'a device (of routers,block, the most)' in shown
-  assert 'from step 4 4 rows in 1 micro-batches, routers,block trained, optimiser state' in shown
+  assert 'trained from step 1 routers,last/ (9.34 k parameters), from step 4 routers,block (9.34 k' in shown
+  assert 'parameters); optimiser state 74.8 kB a device (of routers,last/, the most)' in shown
+  assert 'from step 4 4 rows, routers,block trained, optimiser state 74.8 kB' in shown
 
   cut = Path(shutil.copytree(tmp_path / 'whole', tmp_path / 'cut'))
   for step in (4, 5, 6):

@@ -11,7 +11,7 @@ from mor_jax.data import schedule
 from mor_jax.data.loader import Dataset
 from mor_jax.data.synthetic import SyntheticDataset
 from mor_jax.model import flops
-from mor_jax.units import megabytes, quantity
+from mor_jax.units import byte_count, megabytes, quantity
 
 MOST_EPOCHS = 4  # repeated text is worth about as much as new text up to here (Muennighoff et al. 2023)
 
@@ -147,7 +147,7 @@ def describe_program(
   if not is_only:
     micro = f' in {config.train.accumulation} micro-batches' if config.train.accumulation > 1 else ''
     most = f', at most {config.train.recursions} recursions' if config.train.recursions else ''
-    trained = f', {config.train.trainable} trained, optimiser state {megabytes(optimizer_bytes)}'
+    trained = f', {config.train.trainable} trained, optimiser state {byte_count(optimizer_bytes)}'
     rows += [(f'from step {first + 1}', f'{config.train.global_batch} rows{micro}{most}{trained}')]
     if config.model.kind == 'mor':
       rows += [('', _capacities(config.model, config.data.seq_len))]

@@ -17,7 +17,7 @@ from mor_jax.parallel import device_memory, rules
 from mor_jax.training import trainable
 from mor_jax.training.optimizer import make_optimizer
 from mor_jax.training.state import TrainState, abstract_state, initializer
-from mor_jax.units import megabytes, quantity
+from mor_jax.units import byte_count, quantity
 
 
 def begins_stage(config: Config, done: int) -> bool:
@@ -107,4 +107,4 @@ def describe(config: Config, mesh: Mesh) -> str:
   first, name = largest(config)
   size = device_memory.bytes_on_a_device(abstract_after(config, mesh, first + 1).opt_state)
   of_stage = f' (of {name}, the most)' if len(planned) > 1 else ''
-  return f'{", ".join(parts)}; optimiser state {megabytes(size)} a device{of_stage}'
+  return f'{", ".join(parts)}; optimiser state {byte_count(size)} a device{of_stage}'
