@@ -30,7 +30,7 @@ from mor_jax.model import cache
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.planning import ahead_of_time, decoding, fitting, program_report, topology
 from mor_jax.planning.ahead_of_time import Program
-from mor_jax.training import benefit, budget
+from mor_jax.training import benefit, budget, trainable
 
 FLAGS = flags.FLAGS
 DOES_NOT_FIT = 1
@@ -153,6 +153,7 @@ def _compiler() -> Callable[..., Program]:
     mesh_lib.check_batch(mesh, config.train)
     mesh_lib.check_model(mesh, config.model)
     micro_rows = config.train.global_batch // config.train.accumulation
+    trainable.check(config)
     benefit.check_rows(config.model, micro_rows, mesh_lib.row_shards(mesh))
     teacher = pretrained.make_teacher(config, pretrained.open_teacher(config))
     return ahead_of_time.compile_step(config, mesh, teacher, FLAGS.fast)

@@ -8,10 +8,13 @@ What PATH is decides what FOLDER, which must not exist, will be:
                          mor_jax.train --init_from, mor_jax.evaluate and mor_jax.generate
   a run of format 1      that an earlier mor_jax made: a run folder of today's format, to evaluate, generate
                          and train from
+  the folder of a run with --merge_lora
+                         a run folder of the same model without low-rank changes, which are merged into the kernels
   the authors' weights   a file (.safetensors; .bin or .pt where torch is installed) or a folder of a MoR or
                          recursive model, described by --settings unless mor_jax wrote it: a run folder
 
-Tensors are read and written one at a time, and keep every bit unless --dtype says otherwise.
+Low-rank changes that are the same in all recursions (model.lora_sharing=one, or vanilla) are merged whenever a run
+becomes a folder of safetensors. Tensors are read and written one at a time, and keep every bit unless --dtype says otherwise.
 """
 
 import dataclasses
@@ -27,7 +30,7 @@ from mor_jax import cli
 from mor_jax.config import ConfigError
 from mor_jax.console import open_console, print_line
 from mor_jax.files import require_new
-from mor_jax.interop import folders, huggingface, imported, official, sources, vocabulary
+from mor_jax.interop import folders, huggingface, imported, merging, official, sources, vocabulary
 from mor_jax.interop.old_format import OldWeights
 from mor_jax.interop.weights import Weights
 from mor_jax.runs import stored
@@ -54,6 +57,9 @@ def define_flags() -> None:
     'its token that ends a document; default: <|endoftext|>, else what the checkpoint names',
   )
   flags.DEFINE_enum('untied', 'refuse', ['refuse', 'average'], 'where copies of a shared tensor differ')
+  flags.DEFINE_boolean(
+    'merge_lora', False, 'write a run folder whose low-rank changes are merged into the kernels, in float32'
+  )
   flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'dtype to write; default: as it is')
 
 
@@ -66,7 +72,14 @@ def main() -> None:
     raise ConfigError(f'--checkpoint={source} does not exist')
   if sources.is_run(source):
     is_old = RunFolder(source).read_format() == OLDEST_FORMAT
-    what = renew(source, output) if is_old else export(source, output, FLAGS.dtype)
+    if FLAGS.merge_lora:
+      what = merge(source, output, FLAGS.dtype)
+    else:
+      what = renew(source, output) if is_old else export(source, output, FLAGS.dtype)
+  elif FLAGS.merge_lora:
+    raise ConfigError(
+      f'--merge_lora is for the folder of a run, which --checkpoint={source} is not; leave it out'
+    )
   else:
     what = bring_in(source, output)
   print_line(open_console(), f'wrote {what} to {output}')
@@ -75,12 +88,32 @@ def main() -> None:
 def export(source: Path, output: Path, dtype: str | None = None) -> str:
   """A run as a folder of safetensors; returns what it wrote."""
   run = stored.open_run(source)
-  weights = _cast(run, dtype)
+  weights = _cast(merging.without_adapters(run), dtype)
   if run.config.kind == 'vanilla':
     huggingface.write(output, weights, run.tokenizer(), run.conventions())
     return f'the model of step {run.step}, as a checkpoint of Hugging Face,'
   official.write(output, weights, run.tokenizer(), run.conventions())
   return f"the model of step {run.step}, under the authors' names,"
+
+
+def merge(source: Path, output: Path, dtype: str | None = None) -> str:
+  """A run as a run folder of the same model without low-rank changes; returns what it wrote.
+
+  Raises:
+    ConfigError: it has none, or each recursion has its own.
+  """
+  run = stored.open_run(source)
+  if not run.config.lora_rank:
+    raise ConfigError(
+      f'--merge_lora: the model of {source} has model.lora_rank=0, so there is nothing to merge'
+    )
+  merged = merging.MergedWeights(run)
+  # What was trained may be what is no more.
+  settings = dataclasses.replace(run.run_config.train, trainable='all', stages=None)
+  config = dataclasses.replace(run.run_config, model=merged.config, train=settings)
+  texts, extras = (run.tokenizer(), str(source), run.conventions()), (run.folder.calibrations,)
+  stored.write_model(output, config, _cast(merged, dtype), *texts, run.step, extras)
+  return f'the model of step {run.step} with its low-rank changes merged, as a run folder (without the state of the optimiser),'
 
 
 def renew(source: Path, output: Path) -> str:

@@ -11,6 +11,12 @@ def quantity(number: float) -> str:
   return f'{number:.3g}'
 
 
+def byte_count(num_bytes: float) -> str:
+  """A size with three digits and a unit, however small it is: 12.3 kB."""
+  text = quantity(num_bytes)
+  return f'{text}B' if text[-1].isalpha() else f'{text} B'
+
+
 def megabytes(num_bytes: float) -> str:
   """A size in MB, from 1 GB on in GB."""
   return f'{num_bytes / 1e6:,.1f} MB' if num_bytes < 1e9 else f'{num_bytes / 1e9:,.2f} GB'

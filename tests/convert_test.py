@@ -1,5 +1,6 @@
 """mor_jax.convert: whole folders in and out, nothing left of what could not be converted."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -18,6 +19,7 @@ from mor_jax.config import Config, ConfigError, DataConfig, with_changes
 from mor_jax.data import tokenizer as tokenizer_lib
 from mor_jax.interop import huggingface, official, tensors
 from mor_jax.interop.weights import HeldWeights
+from mor_jax.model.transformer import Transformer
 from mor_jax.reporting import runs
 from mor_jax.runs import stored
 from mor_jax.runs.restore import load_run
@@ -207,6 +209,65 @@ def test_a_run_of_the_former_format_is_refused_and_converted(
   assert (run.config.model, run.step) == (model.config, 7)
   assert run.folder.calibrations.exists()
   chex.assert_trees_all_equal(run.variables, variables)
+
+
+ADAPTED = {'lora_rank': 4, 'lora_sharing': 'one', 'lora_layers': 'all'}
+
+
+def as_run(folder, tokenizer, trainable='all', **change):
+  """A run folder with a model of random weights; the model and its logits of a few tokens."""
+  model, variables = tiny.model(vocab_size=257, num_recursions=2, **change)
+  config = with_changes(Config(name='adapted', model=model.config), train={'trainable': trainable})
+  stored.write_model(folder, config, HeldWeights(model.config, variables), tokenizer, 'a test', step=5)
+  return model, tiny.apply(model)(variables, tiny.tokens(2, 12)).logits
+
+
+@pytest.mark.parametrize('change', [{'kind': 'vanilla', 'kv': 'shared'}, {'share_norms': False}])
+def test_low_rank_changes_are_merged_into_another_run_folder(
+  run_convert, tokenizer, tmp_path, change, capsys
+):
+  model, expected = as_run(tmp_path / 'run', tokenizer, 'lora', **ADAPTED, **change)
+  run_convert(checkpoint=tmp_path / 'run', output=tmp_path / 'merged', merge_lora=True)
+  assert 'with its low-rank changes merged' in ' '.join(capsys.readouterr().out.split())
+  run = load_run(tmp_path / 'merged')
+  assert (run.config.model.lora_rank, run.config.train.trainable, run.step) == (0, 'all', 5)
+  assert 'lora' not in run.variables['params']
+  got = tiny.apply(run.model)(run.variables, tiny.tokens(2, 12)).logits
+  np.testing.assert_allclose(got, expected, atol=1e-5)
+  with pytest.raises(ConfigError, match=r'model\.lora_rank=0, so there is nothing to merge'):
+    run_convert(checkpoint=tmp_path / 'merged', output=tmp_path / 'again', merge_lora=True)
+  assert model.config.lora_rank == 4
+
+
+def test_low_rank_changes_are_merged_into_exported_weights(run_convert, tokenizer, tmp_path):
+  _, expected = as_run(tmp_path / 'vanilla', tokenizer, kind='vanilla', **ADAPTED)
+  run_convert(checkpoint=tmp_path / 'vanilla', output=tmp_path / 'llama')
+  model, variables, _ = huggingface.load(tmp_path / 'llama')
+  assert model.config.lora_rank == 0
+  got = tiny.apply(Transformer(dataclasses.replace(model.config, dtype='float32')))(
+    variables, tiny.tokens(2, 12)
+  )
+  np.testing.assert_allclose(got.logits, expected, atol=1e-5)
+
+  _, expected = as_run(tmp_path / 'mor', tokenizer, **ADAPTED)
+  run_convert(checkpoint=tmp_path / 'mor', output=tmp_path / 'theirs')
+  model, variables = official.load(tmp_path / 'theirs')
+  assert model.config.lora_rank == 0
+  np.testing.assert_allclose(tiny.apply(model)(variables, tiny.tokens(2, 12)).logits, expected, atol=1e-5)
+
+
+def test_what_recursions_have_of_their_own_is_not_merged(run_convert, tokenizer, tmp_path):
+  as_run(tmp_path / 'run', tokenizer, lora_rank=4, lora_layers='all')
+  with pytest.raises(
+    ConfigError, match=r'cannot be merged into kernels .* --config\.model\.lora_sharing=one'
+  ):
+    run_convert(checkpoint=tmp_path / 'run', output=tmp_path / 'merged', merge_lora=True)
+  with pytest.raises(ConfigError, match='a model with lora_sharing=own'):
+    run_convert(checkpoint=tmp_path / 'run', output=tmp_path / 'theirs')
+  huggingface.save(tmp_path / 'llama', *tiny.model(kind='vanilla', vocab_size=257), tokenizer)
+  with pytest.raises(ConfigError, match='--merge_lora is for the folder of a run'):
+    run_convert(checkpoint=tmp_path / 'llama', output=tmp_path / 'merged', merge_lora=True)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['llama', 'run']
 
 
 def test_a_run_of_a_later_format_is_refused(tokenizer, tmp_path):

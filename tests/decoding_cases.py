@@ -20,6 +20,7 @@ PROMPTS = (1, 14, 90, 5)  # none of it, less than a chunk, several chunks
 MARGIN = 1e-3  # that every number a choice hangs on keeps from the border
 SMALLEST_SHARE = 0.1  # of the tokens, at every depth
 
+ADAPTED = {'lora_rank': 2, 'lora_sharing': 'one', 'lora_layers': 'all'}
 RELAXED = {'lora_rank': 2, 'share_norms': False}
 EXPERT = {'num_layers': 5, 'num_recursions': 3, 'router_alpha': 0.8}
 AUXILIARY = {**EXPERT, 'causality': 'aux_router', 'router_head': 'mlp', 'gating': 'residual'}
@@ -60,6 +61,7 @@ LANES, GATHER, UNROLL = {'read': 'lanes'}, {'read': 'gather'}, {'unroll': True}
 
 CASES = {
   'vanilla': Case({'kind': 'vanilla'}, options=UNROLL | LANES, is_slow=False),
+  'vanilla adapted': Case({'kind': 'vanilla', 'kv': 'shared', **ADAPTED}, options=LANES),
   'vanilla cycle': Case({'kind': 'vanilla', 'sharing': 'cycle'}, options=GATHER),
   'vanilla shared': Case({'kind': 'vanilla', 'kv': 'shared'}, options=LANES),
   'vanilla shared sequence': Case(
@@ -69,11 +71,16 @@ CASES = {
   'recursive relaxed': Case({'kind': 'recursive', **RELAXED, 'recursion_encoding': True}, options=UNROLL),
   'recursive shared': Case({'kind': 'recursive', 'kv': 'shared'}, options=GATHER),
   'recursive sequence': Case({'kind': 'recursive', 'sharing': 'sequence', **RELAXED}, options=GATHER),
+  'recursive sequence adapted': Case(
+    {'kind': 'recursive', 'sharing': 'middle_sequence', **ADAPTED}, options=GATHER
+  ),
   'recursive sequence shared': Case(
     {'kind': 'recursive', 'sharing': 'middle_sequence', 'kv': 'shared', **RELAXED}, options=GATHER
   ),
   'expert': Case(EXPERT, 9, 0.8, UNROLL),
   'expert relaxed': Case({**EXPERT, **RELAXED, 'recursion_encoding': True}, 3, 1.0, LANES, is_slow=False),
+  'expert adapted': Case({**EXPERT, **RELAXED, **ADAPTED}, 3, 1.0, UNROLL),
+  'expert adapted ends': Case({**EXPERT, **RELAXED, 'lora_layers': 'all'}, 3, 1.0, LANES),
   'expert cycle additive': Case(
     {'sharing': 'cycle', 'num_recursions': 3, 'gating': 'additive'}, 2, 0.8, GATHER
   ),

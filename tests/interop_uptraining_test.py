@@ -73,15 +73,56 @@ def test_other_depths_than_the_originals():
     ('middle_sequence', 'average', 2, {'lora_rank': 48}),
     ('cycle', 'upper', 3, {'lora_rank': 32, 'share_norms': False}),
     ('sequence', 'random', 3, {'lora_rank': 32}),
+    ('middle_cycle', 'lower', 2, {'lora_rank': 48, 'lora_layers': 'all'}),
   ],
 )
 def test_at_full_rank_the_model_is_the_original(sharing, method, recursions, relaxed):
   change = {'sharing': sharing, 'num_recursions': recursions} | relaxed
   model = Transformer(tiny.config(kind='recursive', **change))
-  variables = weights.tree(SharedWeights(model.config, SOURCE, method))
+  variables = with_fresh_adapters(model, weights.tree(SharedWeights(model.config, SOURCE, method)))
   tokens_BT = tiny.tokens(2, 12)
   expected = tiny.apply(VANILLA)(VARIABLES, tokens_BT).logits
   np.testing.assert_allclose(tiny.apply(model)(variables, tokens_BT).logits, expected, atol=2e-4)
+
+
+def with_fresh_adapters(model, variables):
+  """The variables with changes that are the same in all recursions as a state begins with them."""
+  if not model.config.adapted_parts:
+    return variables
+  shapes = nn.unbox(abstract_variables(model.config))['params']['lora']
+  fresh = jax.tree_util.tree_map_with_path(
+    lambda path, leaf: np.full(leaf.shape, float(path[-1].key == 'down'), np.float32), shapes
+  )
+  return {'params': variables['params'] | {'lora': fresh}}
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'kind': 'vanilla', 'lora_layers': 'all'},
+    {'kind': 'recursive', 'num_recursions': 2, 'lora_sharing': 'one', 'lora_layers': 'all'},
+  ],
+)
+def test_changes_that_are_the_same_in_all_recursions_begin_fresh(change):
+  """The model is the one without them, bit for bit."""
+  config = tiny.config(lora_rank=4, **change)
+  plain = Transformer(dataclasses.replace(config, lora_rank=0))
+  made = SharedWeights(config, SOURCE, 'average')
+  assert not any(path.startswith('params/lora') for path in made.shapes)
+  model, tokens_BT = Transformer(config), tiny.tokens(2, 12)
+  got = tiny.apply(model)(with_fresh_adapters(model, weights.tree(made)), tokens_BT).logits
+  expected = weights.tree(SharedWeights(plain.config, SOURCE, 'average'))
+  np.testing.assert_array_equal(got, tiny.apply(plain)(expected, tokens_BT).logits)
+
+
+def test_changes_of_the_source_are_merged_and_not_lost():
+  source, variables = tiny.model(kind='vanilla', lora_rank=3, lora_layers='all', seed=5)
+  made = SharedWeights(VANILLA.config, HeldWeights(source.config, variables), 'stepwise')
+  tokens_BT = tiny.tokens(2, 12)
+  expected = tiny.apply(source)(variables, tokens_BT).logits
+  got = tiny.apply(VANILLA)(weights.tree(made), tokens_BT).logits
+  np.testing.assert_allclose(got, expected, atol=1e-5)
+  assert np.abs(expected - tiny.apply(VANILLA)(VARIABLES, tokens_BT).logits).max() > 0.01
 
 
 def test_a_lower_rank_is_the_best_approximation_of_each_steps_own_layer():

@@ -305,12 +305,17 @@ def test_vanilla_layers_that_read_shared_keys_and_values(sharing, source):
     *TOKEN,
     {'lora_rank': 3},
     {'lora_rank': 2, 'lora_targets': 'query_value'},
+    {'lora_rank': 3, 'lora_layers': 'all'},
+    {'lora_rank': 3, 'lora_sharing': 'one', 'lora_layers': 'all', 'share_norms': False},
+    {'lora_rank': 3, 'lora_sharing': 'one', 'sharing': 'sequence', 'num_layers': 6, 'kind': 'recursive'},
+    {'lora_rank': 3, 'kind': 'vanilla', 'lora_layers': 'all', 'lora_targets': 'query_value'},
+    {'lora_rank': 3, 'kind': 'vanilla', 'lora_layers': 'all', 'kv': 'shared'},
     {'share_norms': False},
     {'recursion_encoding': True},
   ],
 )
 def test_parameter_count_is_the_size_of_the_tree(change):
-  config = tiny.config(num_layers=5, num_recursions=3, head_dim=6, **change)
+  config = tiny.config(**{'num_layers': 5, 'num_recursions': 3, 'head_dim': 6, **change})
   tree = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))['params']
   assert flops.count_parameters(config).total == sum(leaf.size for leaf in jax.tree.leaves(tree))
 
@@ -332,6 +337,7 @@ def test_parameter_count_is_the_size_of_the_tree(change):
     ({'kind': 'recursive', 'kv': 'hybrid'}, 'needs model.kind=mor'),
     ({'kv': 'shared', 'capacities': (0.9, 0.5)}, 'set the first capacity to 1.0'),
     ({'kind': 'vanilla', 'lora_rank': 4}, 'which model.kind=vanilla does not have'),
+    ({'kind': 'vanilla', 'share_norms': False}, 'which model.kind=vanilla does not have'),
     ({'kind': 'recursive', 'sharing': 'sequence', 'recursion_encoding': True}, 'use cycle or middle_cycle'),
     ({'num_layers': 2}, 'needs at least 3 layers'),
   ],

@@ -60,6 +60,7 @@ def state_shapes(model) -> TrainState:
 STATES = [
   {'kind': 'vanilla', 'tie_embeddings': False},
   {'causality': 'aux_router', 'router_head': 'mlp', 'lora_rank': 8, 'share_norms': False},
+  {'lora_rank': 8, 'lora_sharing': 'one', 'lora_layers': 'all'},
   {'router': 'token_choice', 'balancing': 'loss_free', 'recursion_encoding': True},
   {'selection': 'ema_threshold'},
   {'router_target': 'benefit'},
@@ -94,7 +95,7 @@ def test_every_axis_of_every_parameter_has_a_name(change):
   assert {path: len(found) for path, found in names.items()} == {
     path: leaf.ndim for path, leaf in leaves.items()
   }
-  is_lora = [path for path in leaves if '/lora/' in path]
+  is_lora = [path for path in leaves if 'lora/' in path]
   unnamed = [path for path, found in names.items() if None in found and path not in is_lora]
   assert not unnamed
 

@@ -328,12 +328,12 @@ class Checkpoints:
     """The state of a step, laid out as `abstract_state` (shapes, dtypes, shardings) says."""
     return self._checkpointer.load(step, abstract_state)
 
-  def restore_variables(self, step: int, abstract_variables: dict[str, Any]) -> dict[str, Any]:
-    """Parameters and router state alone: all that a converted model has, and that using a model needs."""
+  def restore_parts(self, step: int, abstract_parts: dict[str, Any]) -> dict[str, Any]:
+    """Some parts of the state alone: parameters and router state are all that a converted model has."""
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
-      return ocp.load(self.path(step), abstract_variables)
+      return ocp.load(self.path(step), abstract_parts)
 
   def manifest(self, step: int) -> dict[str, Any]:
     """What a checkpoint says about itself: step, processes, validation_loss, `about`."""
@@ -344,11 +344,16 @@ class Checkpoints:
     step = self.latest_step
     return f'saved after step {step} in {self.path(step)}' if step else 'nothing was trained yet'
 
-  def check_shapes(self, step: int, abstract_state: Any) -> None:
-    """Raises ConfigError, naming the first leaf, unless the state of a step has these shapes."""
+  def has_shapes(self, step: int, part: str, abstract: Any) -> bool:
+    """Whether a part of the state of a step, such as 'opt_state', has these shapes."""
+    return _shapes(ocp.metadata(self.path(step)).metadata[part]) == _shapes(abstract)
+
+  def check_shapes(self, step: int, abstract_state: Any, leave_out: str | None = None) -> None:
+    """Raises ConfigError, naming the first leaf, unless the state of a step has these shapes, but for one part."""
     stored = _shapes(ocp.metadata(self.path(step)).metadata)
     wanted = _shapes(abstract_state)
-    for name in sorted(stored.keys() | wanted.keys()):
+    names = (name for name in stored.keys() | wanted.keys() if name.partition('/')[0] != leave_out)
+    for name in sorted(names):
       if stored.get(name) != wanted.get(name):
         was, now = (shapes.get(name, 'missing') for shapes in (stored, wanted))
         raise ConfigError(

@@ -106,9 +106,21 @@ class ModelConfig:
   )
 
   share_norms: bool = setting(True, 'also share the norm scales of the shared layers, as the authors do')
-  lora_rank: int = setting(0, "LoRA: rank of each recursion's own change of the shared kernels; 0: none")
+  lora_rank: int = setting(0, 'LoRA: rank of the changes of kernels; 0: none')
   lora_alpha: float = setting(32.0, 'LoRA: the low-rank change is scaled by lora_alpha / lora_rank')
   lora_targets: str = setting('all', 'LoRA: kernels with a low-rank change', ('all', 'query_value'))
+  lora_sharing: str = setting(
+    'own',
+    'LoRA: own, each recursion changes the shared kernels in its own way; one, all recursions alike, so that the '
+    'changes can be merged into the kernels (python -m mor_jax.convert --merge_lora)',
+    ('own', 'one'),
+  )
+  lora_layers: str = setting(
+    'shared',
+    'LoRA: shared, only the layers that are shared have changes; all, the first and the last layer, too, and all '
+    'layers of a vanilla model',
+    ('shared', 'all'),
+  )
   recursion_encoding: bool = setting(False, "add a learned vector to each recursion's input")
 
   router: str = setting(
@@ -315,6 +327,19 @@ class ModelConfig:
   def shared_depth(self) -> int:
     """Layers in the shared block, i.e. per recursion."""
     return (self.num_layers - 2 * self.unique_ends) // self.recursions
+
+  @property
+  def own_lora(self) -> bool:
+    """Whether each recursion has low-rank changes of its own."""
+    return bool(self.lora_rank) and self.kind != 'vanilla' and self.lora_sharing == 'own'
+
+  @property
+  def adapted_parts(self) -> tuple[str, ...]:
+    """Parts of the model ('first', 'block', 'last') whose low-rank changes are the same whenever they are used."""
+    if not self.lora_rank:
+      return ()
+    ends = self.unique_ends if self.lora_layers == 'all' else 0
+    return ('first',) * ends + ('block',) * (not self.own_lora) + ('last',) * ends
 
   @property
   def can_stop_early(self) -> bool:

@@ -51,11 +51,15 @@ def validate_model(model: ModelConfig) -> None:
       f'model.recursion_encoding=True marks the passes over the shared block, which '
       f'model.sharing={model.sharing!r} does not make; use cycle or middle_cycle'
     )
-  if model.kind == 'vanilla' and (model.lora_rank or model.recursion_encoding or not model.share_norms):
+  if model.kind == 'vanilla' and (model.recursion_encoding or not model.share_norms):
     raise ConfigError(
-      f'model.lora_rank={model.lora_rank}, model.recursion_encoding={model.recursion_encoding} and '
-      f'model.share_norms={model.share_norms} relax shared layers, which model.kind=vanilla does not have; '
-      f'use 0, False and True'
+      f'model.recursion_encoding={model.recursion_encoding} and model.share_norms={model.share_norms} relax shared '
+      f'layers, which model.kind=vanilla does not have; use False and True'
+    )
+  if model.kind == 'vanilla' and model.lora_rank and model.lora_layers == 'shared':
+    raise ConfigError(
+      f'model.lora_rank={model.lora_rank} with model.lora_layers=shared changes shared layers, which '
+      f'model.kind=vanilla does not have; set --config.model.lora_layers=all'
     )
   if model.random_gate is not None and not (model.kind == 'mor' and model.random_router):
     raise ConfigError(

@@ -103,6 +103,16 @@ class TrainConfig:
     'share of the rows whose tokens stop after a number of recursions that is drawn for the row, so that a model learns '
     'to be read out after each and may be cut anywhere (recursive and mor)',
   )
+  trainable: str = setting(
+    'all',
+    'parameters that are trained, the others stay bit for bit: all, routers, lora, block, or regular expressions '
+    'that find something in paths such as block/attention/query/kernel; several separated by commas',
+  )
+  stages: str | None = setting(
+    None,
+    'what is trained in turn, with the share of the steps of all but the last: routers:0.1;all is the routers alone '
+    'for a tenth of the steps, then everything; none: train.trainable all the time',
+  )
   learning_rate: float = setting(3e-3, 'peak learning rate')
   schedule: str = setting('wsd', 'wsd: warm-up, stable, linear decay; cosine', ('wsd', 'cosine'))
   warmup_steps: int = setting(500, 'steps of linear warm-up')

@@ -12,6 +12,7 @@ from mor_jax.config.run import (
   ParallelConfig,
   TrainConfig,
 )
+from mor_jax.config.trainable import validate_trainable
 from mor_jax.errors import ConfigError
 
 SPECIAL_AND_BYTE_TOKENS = 257  # every byte, end of text
@@ -26,6 +27,7 @@ def validate(config: Config) -> None:
   _validate_train(config.train)
   _validate_ramp(config)
   _validate_recursions(config)
+  validate_trainable(config)
   _validate_distill(config.distill)
   _validate_checkpoint(config.checkpoint)
   _validate_parallel(config.parallel)

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from mor_jax.config import ConfigError, ModelConfig
-from mor_jax.interop import names
+from mor_jax.interop import merging, names
 from mor_jax.interop.weights import Weights
 
+_LORA = ('lora_rank', 'lora_alpha', 'lora_targets', 'lora_sharing', 'lora_layers')
 # What may be another than before: how the model is computed, initialised and taught, and which tokens go on.
 _MAY_DIFFER = (
+  *_LORA,
   *(
     'init',
     'init_std',
@@ -23,9 +25,6 @@ _MAY_DIFFER = (
     'threshold_slack',
   ),
   *(
-    'lora_rank',
-    'lora_alpha',
-    'lora_targets',
     'capacities',
     'selection',
     'capacity_warmup_steps',
@@ -42,13 +41,14 @@ _MAY_DIFFER = (
   *('aux_loss_weight', 'balancing', 'bias_update_rate', 'balance_warmup_steps', 'balancing_loss_weight'),
   *('random_router', 'random_gate', 'token_capacity_factor'),
 )
-_MAY_BE_NEW = ('params/steps/lora/',)  # begins with a change of nothing
+_MAY_BE_NEW = ('params/steps/lora/', 'params/lora/')  # begin with a change of nothing
 
 
 class SameModel:
   """Weights of the same model, leaf by leaf in float32; routers and what they keep come along.
 
-  Low-rank changes that the source has not are not among the leaves: they begin fresh.
+  Low-rank changes of another form than the source's are not among the leaves: they begin fresh, on kernels into which
+  the source's are merged.
 
   Args:
     config: of the model to begin with.
@@ -60,6 +60,8 @@ class SameModel:
 
   def __init__(self, config: ModelConfig, source: Weights):
     _check(config, source.config)
+    if any(getattr(config, name) != getattr(source.config, name) for name in _LORA):
+      source = merging.without_adapters(source)
     self.config, self._source = config, source
     shapes = names.shapes(config)
     problems = [

@@ -11,7 +11,7 @@ from mor_jax.config import Config, ConfigError, ModelConfig, with_changes
 from mor_jax.config.model import PLAIN_STD
 from mor_jax.data.conventions import Conventions
 from mor_jax.data.tokenizer import Tokenizer
-from mor_jax.interop import families, folders, names, rope, tensors, vocabulary, weights
+from mor_jax.interop import families, folders, merging, names, rope, tensors, vocabulary, weights
 from mor_jax.interop.reader import Reader
 from mor_jax.interop.weights import HeldWeights, NamedWeights, Weights
 from mor_jax.model.transformer import Transformer
@@ -96,7 +96,7 @@ def save(
 ) -> None:
   """Writes a vanilla model as a checkpoint folder that `transformers` opens.
 
-  The folder gets its name last. Parameters keep their dtype.
+  The folder gets its name last. Parameters keep their dtype; low-rank changes are merged into the kernels.
 
   Raises:
     ConfigError: the model is not vanilla, of a form that no family has, or the folder exists.
@@ -108,6 +108,7 @@ def write(
   folder: str | Path, opened: Weights, tokenizer: Tokenizer | None, conventions: Conventions | None = None
 ) -> None:
   """As `save`, from weights that come leaf by leaf."""
+  opened = merging.without_adapters(opened)
   config = opened.config
   if config.kind != 'vanilla' or config.kv == 'shared':
     raise ConfigError(

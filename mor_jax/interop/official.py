@@ -12,7 +12,7 @@ from mor_jax.config.typed import from_dict
 from mor_jax.data.conventions import Conventions
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.files import parse_json
-from mor_jax.interop import folders, huggingface, names, tensors, weights
+from mor_jax.interop import folders, huggingface, merging, names, tensors, weights
 from mor_jax.interop.weights import HeldWeights, NamedWeights, Weights
 from mor_jax.model.transformer import Transformer
 
@@ -79,7 +79,8 @@ def write(
   tokenizer: Tokenizer | None,
   conventions: Conventions | None = None,
 ) -> None:
-  """As `save`, from weights that come leaf by leaf."""
+  """As `save`, from weights that come leaf by leaf; low-rank changes are merged where they can be."""
+  opened = merging.without_adapters(opened)
   config = opened.config
   if config.kind == 'vanilla':
     raise ConfigError("model.kind=vanilla is not among the authors' models; write it as a Llama checkpoint")
@@ -100,7 +101,7 @@ def write(
   unnamed = sorted(set(opened.shapes) - {place.leaf for place in table.values()})
   if unnamed:
     raise ConfigError(
-      f"the authors' models have no {', '.join(unnamed)}: a model with lora_rank, recursion_encoding, "
+      f"the authors' models have no {', '.join(unnamed)}: a model with lora_sharing=own, recursion_encoding, "
       f'embed_factor, share_norms=False, selection=ema_threshold or calibrated thresholds cannot be written in their form'
     )
   dtype = opened.dtypes['params/embed/embedding']

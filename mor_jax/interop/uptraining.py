@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from mor_jax.config import ConfigError, ModelConfig
-from mor_jax.interop import names
+from mor_jax.interop import merging, names
 from mor_jax.interop.weights import Weights
 from mor_jax.model import relaxation, sharing
 
@@ -55,11 +55,12 @@ class SharedWeights:
   block is made of layers of the original, as `source_layers` says. Embedding, head and final norm are the
   original's. Routers are not among the leaves: they begin fresh.
 
-  With `lora_rank` the low-rank changes of each step are the best approximation (SVD) to what sharing lost
+  With `lora_rank` the low-rank changes that each step has of its own are the best approximation (SVD) to what sharing lost
   of that step's own layer of the original. Where norm scales are shared too, they are folded into the
   kernels after them, so that nothing is lost beside the kernels. Where they are not, each step has the
   scales of its own layer. So at full rank the model is the original, but for what no step has of its own: biases,
-  norms of queries and keys, and whether a layer rotates them. A recursion encoding begins at zero.
+  norms of queries and keys, and whether a layer rotates them. A recursion encoding begins at zero. Changes that are the
+  same in all recursions are not among the leaves: they begin fresh, and change nothing yet.
 
   Args:
     config: of the model to begin with.
@@ -74,12 +75,12 @@ class SharedWeights:
 
   def __init__(self, config: ModelConfig, source: Weights, method: str, seed: int = 0):
     _check(config, source.config)
-    self.config, self._source = config, source
+    self.config, self._source = config, merging.without_adapters(source)
     self._sources = source_layers(config, source.config.num_layers, method, seed)
     _check_rotation(config, source.config, method, self._sources)
-    self._folds = bool(config.lora_rank) and config.share_norms and config.kind != 'vanilla'
+    self._folds = config.own_lora and config.share_norms
     shapes = names.shapes(config)
-    fresh = ('params/router/', 'params/aux_router/', 'routing/')
+    fresh = ('params/router/', 'params/aux_router/', 'params/lora/', 'routing/')
     self.shapes = {path: shape for path, shape in shapes.items() if not path.startswith(fresh)}
     self.dtypes = dict.fromkeys(self.shapes, np.dtype(np.float32))
     self._second: tuple[str, np.ndarray] | None = None

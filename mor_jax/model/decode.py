@@ -107,7 +107,7 @@ def prepare(cached: CachedModel, variables: dict) -> DecodeParams:
   """Variables of a model as decoding reads them; products are in the model's dtype, as in training."""
   config = cached.config
   variables = jax.tree.map(jnp.asarray, variables)
-  params = variables['params']
+  params = relaxation.merged(config, variables['params'])
   dtype = jnp.dtype(config.dtype)
 
   def cast(path, leaf):

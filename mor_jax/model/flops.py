@@ -50,14 +50,17 @@ def router_parameters(config: ModelConfig) -> int:
 
 
 def relaxation_parameters(config: ModelConfig) -> int:
-  """Parameters that the recursion steps have of their own (`model/relaxation.py`)."""
-  kernels = projections(config)
+  """Parameters that layers or recursion steps have beside the kernels, norms and routers (`model/relaxation.py`)."""
+  kernels, depth = projections(config), config.shared_depth
   sides = (sum(kernels[name][:2]) for name in LORA_TARGETS[config.lora_targets])
-  per_layer = config.lora_rank * sum(sides)
+  adapters = config.lora_rank * sum(sides)  # of one layer
+  total = adapters * sum(depth if part == 'block' else 1 for part in config.adapted_parts)
+  own = adapters * depth if config.own_lora else 0
   if not config.share_norms:
-    per_layer += 2 * config.d_model
-  encoding = config.d_model if config.recursion_encoding else 0
-  return config.recursions * (config.shared_depth * per_layer + encoding)
+    own += depth * 2 * config.d_model
+  if config.recursion_encoding:
+    own += config.d_model
+  return total + config.recursions * own
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
@@ -67,8 +70,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
   outside_layers = config.d_model  # final norm
   if config.kind == 'mor':
     outside_layers += router_parameters(config)
-  if config.kind != 'vanilla':
-    outside_layers += relaxation_parameters(config)
+  outside_layers += relaxation_parameters(config)
   non_embedding = config.num_unique_layers * layer_parameters(config) + outside_layers
   unrolled = config.num_layers * layer_parameters(config) + outside_layers
   return ParameterCount(embedding + non_embedding, embedding, non_embedding, unrolled)
@@ -107,7 +109,8 @@ def forward_flops_per_token(
   """FLOPs of the matrix products of a training forward pass, per token of a full row.
 
   With grouped-query projections, attention, routers and output head; a step computes on the C_r tokens
-  it selected (on all under mask dispatch).
+  it selected (on all under mask dispatch). Low-rank changes cost no token anything: they are merged into the kernels,
+  2 * rank FLOPs for each number of a kernel, however many tokens there are.
 
   Args:
     attention: share of all pairs of queries and keys that counts: 1, or 0.5 for those that causality leaves.
@@ -172,7 +175,8 @@ def _all_tokens(config: ModelConfig) -> ModelConfig:
 
 def vanilla_of(config: ModelConfig) -> ModelConfig:
   """The vanilla model of the same depth and width, to compare with."""
-  return dataclasses.replace(config, kind='vanilla', capacities=None, kv='recursion_wise')
+  plain = {'lora_rank': 0, 'share_norms': True, 'recursion_encoding': False}
+  return dataclasses.replace(config, kind='vanilla', capacities=None, kv='recursion_wise', **plain)
 
 
 def kv_cache_bytes(

@@ -3,6 +3,9 @@
 Three options, alone or together, all stacked on a leading R axis: low-rank changes of the
 kernels (LoRA), changes of the norm scales (`share_norms=False`), and a learned vector added to
 the block's input (recursion encoding). Steps begin alike: the changes start at zero.
+
+Low-rank changes that a layer has wherever it is used (`Adapters`) are LoRA as Hu et al. (2021) have it, for the layers
+of any model. They can be merged into the kernels for good.
 """
 
 import jax
@@ -39,8 +42,8 @@ class Steps(nn.Module):
     """The tree of them; empty where nothing is relaxed."""
     cfg, steps = self.config, {}
     stacked = (cfg.recursions, cfg.shared_depth)
-    if cfg.lora_rank:
-      steps['lora'] = _LowRank(cfg, stacked, name='lora')()
+    if cfg.own_lora:
+      steps['lora'] = _LowRank(cfg, stacked, ('recursions', 'layers'), name='lora')()
     if not cfg.share_norms:
       steps['norms'] = _NormScales(cfg, stacked, name='norms')()
     if cfg.recursion_encoding:
@@ -51,18 +54,32 @@ class Steps(nn.Module):
     return steps
 
 
-class _LowRank(nn.Module):
-  """Factors down (R, N, inputs, r) and up (R, N, r, outputs) for each target kernel."""
+class Adapters(nn.Module):
+  """Low-rank changes that are the same in all recursions: first/..., block/..., last/..., as `adapted_parts` says."""
 
   config: ModelConfig
-  stacked: tuple[int, int]
+
+  @nn.compact
+  def __call__(self) -> dict:
+    """The tree of them; leaves of the block have a leading axis N."""
+    cfg = self.config
+    stacked = {'block': ((cfg.shared_depth,), ('layers',))}
+    return {part: _LowRank(cfg, *stacked.get(part, ((), ())), name=part)() for part in cfg.adapted_parts}
+
+
+class _LowRank(nn.Module):
+  """Factors down (..., inputs, r) and up (..., r, outputs) for each target kernel, stacked on leading axes."""
+
+  config: ModelConfig
+  stacked: tuple[int, ...]
+  stacked_on: tuple[str, ...]
 
   @nn.compact
   def __call__(self) -> dict:
     cfg, kernels = self.config, projections(self.config)
     return {
       name.replace('/', '_'): _Factors(
-        kernels[name], cfg.lora_rank, self.stacked, name=name.replace('/', '_')
+        kernels[name], cfg.lora_rank, self.stacked, self.stacked_on, name=name.replace('/', '_')
       )()
       for name in LORA_TARGETS[cfg.lora_targets]
     }
@@ -71,15 +88,15 @@ class _LowRank(nn.Module):
 class _Factors(nn.Module):
   projection: tuple
   rank: int
-  stacked: tuple[int, int]
+  stacked: tuple[int, ...]
+  stacked_on: tuple[str, ...]
 
   @nn.compact
   def __call__(self) -> dict:
     inputs, outputs, (from_axis, to_axis) = self.projection[:3]
-    stacked_on = ('recursions', 'layers')
     # The short axis is split over devices where the other is not split by 'embed'.
-    down_axes = (*stacked_on, from_axis, None if from_axis == 'embed' else 'rank')
-    up_axes = (*stacked_on, None if to_axis == 'embed' else 'rank', to_axis)
+    down_axes = (*self.stacked_on, from_axis, None if from_axis == 'embed' else 'rank')
+    up_axes = (*self.stacked_on, None if to_axis == 'embed' else 'rank', to_axis)
     down_init = nn.with_logical_partitioning(nn.initializers.normal(inputs**-0.5), down_axes)
     up_init = nn.with_logical_partitioning(nn.initializers.zeros, up_axes)
     return {
@@ -100,27 +117,37 @@ class _NormScales(nn.Module):
     return {name: axes.Leaf('scale', shape, names, nn.initializers.zeros, name=name)() for name in NORMS}
 
 
-def relax(config: ModelConfig, block: dict, step: dict) -> dict:
-  """The block's parameters as one step uses them.
+def relax(config: ModelConfig, layers: dict, changes: dict) -> dict:
+  """The parameters of some layers with what changes them: the block's as one step uses them, or a single layer's.
 
   Low-rank changes are added to the kernels once, which costs less than applying them to every
   token wherever tokens are more than a few times the rank.
 
   Args:
-    block: parameters of the shared layers, leaves (N, ...).
-    step: this step's entry of `Steps`, without the R axis.
+    layers: parameters of stacked layers, leaves (N, ...), or of one.
+    changes: this step's entry of `Steps`, without the R axis; or {'lora': the layers' entry of `Adapters`}.
   """
-  if 'lora' not in step and 'norms' not in step:
-    return block
-  flat, kernels = traverse_util.flatten_dict(block, sep='/'), projections(config)
-  for name in LORA_TARGETS[config.lora_targets] if 'lora' in step else ():
-    factors = step['lora'][name.replace('/', '_')]
-    change = jnp.einsum('NIr,NrO->NIO', factors['down'], factors['up'])
-    change = axes.constrain(config.lora_alpha / config.lora_rank * change, 'layers', *kernels[name].axes)
+  if 'lora' not in changes and 'norms' not in changes:
+    return layers
+  flat, kernels = traverse_util.flatten_dict(layers, sep='/'), projections(config)
+  for name in LORA_TARGETS[config.lora_targets] if 'lora' in changes else ():
+    factors = changes['lora'][name.replace('/', '_')]
+    change = jnp.einsum('...Ir,...rO->...IO', factors['down'], factors['up'])
+    names = ('layers', *kernels[name].axes)[-change.ndim :]
+    change = axes.constrain(config.lora_alpha / config.lora_rank * change, *names)
     flat[f'{name}/kernel'] = flat[f'{name}/kernel'] + change
-  for name in NORMS if 'norms' in step else ():
-    flat[f'{name}/scale'] = flat[f'{name}/scale'] + step['norms'][name]['scale']
+  for name in NORMS if 'norms' in changes else ():
+    flat[f'{name}/scale'] = flat[f'{name}/scale'] + changes['norms'][name]['scale']
   return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def merged(config: ModelConfig, params: dict) -> dict:
+  """A model's parameters with its `Adapters` merged into the kernels; changes of single recursions stay."""
+  others = {name: part for name, part in params.items() if name != 'lora'}
+  changed = {
+    part: relax(config, params[part], {'lora': params['lora'][part]}) for part in config.adapted_parts
+  }
+  return others | changed
 
 
 def encode(x: jax.Array, step: dict) -> jax.Array:

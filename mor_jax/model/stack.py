@@ -4,6 +4,7 @@ A stack is `nn.scan` over `nn.remat(DecoderLayer)`: one tree of parameters whose
 layer axis, one layer compiled whatever their number.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -102,15 +103,31 @@ def run_layers(
   """
   index = jnp.zeros((), jnp.int32) if count is None else jnp.arange(count)
   layer = PerLayer(index, kept, rotates=rotates)
-  prepare = partial(_prepare, layers.config, own or {})
-  call = nn.map_variables(lambda bound, *inputs: bound(*inputs), 'params', trans_in_fn=prepare)
+
+  def call(bound, *inputs):
+    return bound(*inputs)
+
+  call = relaxed(call, layers.config, own or {}, partial(_cast, layers.config))
   return call(layers, x_BCD, layer, memory, turns)
 
 
-def _prepare(config: ModelConfig, own: dict, variables: dict) -> dict:
-  params = relaxation.relax(config, nn.unbox(variables['params']), own)
+def relaxed(
+  function: Callable, config: ModelConfig, changes: dict, then: Callable[[dict], dict] = lambda params: params
+) -> Callable:
+  """`function(layers, ...)`, which sees the layers' parameters as `relaxation.relax` changes them.
 
+  Args:
+    then: is applied to the changed parameters.
+  """
+
+  def prepare(variables):
+    return {'params': then(relaxation.relax(config, nn.unbox(variables['params']), changes))}
+
+  return nn.map_variables(function, 'params', trans_in_fn=prepare)
+
+
+def _cast(config: ModelConfig, params: dict) -> dict:
   def cast(path, leaf):
     return leaf.astype(config.dtype) if path[-1].key == 'kernel' else leaf
 
-  return {'params': jax.tree_util.tree_map_with_path(cast, params)}
+  return jax.tree_util.tree_map_with_path(cast, params)

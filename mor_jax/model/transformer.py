@@ -40,7 +40,7 @@ class Transformer(nn.Module):
   Parameters: embed/embedding (V, D), or two tables with `embed_factor`; block/..., the layers that are shared, or all layers of a vanilla model,
   every leaf with a leading axis N; first/... and last/..., the layers around it, where `config.unique_ends` says so;
   router/... and aux_router/..., for expert-choice with a leading axis of the R recursions; steps/..., with that axis,
-  for relaxed sharing; final_norm/scale (D,); head/kernel (D, V) unless embeddings are tied.
+  for relaxed sharing; lora/..., low-rank changes of these layers in all recursions; final_norm/scale (D,); head/kernel (D, V) unless embeddings are tied.
 
   Some routers keep a state of their own, collection 'routing' (`router.init_state`), which the trainer updates.
   A random router draws from the rng stream 'routing', the noise on a choice in training from 'noise'.
@@ -57,6 +57,8 @@ class Transformer(nn.Module):
       self.first, self.last = stack.single_layer(cfg), stack.single_layer(cfg)
     if cfg.kind != 'vanilla':
       self.steps = relaxation.Steps(cfg)
+    if cfg.adapted_parts:
+      self.lora = relaxation.Adapters(cfg)
     if cfg.kind == 'mor' and not cfg.random_router:
       self.router = router.stacked_heads(cfg)
       if cfg.has_aux_router:
@@ -196,15 +198,28 @@ class Transformer(nn.Module):
     if self.config.unique_ends:
       turns = rotation(self.config, context.positions_BC)
       rotates = sharing.rotating(self.config, 'first')
-      x_BTD, _ = stack.run_layers(self.first, x_BTD, Row(context), turns, rotates=rotates)
+      own = self._adapters('first')
+      x_BTD, _ = stack.run_layers(self.first, x_BTD, Row(context), turns, own=own, rotates=rotates)
     return x_BTD
 
   def _end(self, x_BTD, context):
     if self.config.unique_ends:
       turns = rotation(self.config, context.positions_BC)
       rotates = sharing.rotating(self.config, 'last')
-      x_BTD, _ = stack.run_layers(self.last, x_BTD, Row(context), turns, rotates=rotates)
+      own = self._adapters('last')
+      x_BTD, _ = stack.run_layers(self.last, x_BTD, Row(context), turns, own=own, rotates=rotates)
     return self.final_norm(x_BTD)
+
+  def _adapters(self, part):
+    """What `relaxation.relax` adds to the kernels of a part of the model wherever it is used."""
+    return {'lora': self.lora()[part]} if part in self.config.adapted_parts else {}
+
+  def _with_block(self, function, *args):
+    """function(block, *args), of the block with its adapters merged once for all passes."""
+    change = self._adapters('block')
+    if change:
+      function = stack.relaxed(function, self.config, change)
+    return function(self.block, *args)
 
   def _recursions(self, x_BTD, context, rule, given):
     cfg = self.config
@@ -213,12 +228,12 @@ class Transformer(nn.Module):
     if cfg.kind == 'mor':
       return self._route(x_BTD, context, rule, given)
     if cfg.kind == 'recursive':
-      x_BTD, states_RBTD = recursion.repeat(self.block, self.steps(), x_BTD, context, rule, given)
+      x_BTD, states_RBTD = self._with_block(recursion.repeat, self.steps(), x_BTD, context, rule, given)
       return x_BTD, None, states_RBTD
     if cfg.passes > 1:
-      return recursion.share_memory(self.block, x_BTD, context), None, None
+      return self._with_block(recursion.share_memory, x_BTD, context), None, None
     rotates = sharing.rotating(cfg, 'block')
-    return *recursion.run_pass(self.block, {}, x_BTD, context, None, cfg.shared_depth, rotates), None
+    return *self._with_block(recursion.run_pass, {}, x_BTD, context, None, cfg.shared_depth, rotates), None
 
   def _route(self, x_BTD, context, rule, given):
     cfg, own_R = self.config, self.steps()
@@ -230,7 +245,7 @@ class Transformer(nn.Module):
       routers = nn.unbox(self.router.variables['params'])
     if cfg.router == 'token_choice':
       bias_R = self.routing_state['bias'].value if 'bias' in self.routing_state else zeros_R
-      return token_choice.route(self.block, routers, own_R, bias_R, x_BTD, context, rule, given)
+      return self._with_block(token_choice.route, routers, own_R, bias_R, x_BTD, context, rule, given)
     steps_R = {'own': own_R, 'threshold': self.get_variable('routing', 'threshold', zeros_R)}
     steps_R['key' if cfg.random_router else 'router'] = routers
     if cfg.has_aux_router:
@@ -239,8 +254,8 @@ class Transformer(nn.Module):
       steps_R['noise'] = jax.random.split(self.make_rng('noise'), cfg.recursions)
     steps_R = jax.tree.map(lambda leaf_R: leaf_R[: rule.steps], steps_R)
     if cfg.dispatch == 'gather' and rule.routing == 'topk' and given.depths_BT is None:
-      return expert_choice.route_gathered(self.block, steps_R, x_BTD, context, rule, given)
-    return expert_choice.route_masked(self.block, steps_R, x_BTD, context, rule, given)
+      return self._with_block(expert_choice.route_gathered, steps_R, x_BTD, context, rule, given)
+    return self._with_block(expert_choice.route_masked, steps_R, x_BTD, context, rule, given)
 
   def _make_parameters(self):
     """Runs every part of the model once, on a single token, which is enough to make its parameters."""
@@ -253,6 +268,8 @@ class Transformer(nn.Module):
         stack.make_parameters(getattr(self, name), memory)
       if cfg.kind != 'vanilla':
         self.steps()
+      if cfg.adapted_parts:
+        self.lora()
       if cfg.kind == 'mor' and not cfg.random_router:
         x_BTD = jnp.zeros((1, 1, cfg.d_model))
         self.router(x_BTD)

@@ -1,9 +1,11 @@
-"""How much memory there is for a program on the devices of this process."""
+"""How much memory there is for a program on the devices of this process, and what arrays take of it."""
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 
 _MEMINFO = Path('/proc/meminfo')
 _CGROUP = Path('/sys/fs/cgroup')
@@ -37,6 +39,14 @@ def host_free() -> float | None:
     limit = float((_CGROUP / 'memory.max').read_text())
     found.append(limit - float((_CGROUP / 'memory.current').read_text()) + _reclaimable())
   return min(found, default=None)
+
+
+def bytes_on_a_device(tree: Any) -> int:
+  """Bytes of arrays that have shardings, on one device."""
+  return sum(
+    leaf.dtype.itemsize * int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
+    for leaf in jax.tree.leaves(tree)
+  )
 
 
 def _reclaimable() -> float:

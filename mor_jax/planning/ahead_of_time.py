@@ -5,13 +5,14 @@ import dataclasses
 import numpy as np
 from jax.sharding import Mesh
 
-from mor_jax.config import Config
+from mor_jax.config import Config, with_changes
 from mor_jax.model import flops
 from mor_jax.model.transformer import Transformer
+from mor_jax.parallel import device_memory
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.planning import chips, cost, roofline
 from mor_jax.planning.cost import Cost
-from mor_jax.training import distillation, phases
+from mor_jax.training import distillation, handover, phases
 from mor_jax.training.distillation import Teacher
 from mor_jax.training.optimizer import make_optimizer
 from mor_jax.training.state import abstract_state, initializer
@@ -23,7 +24,7 @@ class Program(Cost):
   """A compiled train step; all figures are per device.
 
   Attributes:
-    config: the compiled config, the last phase if the training has several.
+    config: the compiled config; of a training with several phases, see `compile_step`.
     mesh: the devices.
     parameter_bytes: size of the parameters on the device.
     optimizer_bytes: size of the optimiser state on the device.
@@ -69,13 +70,15 @@ class Program(Cost):
 def compile_step(config: Config, mesh: Mesh, teacher: Teacher | None = None, fast: bool = False) -> Program:
   """Compiles the train step of a config for a mesh.
 
-  If the training has several phases (`phases.plan`), compiles the last, which has the final sizes.
+  If the training has several phases (`phases.plan`), compiles the last, which has the final sizes, with the
+  parameters trained that the stage has which trains most.
 
   Args:
     fast: reduce the compiler's optimisation effort. Compiling then takes at most a third of the time, but TPU
       programs have up to 15% more temporaries, and more memory traffic.
   """
-  config = phases.plan(config)[-1][1]
+  _, largest = handover.largest(config)
+  config = with_changes(phases.plan(config)[-1][1], train={'trainable': largest})
   model, optimizer = Transformer(config.model), make_optimizer(config.train, config.model)
   state = abstract_state(initializer(model, optimizer, mesh, config.data.seq_len))
   batch = abstract_batch(config, mesh)
@@ -88,8 +91,8 @@ def compile_step(config: Config, mesh: Mesh, teacher: Teacher | None = None, fas
   return Program(
     config=config,
     mesh=mesh,
-    parameter_bytes=cost.bytes_on_a_device(state.params),
-    optimizer_bytes=cost.bytes_on_a_device(state.opt_state),
+    parameter_bytes=device_memory.bytes_on_a_device(state.params),
+    optimizer_bytes=device_memory.bytes_on_a_device(state.opt_state),
     memory=chip.hbm if chip else None,
     **vars(found),
   )

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
+from mor_jax.parallel import device_memory
 from mor_jax.planning import collectives, hlo, traffic
 from mor_jax.planning.executed import executed_flops
 
@@ -76,7 +76,7 @@ def of(
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    known = bytes_on_a_device(arguments)
+    known = device_memory.bytes_on_a_device(arguments)
     return Cost(
       flops,
       known,
@@ -104,14 +104,6 @@ def of(
     collectives.collectives(program),
     seconds,
     cpu_seconds,
-  )
-
-
-def bytes_on_a_device(tree: Any) -> int:
-  """Bytes of arrays that have shardings, on one device."""
-  return sum(
-    leaf.dtype.itemsize * int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
-    for leaf in jax.tree.leaves(tree)
   )
 
 

@@ -27,6 +27,7 @@ from mor_jax.model import cache as cache_lib
 from mor_jax.model import decode, flops
 from mor_jax.model.decode import CachedModel
 from mor_jax.model.transformer import abstract_variables
+from mor_jax.parallel import device_memory
 from mor_jax.planning import chips, cost, roofline
 from mor_jax.planning.cost import Cost
 from mor_jax.units import megabytes, quantity
@@ -191,8 +192,8 @@ def _compile(config, device, memory, asked) -> Plan:
     memory,
     batches,
     costs,
-    cost.bytes_on_a_device(params),
-    cost.bytes_on_a_device((state.cache.first, state.cache.block, state.cache.last)),
+    device_memory.bytes_on_a_device(params),
+    device_memory.bytes_on_a_device((state.cache.first, state.cache.block, state.cache.last)),
     depth,
   )
 

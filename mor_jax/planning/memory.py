@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from mor_jax.config import Config
 from mor_jax.model import flops
+from mor_jax.training import handover, trainable
 from mor_jax.training.vocabulary_loss import ACCELERATOR_CHUNK
 
 
@@ -17,8 +18,8 @@ class TrainMemory:
   """Bytes on a device that holds a full replica of the parameters.
 
   Attributes:
-    state: parameters and the two moments of AdamW, float32; exact.
-    gradients: float32, twice with gradient accumulation; exact.
+    state: parameters, and the two moments of AdamW of those that are trained, float32; exact.
+    gradients: of the trained ones, float32, twice with gradient accumulation; exact.
     activations: activations kept for the backward pass and the largest temporaries; an estimate.
   """
 
@@ -43,6 +44,8 @@ def train_memory(config: Config, rows: int) -> TrainMemory:
   """
   model, seq_len = config.model, config.data.seq_len
   parameters = flops.count_parameters(model).total
+  _, largest = handover.largest(config)
+  trained = trainable.count_parameters(model, largest)
   tokens = 2 * model.unique_ends * seq_len
   tokens += model.shared_depth * sum(model.selected_tokens(seq_len))
   itemsize = jnp.dtype(model.dtype).itemsize
@@ -51,7 +54,7 @@ def train_memory(config: Config, rows: int) -> TrainMemory:
   chunk = ACCELERATOR_CHUNK if config.train.loss_chunk is None else config.train.loss_chunk
   logits = 8 * min(chunk or rows * seq_len, rows * seq_len) * model.vocab_size
   return TrainMemory(
-    state=12 * parameters,
-    gradients=4 * parameters * (2 if config.train.accumulation > 1 else 1),
+    state=4 * parameters + 8 * trained,
+    gradients=4 * trained * (2 if config.train.accumulation > 1 else 1),
     activations=rows * kept + max(logits, rows * layer),
   )

@@ -4,7 +4,7 @@ from mor_jax.config import Config
 from mor_jax.console import Row
 from mor_jax.planning import collectives
 from mor_jax.planning.ahead_of_time import Program
-from mor_jax.units import megabytes, quantity
+from mor_jax.units import byte_count, megabytes, quantity
 
 
 def describe(program: Program, asked: Config) -> list[Row]:
@@ -26,7 +26,8 @@ def describe(program: Program, asked: Config) -> list[Row]:
     ('memory', memory(program)),
     (
       '',
-      f'parameters {megabytes(program.parameter_bytes)}, optimiser state {megabytes(program.optimizer_bytes)}',
+      f'parameters {megabytes(program.parameter_bytes)}, optimiser state {byte_count(program.optimizer_bytes)} '
+      f'(trained: {train.trainable})',
     ),
   ]
   if program.temp_bytes is not None:
@@ -97,6 +98,7 @@ def as_json(program: Program) -> dict:
     'rows': program.rows,
     'accumulation': program.config.train.accumulation,
     'remat': program.config.model.remat,
+    'trainable': program.config.train.trainable,
     'fits': program.fits,
     'memory_bytes': None if program.memory is None else int(program.memory),
     'peak_bytes': program.peak_bytes,

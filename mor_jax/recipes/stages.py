@@ -29,13 +29,14 @@ from mor_jax.runs import lock, summary
 from mor_jax.runs.metrics import MetricsLog, Record
 from mor_jax.runs.progress import Progress
 from mor_jax.runs.run_folder import RunFolder, code_version
-from mor_jax.training import benefit, budget, loop, phases
-from mor_jax.training.optimizer import make_optimizer
-from mor_jax.training.state import TrainState, abstract_state, begin_from, initializer
+from mor_jax.training import benefit, budget, handover, loop, phases, trainable
+from mor_jax.training.state import TrainState, abstract_state, begin_from
 from mor_jax.training.watch import goodput, nonfinite, profiling
 from mor_jax.training.watch.stopping import Signals, Stop
 from mor_jax.training.watch.watchdog import Watchdog
 from mor_jax.units import megabytes
+
+_WHAT_IS_TRAINED = {'train.trainable', 'train.stages'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,7 @@ def open_run(
     lost: called once when nobody reads the output any more; the others, and errors, as in `train.main`.
   """
   config = budget.with_budgeted_steps(config)
+  trainable.check(config)
   place = workdir or f'runs/{config.name}'
   asked = {'workdir': str(place), 'allow_change': sorted(allow_change), 'profile': profile}
   code = {'code': code_version(), 'jax': jax.__version__}
@@ -122,7 +124,8 @@ def open_inputs(run: Run) -> tuple[Run, Inputs]:
   if runtime.is_main():
     run.folder.create(run.config, given.dataset, given.source and given.source.conventions)
   runtime.barrier('run folder')
-  described = summary.describe_run(run.config, run.mesh, given.dataset, run.folder.path)
+  trained = handover.describe(run.config, run.mesh)
+  described = summary.describe_run(run.config, run.mesh, given.dataset, run.folder.path, trained)
   print_table(run.console, run.config.name, described)
   if warning := summary.warn_of_repetition(run.config, given.dataset):
     run.report(warning)
@@ -142,11 +145,10 @@ class Training:
     self._run, self._given, self._checkpoints = run, given, checkpoints
     config, self._mesh = run.config, run.mesh
     self._model = Transformer(config.model)
-    self._optimizer = make_optimizer(config.train, config.model)
-    self._initialize = initializer(self._model, self._optimizer, self._mesh, config.data.seq_len)
-    self._shapes = abstract_state(self._initialize)
     self.done = checkpoints.newest_good() or 0
-    self.order, self._position = schedule.of(config.train), None
+    self._initialize = handover.initializer_after(config, self._mesh, self.done)
+    self._shapes = abstract_state(self._initialize)
+    self.order, self._position, self._renews = schedule.of(config.train), None, False
     if self.done:
       self._check_checkpoint()
       self._position = checkpoints.position(self.done)
@@ -161,7 +163,10 @@ class Training:
         f'train.steps={run.config.train.steps} is less than the {self.done} steps after which {where} was saved; set '
         f'it to at least as many, or begin a new run in another --workdir'
       )
-    self._checkpoints.check_shapes(self.done, self._shapes)
+    self._renews = bool(_WHAT_IS_TRAINED & set(run.allowed)) and not self._checkpoints.has_shapes(
+      self.done, 'opt_state', self._shapes.opt_state
+    )
+    self._checkpoints.check_shapes(self.done, self._shapes, 'opt_state' if self._renews else None)
 
   def compile_step(self) -> phases.PhasedStep:
     """The optimiser step, compiled for every phase that is still to come."""
@@ -169,15 +174,15 @@ class Training:
     with run.ledger.measure(goodput.COMPILE):
       for program in phases.compile_remaining(
         run.config,
-        self._optimizer,
         self._mesh,
         self._shapes,
         self._given.teacher,
         self.done,
         loader.train_arrays(self._given.dataset),
       ):
-        first, config, step, seconds, is_only = program
-        print_rows(run.console, summary.describe_program(config, first, step, seconds, is_only))
+        first, config, step, seconds, is_only, optimizer_bytes, _ = program
+        rows = summary.describe_program(config, first, step, seconds, is_only, optimizer_bytes)
+        print_rows(run.console, rows)
         run.ledger.note_memory(summary.device_bytes(step))
         _require_memory(run, step)
         programs.append(program)
@@ -188,7 +193,7 @@ class Training:
     """The state to go on from: the newest good checkpoint, else a model to begin from, else random weights."""
     run, source = self._run, self._given.source
     if self.done:
-      state = self._checkpoints.restore(self.done, self._shapes)
+      state = self._restored()
       run.report(f'\nresuming after step {self.done} from {self._checkpoints.path(self.done)}')
     else:
       state = self._initialize(jnp.uint32(run.config.train.seed))
@@ -197,6 +202,18 @@ class Training:
     if runtime.is_main():
       run.folder.go_on(run.config)  # not before: a change that fails leaves the run as it was
     return state
+
+  def _restored(self) -> TrainState:
+    if not self._renews:
+      return self._checkpoints.restore(self.done, self._shapes)
+    self._run.report('other parameters are trained than before: the moments of the optimiser begin anew')
+    kept = {field.name: getattr(self._shapes, field.name) for field in dataclasses.fields(TrainState)}
+    del kept['opt_state']
+    found = self._checkpoints.restore_parts(
+      self.done, {name: part for name, part in kept.items() if part != {}}
+    )
+    state = self._shapes.replace(opt_state=None, **found)
+    return handover.renewed(self._run.config, self._mesh, self.done, state)
 
   def train(
     self, train_step: phases.PhasedStep, state: TrainState, signals: Signals, watchdog: Watchdog

@@ -43,7 +43,7 @@ def load_run(path: str | os.PathLike, step: int | None = None, mesh: Mesh | None
     step = checkpoints.newest_good() if step is None else checkpoints.good(step)
     if step is None:
       raise ConfigError(f'the run {path} has no checkpoint yet')
-    variables = checkpoints.restore_variables(step, _abstract(config.model, mesh))
+    variables = checkpoints.restore_parts(step, _abstract(config.model, mesh))
     rows_read = checkpoints.manifest(step).get('rows_read')
   order = schedule.of(config.train).resumed(step, rows_read)
   return LoadedRun(folder, config, model, variables, step, order.rows_before(step))

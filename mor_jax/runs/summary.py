@@ -11,13 +11,19 @@ from mor_jax.data import schedule
 from mor_jax.data.loader import Dataset
 from mor_jax.data.synthetic import SyntheticDataset
 from mor_jax.model import flops
-from mor_jax.units import megabytes, quantity
+from mor_jax.units import byte_count, megabytes, quantity
 
 MOST_EPOCHS = 4  # repeated text is worth about as much as new text up to here (Muennighoff et al. 2023)
 
 
-def describe_run(config: Config, mesh: Mesh, dataset: Dataset, workdir: Path) -> list[Row]:
-  """Describes a run: devices, model, cost, data and folder. The config must contain the vocabulary size."""
+def describe_run(
+  config: Config, mesh: Mesh, dataset: Dataset, workdir: Path, trained: str | None = None
+) -> list[Row]:
+  """Describes a run: devices, model, cost, data and folder. The config must contain the vocabulary size.
+
+  Args:
+    trained: which of the parameters are trained, and the memory that takes.
+  """
   devices = list(mesh.devices.flat)
   axes = ' '.join(f'{axis}={size}' for axis, size in mesh.shape.items())
   rows = [
@@ -25,6 +31,8 @@ def describe_run(config: Config, mesh: Mesh, dataset: Dataset, workdir: Path) ->
     ('model', _model(config.model)),
     ('parameters', _parameters(config.model)),
   ]
+  if trained is not None:
+    rows += [('trained', trained)]
   if config.model.kind == 'mor':
     rows += [('capacities', _capacities(config.model, config.data.seq_len))]
   if config.init.source:
@@ -131,13 +139,16 @@ def warn_of_repetition(config: Config, dataset: Dataset) -> str | None:
   )
 
 
-def describe_program(config: Config, first: int, compiled: Any, seconds: float, is_only: bool) -> list[Row]:
+def describe_program(
+  config: Config, first: int, compiled: Any, seconds: float, is_only: bool, optimizer_bytes: int
+) -> list[Row]:
   """Describes the compiled program of one phase, and the phase's batch and capacities if there are several."""
   rows = [describe_compiled(compiled, seconds)]
   if not is_only:
     micro = f' in {config.train.accumulation} micro-batches' if config.train.accumulation > 1 else ''
     most = f', at most {config.train.recursions} recursions' if config.train.recursions else ''
-    rows += [(f'from step {first + 1}', f'{config.train.global_batch} rows{micro}{most}')]
+    trained = f', {config.train.trainable} trained, optimiser state {byte_count(optimizer_bytes)}'
+    rows += [(f'from step {first + 1}', f'{config.train.global_batch} rows{micro}{most}{trained}')]
     if config.model.kind == 'mor':
       rows += [('', _capacities(config.model, config.data.seq_len))]
   return rows

@@ -13,7 +13,7 @@ from mor_jax import cli
 from mor_jax.config import Config, ConfigError
 from mor_jax.data import schedule
 from mor_jax.runs.run_folder import RunFolder
-from mor_jax.training import budget
+from mor_jax.training import budget, trainable
 
 SEEDS = ('train.seed', 'data.seed')
 """Settings that make no other experiment, only another sample of it."""
@@ -146,6 +146,7 @@ def make(
   for name, group, entry in zip(names, groups, entries, strict=True):
     try:
       config = budget.with_budgeted_steps(cli.load_config(config_spec, {**flags, **entry, 'name': name}))
+      trainable.check(config)
       run_folder = RunFolder(folder / 'runs' / name)
       run_folder.check(config, allow_change)
     except ConfigError as error:

@@ -1,5 +1,6 @@
 """AdamW with decoupled weight decay, global-norm clipping and the learning-rate schedule."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mor_jax.config import ModelConfig, TrainConfig
+from mor_jax.training import trainable
 
 NOT_DECAYED = ('scale', 'bias')
 AUX_ROUTER_RATE = 10.0  # as the authors
@@ -42,33 +44,65 @@ def decayed(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
 
 
-def make_optimizer(train: TrainConfig, model: ModelConfig | None = None) -> optax.GradientTransformation:
-  """Clips the gradient by its global norm, then takes an AdamW step.
+def make_optimizer(
+  train: TrainConfig, model: ModelConfig | None = None, done: int = 0
+) -> optax.GradientTransformation:
+  """Clips the gradient by its global norm, then takes an AdamW step, of the parameters that are trained.
 
-  Routers whose loss reaches no other parameter are a group of their own, with its own clipping: auxiliary ones
+  `init` and `update` take all parameters; gradients, updates and moments are of the trained ones alone
+  (`trainable.split`). Routers whose loss reaches no other parameter are a group of their own, with its own clipping: auxiliary ones
   ('aux_router'), at AUX_ROUTER_RATE times the learning rate, and those that learn the benefit ('router').
+
+  Args:
+    done: updates after which it takes over: the stage of `train.stages` that is under way.
   """
   apart = {}
   if model is not None and model.has_aux_router:
     apart['aux_router'] = AUX_ROUTER_RATE
   if model is not None and model.learns_benefit:
     apart['router'] = 1.0
-  if not apart:
-    return _adamw(train, rate=1.0)
-  groups = {'main': _adamw(train, rate=1.0)} | {name: _adamw(train, rate) for name, rate in apart.items()}
-  return optax.partition(groups, lambda params: {name: name if name in apart else 'main' for name in params})
+  past = trainable.past_stages(train, done)
+  groups = {name: _adamw(train, rate, past) for name, rate in {'main': 1.0, **apart}.items()}
+  inner = groups['main']
+  if apart:
+    inner = optax.partition(
+      groups, lambda params: {name: name if name in apart else 'main' for name in params}
+    )
+
+  def init(params):
+    return inner.init(trainable.split(past[-1], params)[0])
+
+  def update(grads, state, params):
+    return inner.update(grads, state, trainable.split(past[-1], params)[0])
+
+  return optax.GradientTransformation(init, update)
 
 
-def _adamw(train: TrainConfig, rate: float) -> optax.GradientTransformation:
+def _adamw(train: TrainConfig, rate: float, past: Sequence[str]) -> optax.GradientTransformation:
   schedule = learning_rate_schedule(train)
   return optax.chain(
     optax.clip_by_global_norm(train.clip_norm),
-    optax.adamw(
-      lambda count: rate * schedule(count),
-      b1=train.beta1,
-      b2=train.beta2,
-      eps=train.adam_epsilon,
-      weight_decay=train.weight_decay,
-      mask=decayed,
+    # As optax.adamw, but that moments may have begun at different times, whereas the schedule runs through.
+    optax.chain(
+      _moments(train, past),
+      optax.add_decayed_weights(train.weight_decay, decayed),
+      optax.scale_by_learning_rate(lambda count: rate * schedule(count)),
     ),
   )
+
+
+def _moments(train: TrainConfig, past: Sequence[str]) -> optax.GradientTransformation:
+  """Adam, whose bias correction counts from the stage on in which a parameter began to be trained."""
+
+  def adam():
+    return optax.scale_by_adam(b1=train.beta1, b2=train.beta2, eps=train.adam_epsilon)
+
+  if train.stages is None:
+    return adam()
+
+  def began(params):
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: f'stage_{trainable.since(past, "/".join(entry.key for entry in path))}', params
+    )
+
+  return optax.partition({f'stage_{number}': adam() for number in range(len(past))}, began)

@@ -2,23 +2,24 @@
 
 Capacities and the number of micro-batches are static sizes: changing one recompiles the step.
 A capacity warm-up or a batch ramp therefore moves in a few stairs, and the program of each
-stair is compiled before training begins.
+stair is compiled before training begins. So is that of each stage that trains other parameters.
 """
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import optax
 from jax.sharding import Mesh
 
 from mor_jax.config import Config, with_changes
 from mor_jax.data import schedule
 from mor_jax.data.packing import ROW_ARRAYS
 from mor_jax.model.transformer import Transformer
-from mor_jax.training import distillation, growth
+from mor_jax.parallel import device_memory
+from mor_jax.training import distillation, growth, handover, trainable
 from mor_jax.training.distillation import Teacher
+from mor_jax.training.optimizer import make_optimizer
 from mor_jax.training.state import TrainState
 from mor_jax.training.step import TrainStep, abstract_batch, make_train_step
 from mor_jax.training.targets import Batch
@@ -31,15 +32,18 @@ def plan(config: Config) -> list[tuple[int, Config]]:
 
   The capacities of a stair are c + (1 - c) * (1 + cos(pi * t / T)) / 2 with t at the middle of
   the stair and T = `model.capacity_warmup_steps` (the authors' formula; their t counts
-  micro-batches). The config of a phase has a fixed batch size and no ramp.
+  micro-batches). The config of a phase has a fixed batch size and no ramp, and trains the same all the time.
   """
   batches, grown = schedule.of(config.train), growth.stairs(config)
-  left = MAX_SIZES - (len(batches.stages) - 1) - (len(grown) - 1)
+  trained = trainable.stages_of(config.train)
+  left = MAX_SIZES - sum(len(stairs) - 1 for stairs in (batches.stages, grown, trained))
   stairs = _capacity_stairs(config, max(1, left - 1))
   phases = []
-  for first in sorted({first for first, _ in (*stairs, *batches.stages, *grown)}):
+  for first in sorted({first for first, _ in (*stairs, *batches.stages, *grown, *trained)}):
     capacities = _at(stairs, first)
-    phase = with_changes(config, train={'recursions': _at(grown, first), 'growth': None})
+    constant = {'growth': None, 'stages': None}
+    changing = {'recursions': _at(grown, first), 'trainable': _at(trained, first)}
+    phase = with_changes(config, train={**changing, **constant})
     if len(batches.stages) > 1:
       batch = {'global_batch': batches.rows(first), 'accumulation': batches.micro_batches(first)}
       phase = with_changes(phase, train={**batch, 'ramp_batch': None, 'ramp_steps': 0})
@@ -74,7 +78,6 @@ def _capacity_stairs(config: Config, most: int) -> list[tuple[int, tuple[float, 
 
 def compile_remaining(
   config: Config,
-  optimizer: optax.GradientTransformation,
   mesh: Mesh,
   state: TrainState,
   teacher: Teacher | None,
@@ -84,16 +87,22 @@ def compile_remaining(
   """The program of every phase that is still to come after `done` updates, as soon as it is compiled.
 
   Args:
-    state: its shapes and shardings.
+    state: shapes and shardings of that after `done` updates (`handover.abstract_after`).
     arrays: names of what rows of the data have.
   """
   planned = plan(config)
   theirs = (distillation.abstract_parameters(teacher, mesh),) if teacher else ()
   for first, phase in remaining(planned, done):
-    begin = time.perf_counter()
+    begin, enter = time.perf_counter(), None
+    if first >= done and handover.begins_stage(config, first):
+      enter = handover.compile_entry(config, mesh, first)
+      state = handover.abstract_after(config, mesh, first + 1)
+    optimizer = make_optimizer(config.train, config.model, first)
     step = make_train_step(Transformer(phase.model), phase, optimizer, mesh, teacher)
     compiled = step.lower(state, abstract_batch(phase, mesh, arrays), *theirs).compile()
-    yield Program(first, phase, compiled, time.perf_counter() - begin, is_only=len(planned) == 1)
+    size = device_memory.bytes_on_a_device(state.opt_state)
+    is_only = len(planned) == 1
+    yield Program(first, phase, compiled, time.perf_counter() - begin, is_only, size, enter)
 
 
 class Program(NamedTuple):
@@ -105,6 +114,8 @@ class Program(NamedTuple):
     step: the compiled step.
     seconds: that compiling took.
     is_only: the training has no other phase.
+    optimizer_bytes: of the optimiser's state on a device.
+    enter: makes of the state that the phase before leaves the one that the step takes; None: they are the same.
   """
 
   first: int
@@ -112,6 +123,8 @@ class Program(NamedTuple):
   step: TrainStep
   seconds: float
   is_only: bool
+  optimizer_bytes: int = 0
+  enter: Callable[[TrainState], TrainState] | None = None
 
 
 class PhasedStep:
@@ -129,5 +142,7 @@ class PhasedStep:
   def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
     """Takes one optimiser step; see `make_train_step`."""
     program = next(program for program in reversed(self._programs) if program.first <= self._done)
+    if program.enter is not None and program.first == self._done:
+      state = program.enter(state)
     self._done += 1
     return program.step(state, batch, *self._theirs)

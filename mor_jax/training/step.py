@@ -21,6 +21,7 @@ from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import rules
 from mor_jax.training import loss as loss_lib
 from mor_jax.training import targets as targets_lib
+from mor_jax.training import trainable
 from mor_jax.training.distillation import Teacher
 from mor_jax.training.optimizer import learning_rate_schedule
 from mor_jax.training.state import TrainState
@@ -42,7 +43,9 @@ def make_train_step(
 
   A batch holds int32 arrays (A, B, T): A = `train.accumulation` micro-batches. Metrics are
   those of the loss (`make_loss`), of the global batch, and grad_norm (before clipping; also by
-  module, grad_norm/NAME), learning_rate, skipped and halted (as in `TrainState`), scalars.
+  module, grad_norm/NAME, of what is trained), learning_rate, skipped and halted (as in `TrainState`), scalars.
+
+  Trained are the parameters of `train.trainable`, for which the optimiser must have been made.
 
   An update whose loss or gradient is not finite is not applied: the first `train.max_skipped` are
   left out (`train.on_nonfinite=skip`), another one halts the state for good.
@@ -56,7 +59,11 @@ def make_train_step(
   loss = loss_lib.make_loss(
     model.apply, config.model, config.train.loss_chunk, mesh, teacher, config.train.recursions
   )
-  gradient = jax.value_and_grad(loss, has_aux=True)
+
+  def loss_of_trained(trained, frozen, *arguments):
+    return loss(trainable.merge(trained, frozen), *arguments)
+
+  gradient = jax.value_and_grad(loss_of_trained, has_aux=True)
   names = parameter_axes(config.model)
 
   def train_step(state: TrainState, batch_ABT: targets_lib.Batch, *theirs):
@@ -65,9 +72,10 @@ def make_train_step(
     if config.train.readout_rows:
       batch_ABT['most'] = _row_limits(config, jax.random.fold_in(key, 2), batch_ABT['tokens'].shape[:2])
     whole = loss_lib.normalizers(config.model, batch_ABT)
-    grads, metrics = _add_up(gradient, state, batch_ABT, whole, key, *theirs)
+    trained, frozen = trainable.split(config.train.trainable, state.params)
+    grads, metrics = _add_up(gradient, (trained, frozen), state.routing, batch_ABT, whole, key, *theirs)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = trainable.merge(optax.apply_updates(trained, updates), frozen)
     routing = router.update_state(config.model, state.routing, metrics.get('counts', {}), state.step)
     metrics |= _grad_norms(grads)
     metrics['learning_rate'] = jnp.asarray(schedule(state.step - state.skipped), jnp.float32)
@@ -126,25 +134,30 @@ def _grad_norms(grads: Any) -> dict[str, jax.Array]:
 
 def _add_up(
   gradient: Callable,
-  state: TrainState,
+  params: tuple[Any, Any],
+  routing: Any,
   batch_ABT: targets_lib.Batch,
   whole: loss_lib.Normalizers,
   key: jax.Array,
   *theirs: Any,
 ) -> tuple[Any, dict[str, Any]]:
-  """Sums of the gradients and of the loss's parts over the micro-batches, run one after the other."""
+  """Sums of the gradients and of the loss's parts over the micro-batches, run one after the other.
+
+  Args:
+    params: trained, of which the gradients are, and frozen.
+  """
   count = batch_ABT['tokens'].shape[0]
   if count == 1:
     batch_BT = jax.tree.map(lambda rows: rows[0], batch_ABT)
-    (_, parts), grads = gradient(state.params, batch_BT, whole, state.routing, key, *theirs)
+    (_, parts), grads = gradient(*params, batch_BT, whole, routing, key, *theirs)
     return grads, parts
 
   def add(total, batch_and_key):
     batch_BT, own_key = batch_and_key
-    (_, parts), grads = gradient(state.params, batch_BT, whole, state.routing, own_key, *theirs)
+    (_, parts), grads = gradient(*params, batch_BT, whole, routing, own_key, *theirs)
     return jax.tree.map(jnp.add, total, grads), parts
 
-  zeros = jax.tree.map(jnp.zeros_like, state.params)
+  zeros = jax.tree.map(jnp.zeros_like, params[0])
   grads, parts_A = jax.lax.scan(add, zeros, (batch_ABT, jax.random.split(key, count)))
   return grads, jax.tree.map(lambda part_A: part_A.sum(axis=0), parts_A)
 
