@@ -13,10 +13,13 @@ _LORA = ('lora_rank', 'lora_alpha', 'lora_targets', 'lora_sharing', 'lora_layers
 # What may be another than before: how the model is computed, initialised and taught, and which tokens go on.
 _MAY_DIFFER = (
   *_LORA,
-  *'init init_std embed_std dtype remat attention unroll_layers dispatch threshold_slack'.split(),
-  *'capacities selection capacity_warmup_steps ema_decay random_router random_gate token_capacity_factor'.split(),
-  *'router_target benefit_margin benefit_rows depth_prior_weight router_noise router_z_loss_weight'.split(),
-  *'aux_loss_weight balancing bias_update_rate balance_warmup_steps balancing_loss_weight'.split(),
+  *('init', 'init_std', 'embed_std', 'dtype'),
+  *('remat', 'attention', 'unroll_layers', 'dispatch'),
+  *('threshold_slack', 'capacities', 'selection', 'capacity_warmup_steps'),
+  *('ema_decay', 'random_router', 'random_gate', 'token_capacity_factor'),
+  *('router_target', 'benefit_margin', 'benefit_rows', 'depth_prior_weight'),
+  *('router_noise', 'router_z_loss_weight', 'aux_loss_weight', 'balancing'),
+  *('bias_update_rate', 'balance_warmup_steps', 'balancing_loss_weight'),
 )
 _MAY_BE_NEW = ('params/steps/lora/', 'params/lora/')  # begin with a change of nothing
 
