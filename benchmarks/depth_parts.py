@@ -76,11 +76,11 @@ class Part:
 def on_tasks() -> tuple[Contender, ...]:
   """Contenders for a task whose questions need up to HOPS steps."""
   everything = (1.0,) * HOPS
-  recursive = {**GATE, 'model.kind': 'recursive', 'model.kv': 'shared', 'model.capacities': None}
-  vanilla = {**GATE, 'model.kind': 'vanilla', 'model.capacities': None}
+  without = {**GATE, 'model.capacities': None, 'model.capacity_warmup_steps': 0}
+  recursive = {**without, 'model.kind': 'recursive', 'model.kv': 'shared'}
+  vanilla = {**without, 'model.kind': 'vanilla'}
   shallow = {**vanilla, 'model.num_layers': HOPS // 2}
-  one = {**GATE, 'model.kind': 'recursive', 'model.capacities': None}
-  one |= {'model.num_recursions': 1, 'model.num_layers': 1}
+  one = {**without, 'model.kind': 'recursive', 'model.num_recursions': 1, 'model.num_layers': 1}
 
   def ablation(name: str, title: str, changes: dict[str, Any], of: str = 'benefit', **options) -> Contender:
     return Contender(name, title, changes, tuned_as=of, is_ablation=True, **options)
@@ -239,6 +239,8 @@ PARTS = {
       'data.seq_len': 33,
       'model.embed_factor': 8,
       'model.capacities': (1.0, 0.364, 0.243, 0.122),
+      'model.capacity_warmup_steps': 1500,
+      'train.steps': 4000,
     },
     _some(on_tasks()),
   ),

@@ -8,7 +8,9 @@ import tiny
 import tiny_run
 
 from mor_jax.config import with_changes
-from mor_jax.training import optimizer, phases
+from mor_jax.model import flops
+from mor_jax.training import budget, optimizer, phases
+from mor_jax.training.capacities import MOST_SIZES
 
 CONFIG = tiny_run.CONFIG
 
@@ -41,11 +43,25 @@ def test_capacities_fall_in_at_most_eight_sizes():
   ]
 
 
+def test_a_warm_up_costs_what_its_steps_cost():
+  """In a budget too, which pays for fewer steps than without one."""
+  config = with_changes(CONFIG, model={'capacity_warmup_steps': 70}, train={'steps': 100})
+  length, plan = config.data.seq_len, phases.plan(config)
+  each = [flops.paper_flops_per_token(phase.model, length) for _, phase in plan]
+  mean = sum(each[:-1]) * 0.1 + each[-1] * 0.3
+  assert budget.paper_flops_per_token(config) == pytest.approx(mean)
+  whole = 100 * config.train.global_batch * length * mean
+  paid = budget.with_budgeted_steps(with_changes(config, train={'flops_budget': whole, 'steps': 7}))
+  assert paid.train.steps == 100
+  without = with_changes(config, model={'capacity_warmup_steps': 0}, train={'flops_budget': whole})
+  assert budget.with_budgeted_steps(without).train.steps > 102
+
+
 def test_capacities_and_batch_together_take_at_most_eight_sizes():
   ramp = {'global_batch': 64, 'accumulation': 16, 'ramp_batch': 8, 'ramp_steps': 12, 'steps': 200}
   config = with_changes(CONFIG, model={'capacity_warmup_steps': 10}, train=ramp)
   plan = phases.plan(config)
-  assert len(plan) <= phases.MAX_SIZES
+  assert len(plan) <= MOST_SIZES
   assert [first for first, _ in plan] == sorted({0, 4, 8, 12, 2, 5, 7, 10})
   rows = {first: (phase.train.global_batch, phase.train.accumulation) for first, phase in plan}
   assert [rows[first] for first in (0, 4, 8, 12)] == [(8, 2), (16, 4), (32, 8), (64, 16)]

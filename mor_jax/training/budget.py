@@ -1,31 +1,52 @@
 """Training for a given amount of compute: converts `train.flops_budget` into a number of steps."""
 
-from mor_jax.config import Config, ConfigError, with_changes
+import dataclasses
+from collections.abc import Callable
+
+from mor_jax.config import Config, ConfigError, ModelConfig, with_changes
 from mor_jax.data import schedule
 from mor_jax.model import flops
-from mor_jax.training import growth
+from mor_jax.training import capacities, growth
+
+LOOKS = 20  # at how many steps a budget pays for, where their cost depends on how many there are
 
 
 def paper_flops_per_token(config: Config) -> float:
   """Forward FLOPs per token of a training as the paper counts them, labels of routers included.
 
-  A mean over the steps where recursions grow.
+  A mean over the steps where recursions grow or capacities shrink.
   """
-  model, length = config.model, config.data.seq_len
+  length = config.data.seq_len
 
-  def of_step(recursions: int | None) -> float:
+  def of_step(model: ModelConfig, recursions: int | None) -> float:
     labels = flops.paper_label_flops_per_token(model, length, recursions)
     return flops.paper_flops_per_token(model, length, recursions) + labels
 
-  return growth.mean_over(config, of_step)
+  return _mean_over_steps(config, of_step)
 
 
 def train_flops_per_token(config: Config) -> float:
-  """`flops.train_flops_per_token` of a training, a mean over the steps where recursions grow."""
-  model, length = config.model, config.data.seq_len
-  return growth.mean_over(
-    config, lambda recursions: flops.train_flops_per_token(model, length, recursions=recursions)
+  """`flops.train_flops_per_token` of a training, a mean over the steps where recursions grow or capacities shrink."""
+  length = config.data.seq_len
+  return _mean_over_steps(
+    config, lambda model, recursions: flops.train_flops_per_token(model, length, recursions=recursions)
   )
+
+
+def _mean_over_steps(config: Config, of_step: Callable[[ModelConfig, int | None], float]) -> float:
+  """Mean over a training's steps of what depends on capacities and recursions of a step."""
+  warmed, grown, steps = (
+    capacities.stairs(config, capacities.MOST_SIZES - 1),
+    growth.stairs(config),
+    config.train.steps,
+  )
+  firsts = sorted({first for first, _ in (*warmed, *grown) if first < steps})
+  total = 0.0
+  for first, end in zip(firsts, [*firsts[1:], steps], strict=True):
+    own = growth.at(warmed, first)
+    model = config.model if own is None else dataclasses.replace(config.model, capacities=own)
+    total += (end - first) * of_step(model, growth.at(grown, first))
+  return total / steps
 
 
 def with_budgeted_steps(config: Config) -> Config:
@@ -41,8 +62,13 @@ def with_budgeted_steps(config: Config) -> Config:
   train = config.train
   if train.flops_budget is None:
     return config
-  flops_per_row = config.data.seq_len * paper_flops_per_token(config)
-  steps = schedule.of(train).steps_for(train.flops_budget / flops_per_row)
+  steps = train.steps
+  for _ in range(LOOKS):
+    guessed = dataclasses.replace(config, train=dataclasses.replace(train, steps=steps))
+    flops_per_row = config.data.seq_len * paper_flops_per_token(guessed)
+    before, steps = steps, schedule.of(train).steps_for(train.flops_budget / flops_per_row)
+    if steps == before:
+      break
   for name in ('warmup_steps', 'ramp_steps'):
     if getattr(train, name) > steps:
       raise ConfigError(

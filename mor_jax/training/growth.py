@@ -3,7 +3,7 @@
 A block that is first trained for few passes costs less until it is grown (arXiv 2609.19107 reports what that is worth).
 """
 
-from collections.abc import Callable
+from typing import Any
 
 from mor_jax.config import Config
 
@@ -19,13 +19,6 @@ def stairs(config: Config) -> list[tuple[int, int | None]]:
   return [(0, 1), *((round(share * steps), count) for count, share in enumerate(growth, start=2))]
 
 
-def mean_over(config: Config, per_recursions: Callable[[int | None], float]) -> float:
-  """Mean over a training's steps of what depends on the recursions of a step.
-
-  Args:
-    per_recursions: recursions (None: all) -> the number.
-  """
-  parts = stairs(config)
-  ends = [first for first, _ in parts[1:]] + [config.train.steps]
-  total = sum((end - first) * per_recursions(count) for (first, count), end in zip(parts, ends, strict=True))
-  return total / config.train.steps
+def at(parts: list[tuple[int, Any]], step: int) -> Any:
+  """What holds after so many steps, of parts as of `stairs`."""
+  return next(value for begin, value in reversed(parts) if begin <= step)

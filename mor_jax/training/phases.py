@@ -8,7 +8,7 @@ stair is compiled before training begins. So is that of each stage that trains o
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jax.sharding import Mesh
 
@@ -17,63 +17,40 @@ from mor_jax.data import schedule
 from mor_jax.data.packing import ROW_ARRAYS
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import device_memory
-from mor_jax.training import distillation, growth, handover, trainable
+from mor_jax.training import capacities, distillation, growth, handover, trainable
 from mor_jax.training.distillation import Teacher
 from mor_jax.training.optimizer import make_optimizer
 from mor_jax.training.state import TrainState
 from mor_jax.training.step import TrainStep, abstract_batch, make_train_step
 from mor_jax.training.targets import Batch
 
-MAX_SIZES = 8  # programs of a training
-
 
 def plan(config: Config) -> list[tuple[int, Config]]:
   """Returns (updates completed at its start, config) of every phase; one phase where nothing changes.
 
-  The capacities of a stair are c + (1 - c) * (1 + cos(pi * t / T)) / 2 with t at the middle of
-  the stair and T = `model.capacity_warmup_steps` (the authors' formula; their t counts
-  micro-batches). The config of a phase has a fixed batch size and no ramp, and trains the same all the time.
+  The config of a phase has a fixed batch size and no ramp, and trains the same all the time.
   """
   batches, grown = schedule.of(config.train), growth.stairs(config)
   trained = trainable.stages_of(config.train)
-  left = MAX_SIZES - sum(len(stairs) - 1 for stairs in (batches.stages, grown, trained))
-  stairs = _capacity_stairs(config, max(1, left - 1))
+  left = capacities.MOST_SIZES - sum(len(stairs) - 1 for stairs in (batches.stages, grown, trained))
+  warmed = capacities.stairs(config, max(1, left - 1))
   phases = []
-  for first in sorted({first for first, _ in (*stairs, *batches.stages, *grown, *trained)}):
-    capacities = _at(stairs, first)
+  for first in sorted({first for first, _ in (*warmed, *batches.stages, *grown, *trained)}):
+    own = growth.at(warmed, first)
     constant = {'growth': None, 'stages': None}
-    changing = {'recursions': _at(grown, first), 'trainable': _at(trained, first)}
+    changing = {'recursions': growth.at(grown, first), 'trainable': growth.at(trained, first)}
     phase = with_changes(config, train={**changing, **constant})
     if len(batches.stages) > 1:
       batch = {'global_batch': batches.rows(first), 'accumulation': batches.micro_batches(first)}
       phase = with_changes(phase, train={**batch, 'ramp_batch': None, 'ramp_steps': 0})
-    phases.append(
-      (first, phase if capacities is None else with_changes(phase, model={'capacities': capacities}))
-    )
+    phases.append((first, phase if own is None else with_changes(phase, model={'capacities': own})))
   return phases
-
-
-def _at(stairs: list[tuple[int, Any]], step: int) -> Any:
-  """What holds after so many steps."""
-  return next(value for begin, value in reversed(stairs) if begin <= step)
 
 
 def remaining(phases: list[tuple[int, Config]], done: int) -> list[tuple[int, Config]]:
   """The phases that are still needed after `done` updates."""
   ends = [first for first, _ in phases[1:]] + [math.inf]
   return [phase for phase, end in zip(phases, ends, strict=True) if end > done]
-
-
-def _capacity_stairs(config: Config, most: int) -> list[tuple[int, tuple[float, ...] | None]]:
-  """(updates completed at its start, capacities) of at most `most` stairs, then None: the config's capacities."""
-  warmup = config.model.capacity_warmup_steps if config.model.kind == 'mor' else 0
-  count = min(most, warmup)
-  stairs = []
-  for stair in range(count):
-    share = (1 + math.cos(math.pi * (stair + 0.5) / count)) / 2
-    capacities = tuple(c + (1 - c) * share for c in config.model.step_capacities)
-    stairs.append((stair * warmup // count, capacities))
-  return [*stairs, (warmup, None)]
 
 
 def compile_remaining(
