@@ -10,6 +10,11 @@ What PATH is decides what FOLDER, which must not exist, will be:
                          and train from
   the authors' weights   a file (.safetensors; .bin or .pt where torch is installed) or a folder of a MoR or
                          recursive model, described by --settings unless mor_jax wrote it: a run folder
+  a published folder     made with --to=transformers: a run folder, equal to the one it came from
+
+--to=transformers makes a folder to publish of any run: safetensors, tokenizer, a model card, and PyTorch modules,
+which AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) runs (docs/hub.md). --to=llama and
+--to=authors are the two forms above, --to=mor a run folder; what PATH cannot become is refused.
 
 Tensors are read and written one at a time, and keep every bit unless --dtype says otherwise.
 """
@@ -26,14 +31,25 @@ from absl import flags
 from mor_jax import cli
 from mor_jax.config import ConfigError
 from mor_jax.console import open_console, print_line
+from mor_jax.evaluation import calibration
 from mor_jax.files import require_new
-from mor_jax.interop import folders, huggingface, imported, official, sources, vocabulary
+from mor_jax.interop import (
+  folders,
+  huggingface,
+  imported,
+  model_card,
+  official,
+  published,
+  sources,
+  vocabulary,
+)
 from mor_jax.interop.old_format import OldWeights
 from mor_jax.interop.weights import Weights
 from mor_jax.runs import stored
 from mor_jax.runs.run_folder import FORMAT, OLDEST_FORMAT, RunFolder
 
 FLAGS = flags.FLAGS
+TARGETS = ('transformers', 'llama', 'authors', 'mor')
 
 
 def define_flags() -> None:
@@ -42,6 +58,7 @@ def define_flags() -> None:
     'checkpoint', None, 'what to convert: folder of a run, Llama folder, or weights of the authors'
   )
   flags.DEFINE_string('output', None, 'folder to write, which must not exist')
+  flags.DEFINE_enum('to', None, TARGETS, 'what to write; default: as --checkpoint decides')
   flags.DEFINE_string(
     'settings', None, "JSON file with the settings of the authors' weights (docs/uptraining.md)"
   )
@@ -62,23 +79,47 @@ def main() -> None:
   require_new(output)
   if not source.exists():
     raise ConfigError(f'--checkpoint={source} does not exist')
-  if sources.is_run(source):
-    is_old = RunFolder(source).read_format() == OLDEST_FORMAT
-    what = renew(source, output) if is_old else export(source, output, FLAGS.dtype)
-  else:
+  if not sources.is_run(source):
+    _require('mor', 'is no run folder, which is what it can become; convert that one then')
     what = bring_in(source, output)
+  elif RunFolder(source).read_format() == OLDEST_FORMAT:
+    _require('mor', f'is a run of format {OLDEST_FORMAT}; first convert it to format {FORMAT}, without --to')
+    what = renew(source, output)
+  elif FLAGS.to == 'transformers':
+    what = publish(source, output, FLAGS.dtype)
+  else:
+    what = export(source, output, FLAGS.dtype, FLAGS.to)
   print_line(open_console(), f'wrote {what} to {output}')
 
 
-def export(source: Path, output: Path, dtype: str | None = None) -> str:
-  """A run as a folder of safetensors; returns what it wrote."""
+def _require(target: str, reason: str) -> None:
+  if FLAGS.to not in (None, target):
+    raise ConfigError(f'--to={FLAGS.to}: --checkpoint={FLAGS.checkpoint} {reason}')
+
+
+def export(source: Path, output: Path, dtype: str | None = None, to: str | None = None) -> str:
+  """A run as a folder of safetensors in one of TARGETS, by default the one for its kind; returns what it wrote."""
   run = stored.open_run(source)
   weights = _cast(run, dtype)
-  if run.config.kind == 'vanilla':
+  to = to or ('llama' if run.config.kind == 'vanilla' else 'authors')
+  if to == 'mor':
+    raise ConfigError(f'--to=mor: --checkpoint={source} is a run folder already')
+  if to == 'llama':
     huggingface.write(output, weights, run.tokenizer(), run.conventions())
     return f'the model of step {run.step}, as a Llama checkpoint,'
   official.write(output, weights, run.tokenizer(), run.conventions())
   return f"the model of step {run.step}, under the authors' names,"
+
+
+def publish(source: Path, output: Path, dtype: str | None = None) -> str:
+  """A run as a folder that `transformers` opens; returns what it wrote."""
+  run = stored.open_run(source)
+  published.check(run.config)
+  calibrations = [entry for entry in calibration.read(run.folder.calibrations) if entry.step == run.step]
+  longest, conventions = run.run_config.data.seq_len, run.conventions()
+  texts = published.Texts(run.tokenizer(), conventions, longest, run.step, tuple(calibrations))
+  published.write(output, _cast(run, dtype), texts, model_card.write(run, texts, output.name))
+  return f'the model of step {run.step}, for transformers,'
 
 
 def renew(source: Path, output: Path) -> str:
@@ -93,7 +134,11 @@ def renew(source: Path, output: Path) -> str:
 
 
 def bring_in(source: Path, output: Path) -> str:
-  """A checkpoint of another library as a run folder; returns what it wrote."""
+  """A checkpoint of another library, or a published folder, as a run folder; returns what it wrote."""
+  if published.is_published(source):
+    opened = published.open_folder(source, _tokenizer())
+    config = published.write_run(output, opened, _cast(opened.weights, FLAGS.dtype), str(source))
+    return f'the {config.model.kind} model of {source}, as a run folder,'
   if FLAGS.settings or sources.has_settings(source, official.OURS) or source.is_file():
     if source.is_file() and not FLAGS.settings:
       raise ConfigError(f'--checkpoint={source} is a file, which needs --settings to describe its model')

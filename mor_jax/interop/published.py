@@ -247,14 +247,5 @@ def _routers(config: ModelConfig) -> Iterator[tuple[str, Place]]:
 
 # Settings that the modules obey, and those that only training and our own programs have.
 KNOWN = frozenset(
-  """
-  kind vocab_size num_layers d_model num_heads num_kv_heads head_dim mlp_dim rope_theta rope_scaling
-  rope_scaling_factor rope_low_frequency_factor rope_high_frequency_factor rope_original_length norm_epsilon
-  tie_embeddings embed_factor num_recursions sharing share_norms lora_rank lora_alpha lora_targets recursion_encoding
-  router router_head router_target router_activation router_alpha router_temperature gating capacities selection
-  random_router causality token_gating balancing balance_warmup_steps token_capacity_factor threshold_slack kv
-  init init_std embed_std benefit_margin benefit_rows depth_prior_weight router_noise router_z_loss_weight ema_decay
-  random_gate capacity_warmup_steps aux_loss_weight bias_update_rate balancing_loss_weight dispatch dtype remat attention
-  unroll_layers
-  """.split()
+  ["kind", "vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "rope_theta", "rope_scaling", "rope_scaling_factor", "rope_low_frequency_factor", "rope_high_frequency_factor", "rope_original_length", "norm_epsilon", "tie_embeddings", "embed_factor", "num_recursions", "sharing", "share_norms", "lora_rank", "lora_alpha", "lora_targets", "recursion_encoding", "router", "router_head", "router_target", "router_activation", "router_alpha", "router_temperature", "gating", "capacities", "selection", "random_router", "causality", "token_gating", "balancing", "balance_warmup_steps", "token_capacity_factor", "threshold_slack", "kv", "init", "init_std", "embed_std", "benefit_margin", "benefit_rows", "depth_prior_weight", "router_noise", "router_z_loss_weight", "ema_decay", "random_gate", "capacity_warmup_steps", "aux_loss_weight", "bias_update_rate", "balancing_loss_weight", "dispatch", "dtype", "remat", "attention", "unroll_layers"]
 )
