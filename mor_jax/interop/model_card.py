@@ -6,6 +6,7 @@ the command that measures it.
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,12 @@ def _read(path: Path) -> dict[str, Any]:
   return found if isinstance(found, dict) else {}
 
 
+def _without_folders(source: str) -> str:
+  """Names of files alone: a card is read on other machines. Names of the Hub's datasets stay whole."""
+  parts = (part if part.startswith('hf:') else re.sub(r'[^:]*/', '', part) for part in source.split(','))
+  return ','.join(parts)
+
+
 def _front_matter(run: StoredWeights) -> str:
   source = run.run_config.data.source
   dataset = source.removeprefix('hf:').split('@')[0].split('/') if source.startswith('hf:') else []
@@ -94,14 +101,18 @@ def _kind(config: ModelConfig) -> str:
 
 def _first_sentence(config: ModelConfig) -> str:
   size = quantity(flops.count_parameters(config).total)
-  begin = f'A language model of {size} parameters'
   if config.kind == 'vanilla':
-    return f'{begin}: a decoder of {config.num_layers} layers, trained with mor_jax.'
+    return (
+      f'A language model of {size} parameters: a decoder of {config.num_layers} layers, trained with mor_jax.'
+    )
   layers = f'{config.shared_depth} shared layers'
   if config.kind == 'recursive':
-    return f'{begin}: every token passes a block of {layers} {config.recursions} times. Trained with mor_jax.'
+    return (
+      f'A recursive language model of {size} parameters: every token passes a block of {layers} '
+      f'{config.recursions} times. Trained with mor_jax.'
+    )
   return (
-    f'{begin} of the kind {PAPER}: a token passes a block of {layers} up to {config.recursions} times, and a router '
+    f'A {PAPER} language model of {size} parameters: a token passes a block of {layers} up to {config.recursions} times, and a router '
     f'decides how often. Trained with mor_jax.'
   )
 
@@ -111,7 +122,7 @@ def _use(name: str, texts: Texts) -> str:
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained('{name}', trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained('{name}')
+tokenizer = AutoTokenizer.from_pretrained('{name}', trust_remote_code=True)
 inputs = tokenizer('Once upon a time', return_tensors='pt')
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 print(model(**inputs).depths)  # recursions that each token took
@@ -176,7 +187,7 @@ def _training(run: StoredWeights, results: Results) -> list[tuple[str, str]]:
   unknown = 'not known: there is no summary.json of this step'
   splits = results.data.get('splits', {})
   documents = splits.get('train', {}).get('documents')
-  origin = f'`{config.data.source}`' + (f', {documents:,} documents' if documents else '')
+  origin = f'`{_without_folders(config.data.source)}`' + (f', {documents:,} documents' if documents else '')
   if digest := results.data.get('documents_digest'):
     origin += f', digest {digest[:12]}'
   rows = [
@@ -189,12 +200,14 @@ def _training(run: StoredWeights, results: Results) -> list[tuple[str, str]]:
     ('peak learning rate', f'{config.train.learning_rate:g}, {config.train.schedule}'),
   ]
   if config.init.source:
-    rows.insert(0, ('begins from', f'`{config.init.source}`, its layers {config.init.method}'))
+    rows.insert(
+      0, ('begins from', f'`{_without_folders(config.init.source)}`, its layers {config.init.method}')
+    )
   return rows
 
 
 def _command(run: StoredWeights) -> str:
-  return f'`python -m mor_jax.evaluate --checkpoint={run.folder.path}`'
+  return f'`python -m mor_jax.evaluate --checkpoint={_without_folders(str(run.folder.path))}`'
 
 
 def _losses(run: StoredWeights, results: Results) -> str:
@@ -246,7 +259,9 @@ def _depths(run: StoredWeights, results: Results) -> str:
       rows.append((label, f'{mean:.2f}', *(f'{share:.1%}' for share in shares)))
     elif not prefix:
       rows.append((label, f'not measured: {_command(run)}', *('' for _ in depths)))
-  return _section('Depths', ('', 'mean', *(f'{depth} recursions' for depth in depths)), rows)
+  return _section(
+    'Depths', ('', 'mean', *(f'{depth} recursion{"s" * (depth != 1)}' for depth in depths)), rows
+  )
 
 
 def _limits(config: ModelConfig, texts: Texts) -> str:

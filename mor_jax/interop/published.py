@@ -18,6 +18,7 @@ from mor_jax.evaluation import calibration
 from mor_jax.evaluation.calibration import Calibration
 from mor_jax.interop import folders, imported, names, tensors, vocabulary
 from mor_jax.interop.names import Place, Table
+from mor_jax.interop.reader import Reader
 from mor_jax.interop.weights import NamedWeights, Weights
 from mor_jax.model import relaxation, sharing
 
@@ -159,15 +160,18 @@ def open_folder(folder: str | Path, tokenizer: Path | None = None) -> Opened:
     )
   except (TypeError, KeyError) as error:
     raise ConfigError(f'{folder}/config.json cannot be read ({error!r})') from None
+  problems: list[str] = []
+  numbers = Reader(raw, problems)
+  longest, step = numbers.whole('max_position_embeddings'), numbers.whole('step') if raw.get('step') else 0
+  if problems:
+    raise ConfigError(f'{folder}/config.json cannot be read: {"; ".join(problems)}')
   weights = NamedWeights(config, table(config), tensors.open_tensors(folder))
   separator, begin = raw.get('separator'), raw.get('begin')
   read, conventions = vocabulary.read(folder, raw, config, separator, tokenizer)
   if read is None:
     raise ConfigError(f'{folder} has no tokenizer.json; name one with --tokenizer')
   read = Tokenizer.load(tokenizer or folder / 'tokenizer.json', read.separator, begin)
-  return Opened(
-    weights, Texts(read, conventions, raw['max_position_embeddings'], raw.get('step') or 0, calibrations)
-  )
+  return Opened(weights, Texts(read, conventions, longest, step, calibrations))
 
 
 def write_run(output: Path, opened: Opened, weights: Weights, source: str) -> Config:
@@ -247,5 +251,66 @@ def _routers(config: ModelConfig) -> Iterator[tuple[str, Place]]:
 
 # Settings that the modules obey, and those that only training and our own programs have.
 KNOWN = frozenset(
-  ["kind", "vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "rope_theta", "rope_scaling", "rope_scaling_factor", "rope_low_frequency_factor", "rope_high_frequency_factor", "rope_original_length", "norm_epsilon", "tie_embeddings", "embed_factor", "num_recursions", "sharing", "share_norms", "lora_rank", "lora_alpha", "lora_targets", "recursion_encoding", "router", "router_head", "router_target", "router_activation", "router_alpha", "router_temperature", "gating", "capacities", "selection", "random_router", "causality", "token_gating", "balancing", "balance_warmup_steps", "token_capacity_factor", "threshold_slack", "kv", "init", "init_std", "embed_std", "benefit_margin", "benefit_rows", "depth_prior_weight", "router_noise", "router_z_loss_weight", "ema_decay", "random_gate", "capacity_warmup_steps", "aux_loss_weight", "bias_update_rate", "balancing_loss_weight", "dispatch", "dtype", "remat", "attention", "unroll_layers"]
+  [
+    'kind',
+    'vocab_size',
+    'num_layers',
+    'd_model',
+    'num_heads',
+    'num_kv_heads',
+    'head_dim',
+    'mlp_dim',
+    'rope_theta',
+    'rope_scaling',
+    'rope_scaling_factor',
+    'rope_low_frequency_factor',
+    'rope_high_frequency_factor',
+    'rope_original_length',
+    'norm_epsilon',
+    'tie_embeddings',
+    'embed_factor',
+    'num_recursions',
+    'sharing',
+    'share_norms',
+    'lora_rank',
+    'lora_alpha',
+    'lora_targets',
+    'recursion_encoding',
+    'router',
+    'router_head',
+    'router_target',
+    'router_activation',
+    'router_alpha',
+    'router_temperature',
+    'gating',
+    'capacities',
+    'selection',
+    'random_router',
+    'causality',
+    'token_gating',
+    'balancing',
+    'balance_warmup_steps',
+    'token_capacity_factor',
+    'threshold_slack',
+    'kv',
+    'init',
+    'init_std',
+    'embed_std',
+    'benefit_margin',
+    'benefit_rows',
+    'depth_prior_weight',
+    'router_noise',
+    'router_z_loss_weight',
+    'ema_decay',
+    'random_gate',
+    'capacity_warmup_steps',
+    'aux_loss_weight',
+    'bias_update_rate',
+    'balancing_loss_weight',
+    'dispatch',
+    'dtype',
+    'remat',
+    'attention',
+    'unroll_layers',
+  ]
 )

@@ -245,7 +245,9 @@ class MoRModel(MoRPreTrainedModel):
     return x_BTD + h_BTD, depths_BT
 
   def _places(self) -> list[int | None]:
-    return self.settings.places(self.config.max_position_embeddings)
+    return self.config.settings.places(
+      self.config.max_position_embeddings
+    )  # capacities may have been changed
 
   def _with_place(self, recursion: int, wants_BT, places: int | None, cache: MoRCache) -> torch.Tensor:
     """Of the tokens that want to take a recursion, those that come before its places have been taken."""
