@@ -293,7 +293,10 @@ def test_a_card_names_the_command_for_what_was_not_measured(run_folder, run_conv
 @pytest.fixture(scope='module')
 def theirs(tmp_path_factory):
   """Opens a case in transformers, each once: the model, and rows of tokens for it."""
+  import torch
   import transformers
+
+  torch.set_num_threads(1)  # these models are too small to be divided
 
   @functools.cache
   def load(name: str, **options):

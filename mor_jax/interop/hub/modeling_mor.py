@@ -329,9 +329,16 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
   def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
     self.lm_head = new_embeddings
 
-  @classmethod
-  def _supports_default_dynamic_cache(cls) -> bool:
-    return False  # the first call of `forward` makes a MoRCache
+  def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+    """Puts a MoRCache where `generate` would put one of its own."""
+    if generation_config.use_cache is False or model_kwargs.get(CACHE) is not None:
+      return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+    if generation_config.cache_implementation is not None:
+      raise ValueError(
+        f'cache_implementation={generation_config.cache_implementation} cannot hold recursions; leave it unset'
+      )
+    model_kwargs[CACHE] = MoRCache(self.config)
+    return None
 
   def forward(
     self,
