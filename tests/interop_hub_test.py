@@ -372,7 +372,7 @@ def test_a_cache_and_padding_on_the_left_change_nothing(name, theirs):
   cache, logits, depths = None, [], []
   for begin, end in ((0, 40), (40, 41), (41, 42), (42, LENGTH)):
     part = forward(model, padded[:, begin:end], attention_mask=mask[:, :end], cache=cache, use_cache=True)
-    cache = part.cache
+    cache = part.get('cache', part.get('past_key_values'))  # as the version of transformers calls it
     logits.append(part.logits)
     depths.append(part.depths)
   assert cache.get_seq_length() == LENGTH
@@ -513,7 +513,7 @@ def test_what_cannot_work_is_refused(theirs):
   import transformers
 
   model, tokens_BT = theirs('expert')
-  with pytest.raises(ValueError, match='does not support gradient checkpointing'):
+  with pytest.raises(ValueError, match=r'does not support \w+ checkpointing'):
     model.gradient_checkpointing_enable()
   with pytest.raises(ValueError, match='cannot hold recursions'):
     forward(model, tokens_BT, cache=transformers.DynamicCache())
