@@ -6,6 +6,7 @@ model under our names, so that the folder can be read back bit for bit.
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,20 @@ MODEL_TYPE = 'mor_jax'
 MODULES = Path(__file__).parent / 'hub'
 CLASSES = {'AutoConfig': 'configuration_mor.MoRConfig', 'AutoModelForCausalLM': 'modeling_mor.MoRForCausalLM'}
 SCALINGS = ('none', 'linear', 'llama3')
+# Settings that the modules obey, and those that only training and our own programs have.
+KNOWN = frozenset(
+  """
+  kind vocab_size num_layers d_model num_heads num_kv_heads head_dim mlp_dim norm_epsilon tie_embeddings embed_factor
+  rope_theta rope_scaling rope_scaling_factor rope_low_frequency_factor rope_high_frequency_factor rope_original_length
+  num_recursions sharing kv share_norms lora_rank lora_alpha lora_targets recursion_encoding threshold_slack
+  router router_head router_target router_activation router_alpha router_temperature gating token_gating capacities
+  token_capacity_factor selection random_router causality balancing balance_warmup_steps
+
+  init init_std embed_std benefit_margin benefit_rows depth_prior_weight router_noise router_z_loss_weight ema_decay
+  random_gate capacity_warmup_steps aux_loss_weight bias_update_rate balancing_loss_weight
+  dtype remat attention dispatch unroll_layers
+  """.split()  # noqa: SIM905
+)
 _ROUTING = {'threshold': 'router_threshold', 'updates': 'router_updates', 'bias': 'router_bias'}
 
 
@@ -182,12 +197,12 @@ def write_run(output: Path, opened: Opened, weights: Weights, source: str) -> Co
     source: where the model comes from, for the record.
   """
   texts = opened.texts
-  config = imported.write_run(
-    output, weights, texts.tokenizer, texts.conventions, source, step=texts.step, seq_len=texts.longest
-  )
-  for entry in texts.calibrations:
-    calibration.store(output / 'calibrations.json', entry)
-  return config
+  with tempfile.TemporaryDirectory() as folder:
+    calibrations = Path(folder) / 'calibrations.json'
+    for entry in texts.calibrations:
+      calibration.store(calibrations, entry)
+    about = {'step': texts.step, 'seq_len': texts.longest, 'extras': (calibrations,)}
+    return imported.write_run(output, weights, texts.tokenizer, texts.conventions, source, **about)
 
 
 # ---- names ----
@@ -247,70 +262,3 @@ def _routers(config: ModelConfig) -> Iterator[tuple[str, Place]]:
   for leaf in names.shapes(config):
     if leaf.startswith('routing/'):
       yield f'model.{_ROUTING[leaf.removeprefix("routing/")]}', Place(leaf)
-
-
-# Settings that the modules obey, and those that only training and our own programs have.
-KNOWN = frozenset(
-  [
-    'kind',
-    'vocab_size',
-    'num_layers',
-    'd_model',
-    'num_heads',
-    'num_kv_heads',
-    'head_dim',
-    'mlp_dim',
-    'rope_theta',
-    'rope_scaling',
-    'rope_scaling_factor',
-    'rope_low_frequency_factor',
-    'rope_high_frequency_factor',
-    'rope_original_length',
-    'norm_epsilon',
-    'tie_embeddings',
-    'embed_factor',
-    'num_recursions',
-    'sharing',
-    'share_norms',
-    'lora_rank',
-    'lora_alpha',
-    'lora_targets',
-    'recursion_encoding',
-    'router',
-    'router_head',
-    'router_target',
-    'router_activation',
-    'router_alpha',
-    'router_temperature',
-    'gating',
-    'capacities',
-    'selection',
-    'random_router',
-    'causality',
-    'token_gating',
-    'balancing',
-    'balance_warmup_steps',
-    'token_capacity_factor',
-    'threshold_slack',
-    'kv',
-    'init',
-    'init_std',
-    'embed_std',
-    'benefit_margin',
-    'benefit_rows',
-    'depth_prior_weight',
-    'router_noise',
-    'router_z_loss_weight',
-    'ema_decay',
-    'random_gate',
-    'capacity_warmup_steps',
-    'aux_loss_weight',
-    'bias_update_rate',
-    'balancing_loss_weight',
-    'dispatch',
-    'dtype',
-    'remat',
-    'attention',
-    'unroll_layers',
-  ]
-)

@@ -43,7 +43,7 @@ class MoRPreTrainedModel(PreTrainedModel):
   base_model_prefix = 'model'
   supports_gradient_checkpointing = False  # a pass writes keys and values, which must not be done twice
   _supports_sdpa = True
-  _no_split_modules = ['DecoderLayer']  # noqa: RUF012
+  _no_split_modules = ['MoRModel']  # noqa: RUF012 (tokens and memory go from layer to layer on one device)
   _keep_in_fp32_modules_strict = [  # noqa: RUF012
     'router',
     'aux_router',
@@ -245,9 +245,8 @@ class MoRModel(MoRPreTrainedModel):
     return x_BTD + h_BTD, depths_BT
 
   def _places(self) -> list[int | None]:
-    return self.config.settings.places(
-      self.config.max_position_embeddings
-    )  # capacities may have been changed
+    # Not those of `self.settings`: the capacities may have been changed since.
+    return self.config.settings.places(self.config.max_position_embeddings)
 
   def _with_place(self, recursion: int, wants_BT, places: int | None, cache: MoRCache) -> torch.Tensor:
     """Of the tokens that want to take a recursion, those that come before its places have been taken."""
