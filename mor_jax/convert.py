@@ -55,7 +55,9 @@ TARGETS = ('transformers', 'llama', 'authors', 'mor')
 def define_flags() -> None:
   """Defines the flags of this command."""
   flags.DEFINE_string(
-    'checkpoint', None, 'what to convert: folder of a run, Llama folder, or weights of the authors'
+    'checkpoint',
+    None,
+    'what to convert: folder of a run, published or Llama folder, or weights of the authors',
   )
   flags.DEFINE_string('output', None, 'folder to write, which must not exist')
   flags.DEFINE_enum('to', None, TARGETS, 'what to write; default: as --checkpoint decides')
@@ -136,7 +138,11 @@ def renew(source: Path, output: Path) -> str:
 def bring_in(source: Path, output: Path) -> str:
   """A checkpoint of another library, or a published folder, as a run folder; returns what it wrote."""
   if published.is_published(source):
-    opened = published.open_folder(source, _tokenizer())
+    if FLAGS.settings:
+      raise ConfigError(
+        f'--settings={FLAGS.settings}: {source} says itself which model it holds; leave it out'
+      )
+    opened = published.open_folder(source, FLAGS.separator, _tokenizer())
     config = published.write_run(output, opened, _cast(opened.weights, FLAGS.dtype), str(source))
     return f'the {config.model.kind} model of {source}, as a run folder,'
   if FLAGS.settings or sources.has_settings(source, official.OURS) or source.is_file():

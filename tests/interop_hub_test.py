@@ -172,17 +172,7 @@ def test_tensors_that_do_not_fit_are_named(hub):
 # ---- the program ----
 
 
-@pytest.fixture
-def run_convert():
-  """Runs the program with flags, the others at their defaults; raises as it does."""
-  convert = entry_points.load('mor_jax.convert')
-
-  def run(**values):
-    with flagsaver.flagsaver():
-      flags.FLAGS(['convert', *(f'--{name}={value}' for name, value in values.items())])
-      convert.main()
-
-  return run
+run_convert = functools.partial(entry_points.run, 'mor_jax.convert')
 
 
 @pytest.fixture(scope='module')
@@ -215,7 +205,7 @@ def hub(stored_run, tmp_path):
   return tmp_path / 'hub'
 
 
-def test_a_run_is_published_and_comes_back(stored_run, run_convert, tmp_path):
+def test_a_run_is_published_and_comes_back(stored_run, tmp_path):
   run_convert(checkpoint=stored_run, to='transformers', output=tmp_path / 'hub')
   run_convert(checkpoint=tmp_path / 'hub', to='mor', output=tmp_path / 'back')
   before, after = load_run(stored_run), load_run(tmp_path / 'back')
@@ -226,7 +216,7 @@ def test_a_run_is_published_and_comes_back(stored_run, run_convert, tmp_path):
   assert entry == calibration.read(stored_run / 'calibrations.json')[0], 'that of an older step is left out'
 
 
-def test_targets_that_cannot_be_are_refused(stored_run, hub, run_convert, tmp_path):
+def test_targets_that_cannot_be_are_refused(stored_run, hub, tmp_path):
   for source, to, message in (
     (stored_run, 'mor', 'is a run folder already'),
     (stored_run, 'llama', 'only vanilla models can'),
@@ -236,6 +226,8 @@ def test_targets_that_cannot_be_are_refused(stored_run, hub, run_convert, tmp_pa
     with pytest.raises(ConfigError, match=message):
       run_convert(checkpoint=source, to=to, output=tmp_path / 'other')
   assert not (tmp_path / 'other').exists()
+  with pytest.raises(ConfigError, match='says itself which model it holds'):
+    run_convert(checkpoint=hub, settings='mine.json', output=tmp_path / 'other')
 
 
 def test_programs_open_the_folder_as_they_open_a_run(hub):
@@ -260,7 +252,7 @@ def measured(loss: float) -> dict:
   return {'nll': loss, 'perplexity': 9.0, 'bits_per_byte': 1.5, 'mean_depth': 2.2, **SHARES}
 
 
-def test_a_card_says_what_was_measured(run_folder, run_convert, tmp_path):
+def test_a_card_says_what_was_measured(run_folder, tmp_path):
   (run_folder / 'summary.json').write_text(json.dumps(SUMMARY))
   evaluation = {'step': 7, 'routing': {'topk': measured(2.25), 'threshold': measured(2.375)}}
   evaluation['gap'] = {'nll': 0.125, 'perplexity': 1.0, 'bits_per_byte': 0.1}
@@ -284,7 +276,7 @@ def test_a_card_says_what_was_measured(run_folder, run_convert, tmp_path):
   assert str(tmp_path) not in card
 
 
-def test_a_card_names_the_command_for_what_was_not_measured(run_folder, run_convert, tmp_path):
+def test_a_card_names_the_command_for_what_was_not_measured(run_folder, tmp_path):
   (run_folder / 'evaluation.json').write_text(
     '{"step": 3, "routing": {"topk": {"nll": 1.0}}}'
   )  # another step

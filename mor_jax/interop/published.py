@@ -154,10 +154,11 @@ def _vocabulary_files(texts: Texts) -> dict[str, str]:
 # ---- the way back ----
 
 
-def open_folder(folder: str | Path, tokenizer: Path | None = None) -> Opened:
+def open_folder(folder: str | Path, separator: str | None = None, tokenizer: Path | None = None) -> Opened:
   """A folder of `write`, or one that transformers saved after opening such a folder.
 
   Args:
+    separator: token that ends a document; None: that of the folder.
     tokenizer: a tokenizer.json elsewhere.
 
   Raises:
@@ -181,11 +182,14 @@ def open_folder(folder: str | Path, tokenizer: Path | None = None) -> Opened:
   if problems:
     raise ConfigError(f'{folder}/config.json cannot be read: {"; ".join(problems)}')
   weights = NamedWeights(config, table(config), tensors.open_tensors(folder))
-  separator, begin = raw.get('separator'), raw.get('begin')
+  separator = separator or raw.get('separator')
   read, conventions = vocabulary.read(folder, raw, config, separator, tokenizer)
   if read is None:
     raise ConfigError(f'{folder} has no tokenizer.json; name one with --tokenizer')
-  read = Tokenizer.load(tokenizer or folder / 'tokenizer.json', read.separator, begin)
+  try:
+    read = Tokenizer.load(tokenizer or folder / 'tokenizer.json', read.separator, raw.get('begin'))
+  except ValueError as error:
+    raise ConfigError(f'{folder}: {error}') from None
   return Opened(weights, Texts(read, conventions, longest, step, calibrations))
 
 
