@@ -23,7 +23,7 @@ from mor_jax.config import Config, ConfigError, with_changes
 from mor_jax.data.conventions import Conventions
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.evaluation import calibration
-from mor_jax.interop import names, published, sources, weights
+from mor_jax.interop import model_card, names, published, sources, weights
 from mor_jax.interop.published import Texts
 from mor_jax.interop.weights import HeldWeights
 from mor_jax.runs import stored
@@ -285,6 +285,20 @@ def test_a_card_names_the_command_for_what_was_not_measured(run_folder, tmp_path
   assert '| gap | not measured: `python -m mor_jax.evaluate --checkpoint=run`' in card
   assert 'not known: there is no summary.json of this step' in card
   assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize('name', ['vanilla shared sequence', 'recursive relaxed', 'token limited'])
+def test_every_kind_of_model_has_a_card(name, tmp_path):
+  config, _, variables = build(name)
+  config = with_changes(Config(name='small', model=config), data={'seq_len': LENGTH, 'source': 'hf:a/b@main'})
+  stored.write_model(
+    tmp_path / 'run', config, HeldWeights(config.model, variables), TEXTS.tokenizer, 'a test'
+  )
+  card = model_card.write(stored.open_run(tmp_path / 'run'), TEXTS, 'hub')
+  assert ('## Depths' in card) == (config.model.kind == 'mor')
+  assert f'| kind | {config.model.kind} |' in card
+  assert '- "a/b"\n---\n' in card, 'the data are named as the Hub names them'
+  assert 'None' not in card
 
 
 # ---- beside PyTorch ----

@@ -21,7 +21,7 @@ def has_settings(folder: Path, *keys: str) -> bool:
 
 
 def open_model(path: str | Path, flag: str) -> tuple[Weights, Tokenizer, Conventions]:
-  """Opens a run folder, a published one or a Llama checkpoint: its weights, read leaf by leaf, its tokenizer and its conventions.
+  """Opens a run, a published folder or a Llama checkpoint: weights, read leaf by leaf, tokenizer and conventions.
 
   Args:
     flag: flag to name in errors.
