@@ -12,31 +12,44 @@ What PATH is decides what FOLDER, which must not exist, will be:
                          a run folder of the same model without low-rank changes, which are merged into the kernels
   the authors' weights   a file (.safetensors; .bin or .pt where torch is installed) or a folder of a MoR or
                          recursive model, described by --settings unless mor_jax wrote it: a run folder
+  a published folder     made with --to=transformers: a run folder, equal to the one it came from
+
+--to=transformers makes a folder to publish of any run: safetensors, tokenizer, a model card, and PyTorch modules,
+which AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) runs (docs/hub.md). --to=llama and
+--to=authors are the two forms above, --to=mor a run folder; what PATH cannot become is refused.
 
 Low-rank changes that are the same in all recursions (model.lora_sharing=one, or vanilla) are merged whenever a run
 becomes a folder of safetensors. Tensors are read and written one at a time, and keep every bit unless --dtype says otherwise.
 """
 
 import dataclasses
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
 from absl import flags
 
 from mor_jax import cli
 from mor_jax.config import ConfigError
 from mor_jax.console import open_console, print_line
+from mor_jax.evaluation import calibration
 from mor_jax.files import require_new
-from mor_jax.interop import folders, huggingface, imported, merging, official, sources, vocabulary
+from mor_jax.interop import (
+  folders,
+  huggingface,
+  imported,
+  merging,
+  model_card,
+  official,
+  published,
+  sources,
+  vocabulary,
+)
+from mor_jax.interop.checked import checked
 from mor_jax.interop.old_format import OldWeights
-from mor_jax.interop.weights import Weights
 from mor_jax.runs import stored
 from mor_jax.runs.run_folder import FORMAT, OLDEST_FORMAT, RunFolder
 
 FLAGS = flags.FLAGS
+TARGETS = ('transformers', 'llama', 'authors', 'mor')
 
 
 def define_flags() -> None:
@@ -45,6 +58,7 @@ def define_flags() -> None:
     'checkpoint', None, 'what to convert: folder of a run, folder of Hugging Face, or weights of the authors'
   )
   flags.DEFINE_string('output', None, 'folder to write, which must not exist')
+  flags.DEFINE_enum('to', None, TARGETS, 'what to write; default: as --checkpoint decides')
   flags.DEFINE_string(
     'settings', None, "JSON file with the settings of the authors' weights (docs/uptraining.md)"
   )
@@ -70,26 +84,35 @@ def main() -> None:
   require_new(output)
   if not source.exists():
     raise ConfigError(f'--checkpoint={source} does not exist')
-  if sources.is_run(source):
-    is_old = RunFolder(source).read_format() == OLDEST_FORMAT
-    if FLAGS.merge_lora:
-      what = merge(source, output, FLAGS.dtype)
-    else:
-      what = renew(source, output) if is_old else export(source, output, FLAGS.dtype)
-  elif FLAGS.merge_lora:
-    raise ConfigError(
-      f'--merge_lora is for the folder of a run, which --checkpoint={source} is not; leave it out'
-    )
-  else:
+  if FLAGS.merge_lora:
+    _require('mor', 'becomes a run folder by --merge_lora')
+    what = merge(source, output, FLAGS.dtype)
+  elif not sources.is_run(source):
+    _require('mor', 'is no run folder, which is what it can become; convert that one then')
     what = bring_in(source, output)
+  elif RunFolder(source).read_format() == OLDEST_FORMAT:
+    _require('mor', f'is a run of format {OLDEST_FORMAT}; first convert it to format {FORMAT}, without --to')
+    what = renew(source, output)
+  elif FLAGS.to == 'transformers':
+    what = publish(source, output, FLAGS.dtype)
+  else:
+    what = export(source, output, FLAGS.dtype, FLAGS.to)
   print_line(open_console(), f'wrote {what} to {output}')
 
 
-def export(source: Path, output: Path, dtype: str | None = None) -> str:
-  """A run as a folder of safetensors; returns what it wrote."""
+def _require(target: str, reason: str) -> None:
+  if FLAGS.to not in (None, target):
+    raise ConfigError(f'--to={FLAGS.to}: --checkpoint={FLAGS.checkpoint} {reason}')
+
+
+def export(source: Path, output: Path, dtype: str | None = None, to: str | None = None) -> str:
+  """A run as a folder of safetensors in one of TARGETS, by default the one for its kind; returns what it wrote."""
   run = stored.open_run(source)
-  weights = _cast(merging.without_adapters(run), dtype)
-  if run.config.kind == 'vanilla':
+  weights = checked(merging.without_adapters(run), dtype)
+  to = to or ('llama' if run.config.kind == 'vanilla' else 'authors')
+  if to == 'mor':
+    raise ConfigError(f'--to=mor: --checkpoint={source} is a run folder already')
+  if to == 'llama':
     huggingface.write(output, weights, run.tokenizer(), run.conventions())
     return f'the model of step {run.step}, as a checkpoint of Hugging Face,'
   official.write(output, weights, run.tokenizer(), run.conventions())
@@ -100,8 +123,12 @@ def merge(source: Path, output: Path, dtype: str | None = None) -> str:
   """A run as a run folder of the same model without low-rank changes; returns what it wrote.
 
   Raises:
-    ConfigError: it has none, or each recursion has its own.
+    ConfigError: it is no run, has none, or each recursion has its own.
   """
+  if not sources.is_run(source):
+    raise ConfigError(
+      f'--merge_lora is for the folder of a run, which --checkpoint={source} is not; leave it out'
+    )
   run = stored.open_run(source)
   if not run.config.lora_rank:
     raise ConfigError(
@@ -112,14 +139,26 @@ def merge(source: Path, output: Path, dtype: str | None = None) -> str:
   settings = dataclasses.replace(run.run_config.train, trainable='all', stages=None)
   config = dataclasses.replace(run.run_config, model=merged.config, train=settings)
   texts, extras = (run.tokenizer(), str(source), run.conventions()), (run.folder.calibrations,)
-  stored.write_model(output, config, _cast(merged, dtype), *texts, run.step, extras)
+  stored.write_model(output, config, checked(merged, dtype), *texts, run.step, extras)
   return f'the model of step {run.step} with its low-rank changes merged, as a run folder (without the state of the optimiser),'
+
+
+def publish(source: Path, output: Path, dtype: str | None = None) -> str:
+  """A run as a folder that `transformers` opens; returns what it wrote."""
+  run = stored.open_run(source)
+  published.check(merging.without_adapters(run).config)
+  calibrations = [entry for entry in calibration.read(run.folder.calibrations) if entry.step == run.step]
+  longest, conventions = run.run_config.data.seq_len, run.conventions()
+  texts = published.Texts(run.tokenizer(), conventions, longest, run.step, tuple(calibrations))
+  weights = checked(merging.without_adapters(run), dtype)
+  published.write(output, weights, texts, model_card.write(run, texts, output.name))
+  return f'the model of step {run.step}, for transformers,'
 
 
 def renew(source: Path, output: Path) -> str:
   """A run of the former format as a run folder of today's; returns what it wrote."""
   run = stored.open_run(source, OLDEST_FORMAT)
-  weights, extras = _cast(OldWeights(run), FLAGS.dtype), (run.folder.calibrations,)
+  weights, extras = checked(OldWeights(run), FLAGS.dtype), (run.folder.calibrations,)
   texts = run.tokenizer(), str(source), None
   stored.write_model(output, run.run_config, weights, *texts, run.step, extras)
   return (
@@ -128,7 +167,15 @@ def renew(source: Path, output: Path) -> str:
 
 
 def bring_in(source: Path, output: Path) -> str:
-  """A checkpoint of another library as a run folder; returns what it wrote."""
+  """A checkpoint of another library, or a published folder, as a run folder; returns what it wrote."""
+  if published.is_published(source):
+    if FLAGS.settings:
+      raise ConfigError(
+        f'--settings={FLAGS.settings}: {source} says itself which model it holds; leave it out'
+      )
+    opened = published.open_folder(source, FLAGS.separator, _tokenizer())
+    config = published.write_run(output, opened, checked(opened.weights, FLAGS.dtype), str(source))
+    return f'the {config.model.kind} model of {source}, as a run folder,'
   if FLAGS.settings or sources.has_settings(source, official.OURS) or source.is_file():
     if source.is_file() and not FLAGS.settings:
       raise ConfigError(f'--checkpoint={source} is a file, which needs --settings to describe its model')
@@ -143,7 +190,7 @@ def bring_in(source: Path, output: Path) -> str:
     raise ConfigError(
       f'there is no tokenizer.json and no tokenizer.model beside the weights of {source}; name one with --tokenizer'
     )
-  weights = _cast(weights, FLAGS.dtype)
+  weights = checked(weights, FLAGS.dtype)
   config = imported.write_run(output, weights, tokenizer, conventions, str(source))
   return f'the {config.model.kind} model of {source}, as a run folder,'
 
@@ -157,65 +204,6 @@ def _tokenizer() -> Path | None:
   if not path.is_file():
     raise ConfigError(f'there is no {path}; name a tokenizer.json or tokenizer.model with --tokenizer')
   return path
-
-
-@dataclasses.dataclass(frozen=True)
-class _Cast:
-  """Weights in another dtype."""
-
-  inner: Weights
-  dtype: np.dtype
-
-  @property
-  def config(self):
-    return self.inner.config
-
-  @property
-  def shapes(self):
-    return self.inner.shapes
-
-  @property
-  def dtypes(self):
-    return dict.fromkeys(self.inner.dtypes, self.dtype)
-
-  def leaf(self, path: str) -> np.ndarray:
-    return self.inner.leaf(path).astype(self.dtype)
-
-  def leaves(self) -> Iterator[tuple[str, np.ndarray]]:
-    for path, leaf in self.inner.leaves():
-      yield path, leaf.astype(self.dtype)
-
-
-def _cast(weights: Weights, dtype: str | None) -> Weights:
-  checked = _Checked(weights)
-  if dtype is None:
-    return checked
-  return _Cast(checked, np.dtype(ml_dtypes.bfloat16 if dtype == 'bfloat16' else dtype))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Checked:
-  """Weights of which the user is told those that are not finite."""
-
-  inner: Weights
-
-  def __getattr__(self, name: str):
-    return getattr(self.inner, name)
-
-  def leaf(self, path: str) -> np.ndarray:
-    leaf = self.inner.leaf(path)
-    self._tell(path, leaf)
-    return leaf
-
-  def leaves(self) -> Iterator[tuple[str, np.ndarray]]:
-    for path, leaf in self.inner.leaves():
-      self._tell(path, leaf)
-      yield path, leaf
-
-  def _tell(self, path: str, leaf: np.ndarray) -> None:
-    count = leaf.size - int(np.isfinite(leaf).sum())
-    if count:
-      print(f'WARNING: {path} has {count:,} values that are not finite (NaN or infinite)', file=sys.stderr)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """mor_jax.convert: whole folders in and out, nothing left of what could not be converted."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -12,8 +13,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
-from absl import flags
-from absl.testing import flagsaver
 
 from mor_jax.config import Config, ConfigError, DataConfig, with_changes
 from mor_jax.data import tokenizer as tokenizer_lib
@@ -37,15 +36,7 @@ def tokenizer():
 @pytest.fixture
 def run_convert():
   """Runs the program with flags, the others at their defaults; raises as it does."""
-
-  convert = entry_points.load('mor_jax.convert')
-
-  def run(**values):
-    with flagsaver.flagsaver():
-      flags.FLAGS(['convert', *(f'--{name}={value}' for name, value in values.items())])
-      convert.main()
-
-  return run
+  return functools.partial(entry_points.run, 'mor_jax.convert')
 
 
 def same_weights(one, other):

@@ -5,6 +5,7 @@ import sys
 from types import ModuleType
 
 from absl import flags
+from absl.testing import flagsaver
 
 OURS = ('mor_jax.', 'benchmarks.')
 
@@ -22,3 +23,11 @@ def load(name: str) -> ModuleType:
   if not flags.FLAGS.is_parsed():
     flags.FLAGS(['test'])
   return loaded
+
+
+def run(name: str, **values) -> None:
+  """Runs a command with these flags, the others at their defaults; raises as it does."""
+  command = load(name)
+  with flagsaver.flagsaver():
+    flags.FLAGS([name, *(f'--{flag}={value}' for flag, value in values.items())])
+    command.main()

@@ -15,7 +15,7 @@ from mor_jax.config import Config, ConfigError
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.evaluation import calibration
 from mor_jax.inference.engine import Engine
-from mor_jax.interop import imported, sources
+from mor_jax.interop import imported, published, sources
 from mor_jax.model import cache
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import device_memory
@@ -70,23 +70,27 @@ def make_mesh() -> Mesh:
 
 
 def load(mesh: Mesh) -> LoadedRun:
-  """The run of --checkpoint; one of Hugging Face is brought into a run folder that is gone when the process ends.
+  """The run of --checkpoint; another library's folder becomes a run folder that is gone when the process ends.
 
   Raises:
-    ConfigError: it is neither.
+    ConfigError: it is neither a run, nor a published folder, nor a checkpoint of Hugging Face.
   """
   path = Path(FLAGS.checkpoint)
   if sources.is_run(path) or not (path / 'config.json').is_file():
     return load_run(path, mesh=mesh)
-  opened = sources.open_model(path, '--checkpoint')
-  if opened[1] is None:
+  is_published = published.is_published(path)
+  opened = published.open_folder(path) if is_published else sources.open_model(path, '--checkpoint')
+  if not is_published and opened[1] is None:
     raise ConfigError(
       f'--checkpoint={path} has neither tokenizer.json nor tokenizer.model, and texts need one: put it there'
     )
   folder = tempfile.TemporaryDirectory(prefix='mor_jax-')
   atexit.register(folder.cleanup)
   output = Path(folder.name) / path.resolve().name
-  imported.write_run(output, *opened, str(path))
+  if is_published:
+    published.write_run(output, opened, opened.weights, str(path))
+  else:
+    imported.write_run(output, *opened, str(path))
   return load_run(output, mesh=mesh)
 
 

@@ -1,6 +1,7 @@
 """Checkpoint folders of other libraries: config.json, weights and tokenizer, written completely or not at all."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,12 @@ def write(
   config: dict[str, Any],
   tokenizer: Tokenizer | None,
   conventions: Conventions | None = None,
+  files: Mapping[str, str] | None = None,
 ) -> None:
   """Writes a folder. It is renamed when complete and deleted on failure.
+
+  Args:
+    files: texts of more files, by name.
 
   Raises:
     ConfigError: the folder exists, or the weights are invalid.
@@ -44,3 +49,5 @@ def write(
     (partial / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
     if tokenizer is not None:
       vocabulary.write(partial, tokenizer, conventions)
+    for name, text in (files or {}).items():
+      (partial / name).write_text(text, encoding='utf-8')
