@@ -255,3 +255,31 @@ def test_there_and_back_is_the_same(tmp_path, change):
   assert loaded.config == made.config
   for path, leaf in HeldWeights(made.config, variables).leaves():
     assert HeldWeights(made.config, ours).leaf(path).tobytes() == leaf.tobytes(), path
+
+
+@pytest.mark.torch
+def test_a_sentencepiece_tokenizer_becomes_one_of_ours(tmp_path):
+  """The same ids as SentencePiece's own, bytes for unknown characters included."""
+  sentencepiece = pytest.importorskip('sentencepiece')
+  proto = pytest.importorskip('sentencepiece.sentencepiece_model_pb2')
+
+  model = proto.ModelProto()
+  words = ['▁t', 'he', '▁the', 'in', '▁a', 'er', '▁w', *'▁abcdefghijklmnopqrstuvwxyz.,']
+  special = [('<unk>', 2), ('<s>', 3), ('</s>', 3), *((f'<0x{byte:02X}>', 6) for byte in range(256))]
+  for number, (piece, kind) in enumerate([*special, *((word, 1) for word in words)]):
+    model.pieces.add(piece=piece, score=-float(number) if kind == 1 else 0.0, type=kind)
+  trainer, normalizer = model.trainer_spec, model.normalizer_spec
+  trainer.model_type, trainer.byte_fallback = 2, True
+  trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id = 0, 1, 2, -1
+  normalizer.name, normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces = 'identity', True, False
+  save(tmp_path / 'llama')
+  (tmp_path / 'llama' / 'tokenizer.model').write_bytes(model.SerializeToString())
+  about = {'tokenizer_class': 'LlamaTokenizer', 'bos_token': '<s>', 'eos_token': '</s>', 'unk_token': '<unk>'}
+  (tmp_path / 'llama' / 'tokenizer_config.json').write_text(json.dumps(about))
+  change_config(tmp_path / 'llama', bos_token_id=1, eos_token_id=2)
+  tokenizer = huggingface.load(tmp_path / 'llama')[2]
+  text = 'the winter wä.'
+  expected = sentencepiece.SentencePieceProcessor(str(tmp_path / 'llama' / 'tokenizer.model')).encode(text)
+  assert tokenizer.encode(text) == expected
+  assert tokenizer.decode(expected) == text
+  assert (tokenizer.separator, tokenizer.end_of_text) == ('</s>', 2)

@@ -46,6 +46,7 @@ def loss_and_gradient(
 ) -> tuple[float, Any, dict[str, int]]:
   """Loss, gradients on the host, and bytes of collectives of the program for that mesh."""
   mesh = mesh_lib.make_mesh(ParallelConfig(*shape), jax.devices()[: int(np.prod(shape))])
+  model = {name: tuple(value) if isinstance(value, list) else value for name, value in model.items()}
   made, variables = tiny.model(**{'vocab_size': 64, **model})
   loss, names = loss_lib.make_loss(made.apply, made.config, chunk, mesh), parameter_axes(made.config)
 

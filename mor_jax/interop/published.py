@@ -26,12 +26,14 @@ from mor_jax.model import relaxation, sharing
 MODEL_TYPE = 'mor_jax'
 MODULES = Path(__file__).parent / 'hub'
 CLASSES = {'AutoConfig': 'configuration_mor.MoRConfig', 'AutoModelForCausalLM': 'modeling_mor.MoRForCausalLM'}
-SCALINGS = ('none', 'linear', 'llama3')
+SCALINGS = ('none', 'linear', 'llama3', 'yarn', 'dynamic')
 # Settings that the modules obey, and those that only training and our own programs have.
 KNOWN = frozenset(
   """
   kind vocab_size num_layers d_model num_heads num_kv_heads head_dim mlp_dim norm_epsilon tie_embeddings embed_factor
+  attention_bias qk_norm sliding_window no_rope_layers
   rope_theta rope_scaling rope_scaling_factor rope_low_frequency_factor rope_high_frequency_factor rope_original_length
+  rope_beta_fast rope_beta_slow rope_truncate rope_attention_factor rope_length
   num_recursions sharing kv share_norms lora_rank lora_alpha lora_targets recursion_encoding threshold_slack
   router router_head router_target router_activation router_alpha router_temperature gating token_gating capacities
   token_capacity_factor selection random_router causality balancing balance_warmup_steps
@@ -225,7 +227,7 @@ def _table(config: ModelConfig) -> Iterator[tuple[str, Place]]:
   for slot in range(config.num_unique_layers):
     place = sharing.place(config, slot)
     prefix = f'model.{place.part}' if place.index is None else f'model.layers.{place.index}'
-    for ours, theirs in names.LAYER.items():
+    for ours, theirs in names.layer(config).items():
       yield f'{prefix}.{theirs}', Place(f'params/{place.part}/{ours}', place.index)
   yield from _steps(config)
   if config.kind == 'mor':

@@ -14,6 +14,11 @@ LATER = {
   'qk_norm': False,
   'sliding_window': None,
   'no_rope_layers': (),
+  'rope_beta_fast': 32.0,
+  'rope_beta_slow': 1.0,
+  'rope_truncate': True,
+  'rope_attention_factor': None,
+  'rope_length': None,
 }
 
 

@@ -47,20 +47,45 @@ class Own(NamedTuple):
 
 def rotation(settings: Settings, positions_BC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
   """Cosines and sines (B, C, 1, E/2) of the rotary embedding."""
-  half = settings.head_width // 2
-  powers_E = torch.arange(half, dtype=torch.float32, device=positions_BC.device) / half
-  frequencies_E = settings.rope_theta**-powers_E
-  if settings.rope_scaling == 'linear':
-    frequencies_E = frequencies_E / settings.rope_scaling_factor
-  elif settings.rope_scaling == 'llama3':
-    turns_E = settings.rope_original_length * frequencies_E / (2 * math.pi)
+  frequencies_E = frequencies(settings).to(positions_BC.device)
+  angles_BC1E = positions_BC[:, :, None, None].float() * frequencies_E
+  factor = 1.0
+  if settings.rope_scaling == 'yarn':  # larger scores
+    factor = settings.rope_attention_factor
+    factor = 0.1 * math.log(max(settings.rope_scaling_factor, 1.0)) + 1 if factor is None else factor
+  return angles_BC1E.cos() * factor, angles_BC1E.sin() * factor
+
+
+def frequencies(settings: Settings) -> torch.Tensor:
+  """Angles (E/2,) by which neighbours differ, scaled."""
+  half, theta, scaling = settings.head_width // 2, settings.rope_theta, settings.rope_scaling
+  factor, original = settings.rope_scaling_factor, settings.rope_original_length
+  if scaling == 'dynamic':
+    stretch = factor * (settings.rope_length or original) / original - (factor - 1)
+    theta *= stretch ** (half / (half - 1))
+  numbers_E = torch.arange(half, dtype=torch.float32)
+  frequencies_E = theta ** (-numbers_E / half)
+  if scaling in ('none', 'dynamic'):
+    return frequencies_E
+  if scaling == 'linear':
+    return frequencies_E / factor
+  if scaling == 'llama3':
+    turns_E = original * frequencies_E / (2 * math.pi)
     low, high = settings.rope_low_frequency_factor, settings.rope_high_frequency_factor
     kept_E = ((turns_E - low) / (high - low)).clamp(0, 1)
-    frequencies_E = frequencies_E * (kept_E + (1 - kept_E) / settings.rope_scaling_factor)
-  elif settings.rope_scaling != 'none':
-    raise ValueError(f'rope_scaling={settings.rope_scaling!r} is not known to this modeling_mor.py')
-  angles_BC1E = positions_BC[:, :, None, None].float() * frequencies_E
-  return angles_BC1E.cos(), angles_BC1E.sin()
+  elif scaling == 'yarn':
+    # Which rotation turns so often in the original length.
+    first, last = (
+      half * math.log(original / (turns * 2 * math.pi)) / math.log(theta)
+      for turns in (settings.rope_beta_fast, settings.rope_beta_slow)
+    )
+    if settings.rope_truncate:
+      first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * half - 1)
+    kept_E = 1 - ((numbers_E - first) / (last - first or 0.001)).clamp(0, 1)
+  else:
+    raise ValueError(f'rope_scaling={scaling!r} is not known to this modeling_mor.py')
+  return frequencies_E * (kept_E + (1 - kept_E) / factor)
 
 
 def rotate(x_BCHE: torch.Tensor, turns_BC1E: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
