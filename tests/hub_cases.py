@@ -28,7 +28,7 @@ FAMILIES = {
   'rope_original_length': 32,
 }
 CASES = DECODED | {
-  'families': Case({**EXPERT, **FAMILIES}),
+  'families': Case({**EXPERT, **FAMILIES}, seed=2),
   'families shared': Case(
     {**EXPERT, **FAMILIES, 'kv': 'shared', 'attention_bias': 'qkv', 'rope_scaling': 'dynamic'}
   ),
