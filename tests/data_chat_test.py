@@ -1,6 +1,7 @@
 """Conversations: what is learned of them, in rows and in training, and what is refused."""
 
 import dataclasses
+import io
 import itertools
 import json
 import re
@@ -8,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from mor_jax.config import Config, ConfigError, DataConfig, with_changes
-from mor_jax.data import corpus, dataset, loader, messages, packing, questions, rendered, schedule
+from mor_jax.data import corpus, dataset, inspection, loader, messages, packing, questions, rendered, schedule
 from mor_jax.data.chats import ADVICE
 from mor_jax.data.document import Document, Unreadable
 from mor_jax.data.messages import Conversation
@@ -351,6 +353,26 @@ def test_parquet_and_json_have_the_three_forms(tmp_path):
       data = DataConfig(format='chat', source=f'files:{tmp_path}/{number}.{extension}')
       documents = list(corpus.open_source(data).records())
       assert [document.text for document in documents] == [Conversation(plain, first).to_text()] * 2
+
+
+@pytest.mark.parametrize(('colours', 'no_color'), [(None, False), ('truecolor', False), ('truecolor', True)])
+def test_inspection_shows_what_is_learned(data, colours, no_color):
+  prepared = dataset.prepare(dataclasses.replace(data, packing='first_fit'))
+  output = io.StringIO()
+  console = Console(
+    file=output, force_terminal=colours is not None, color_system=colours, no_color=no_color, width=200
+  )
+  inspection.show(console, prepared, 'train', 2)
+  text = output.getvalue()
+  answer = next(segments(prepared.rows('train')[0]))[0].split('\n')[3].strip('\0')
+  if colours and not no_color:
+    assert re.search(rf'\x1b\[1;32m{answer}<\|endoftext\|>\x1b\[0m', text)
+    assert '[[' not in text.replace('\x1b[', '')
+  else:
+    assert f'assistant\n[[{answer}<|endoftext|>]]\n' in text
+    assert '[[learned]], context' in text
+  counts = prepared.manifest.splits['train']
+  assert f'{counts.targets:,} tokens, {counts.targets / counts.tokens:.1%}, what the assistant says' in text
 
 
 # ---- what is refused ----

@@ -1,0 +1,258 @@
+"""From conversations to answers: rows, a training that learns what the assistant says, and python -m mor_jax.generate --chat."""
+
+import dataclasses
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+from rich.console import Console
+from scipy.special import log_softmax
+
+from mor_jax import train
+from mor_jax.config import with_changes
+from mor_jax.data import loader, schedule
+from mor_jax.data.chats import Chats
+from mor_jax.evaluation import held_out
+from mor_jax.inference import dialogue
+from mor_jax.inference.requests import Request
+from mor_jax.inference.scheduler import Scheduler
+from mor_jax.inference.terminal import Writer
+from mor_jax.runs.restore import load_run
+from tests import tiny_engine
+
+TEMPLATE = (
+  "{% for m in messages %}{{ m.role[0] + ':' + m.content + (eos_token if m.role == 'assistant' else '') + '\n' }}"
+  "{% endfor %}{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+)
+SAID = re.compile('(?<=a:)[a-z]+\0')
+
+
+@pytest.fixture(scope='module')
+def tuned(tmp_path_factory):
+  """Config and folder of a training of 20 steps on conversations of letters."""
+  folder = tmp_path_factory.mktemp('tuned')
+  rng = np.random.default_rng(0)
+
+  def letters(most):
+    return ''.join(rng.choice(list('bcdefgh'), rng.integers(1, most)))
+
+  lines = [json.dumps({'prompt': letters(30), 'completion': letters(20)}) for _ in range(300)]
+  (folder / 'chats.jsonl').write_text('\n'.join(lines) + '\n')
+  (folder / 'template.jinja').write_text(TEMPLATE)
+  data = {
+    'format': 'chat',
+    'source': f'files:{folder}/chats.jsonl',
+    'chat_template': f'{folder}/template.jinja',
+    'packing': 'first_fit',
+    'validation_fraction': 0.2,
+    'cache_dir': str(folder / 'cache'),
+  }
+  steps = {'log_every': 1, 'eval_every': 0, 'sample_tokens': 0}
+  config = with_changes(tiny_run.CONFIG, model={'vocab_size': None}, data=data, train=steps)
+  with pytest.MonkeyPatch.context() as patch, (folder / 'output.txt').open('w') as output:
+    patch.setattr(sys, 'stdout', output)
+    train.main(dataclasses.replace(config, name='tuned'), str(folder / 'run'))
+  return config, folder / 'run'
+
+
+def by_hand(model, variables, rows) -> np.ndarray:
+  """Loss of every letter that the assistant says in the rows, and of the end of its turn, found in their text."""
+  output = jax.jit(model.apply)(
+    variables, rows['tokens'], segment_ids=rows['segment_ids'], positions=rows['positions']
+  )
+  losses = []
+  for tokens_T, logits_TV in zip(rows['tokens'], np.asarray(output.logits, np.float64), strict=True):
+    text = bytes((tokens_T % 256).tolist()).decode()
+    places = [place for found in SAID.finditer(text) for place in range(*found.span())]
+    scores_TV = log_softmax(logits_TV, axis=-1)
+    losses += [-scores_TV[place - 1, tokens_T[place]] for place in places]
+  return np.array(losses)
+
+
+def test_training_and_evaluation_count_what_the_assistant_says(tuned):
+  """The first loss of the training and the last of the evaluation, from logits and the text of the rows alone."""
+  config, folder = tuned
+  run = load_run(folder, mesh=tiny_run.MESH)
+  dataset = held_out.open_data(run, None)
+  first = json.loads((folder / 'metrics.jsonl').read_text().splitlines()[0])
+  batch = next(
+    iter(loader.train_batches(dataset, run.config.data, schedule.constant(config.train.global_batch)))
+  )
+  start = tiny_run.run(with_changes(config, model={'vocab_size': 257}))
+  expected = by_hand(start.model, start.initial().variables, batch)
+  assert 0 < len(expected) < (batch['segment_ids'] > 0).sum() / 2
+  assert first['train/loss'] == pytest.approx(expected.mean(), rel=1e-4)
+
+  rows = next(iter(loader.validation_batches(dataset, 16)))
+  result = held_out.evaluate(run, dataset, tiny_run.MESH, batch_size=16, max_rows=16)['routing']['topk']
+  expected = by_hand(run.model, run.variables, rows)
+  assert result['predicted_tokens'] == len(expected)
+  assert result['nll'] == pytest.approx(expected.mean(), rel=1e-4)
+  assert result['nll'] < 0.6 * first['train/loss'], 'it has learned something'
+
+
+def test_the_run_keeps_the_template_when_the_file_is_gone(tuned, tmp_path):
+  _, folder = tuned
+  run = load_run(folder)
+  template = folder.parent / 'template.jinja'
+  moved = template.rename(tmp_path / 'moved.jinja')
+  try:
+    assert held_out.open_data(run, None).manifest.chat['template'] == TEMPLATE
+    other = held_out.open_data(run, f'files:{folder.parent}/chats.jsonl')
+    assert other.manifest.splits['validation'].documents == 300
+  finally:
+    moved.rename(template)
+  tokenizer = held_out.open_data(run, None).tokenizer
+  conventions = run.folder.conventions(run.config, tokenizer)
+  assert conventions.ends == (256,)
+  assert Chats.of(conventions, tokenizer).prompt([{'role': 'user', 'content': 'b'}]) == list(b'u:b\na:')
+
+
+# ---- the command ----
+
+
+def command(*flags, lines='', **options):
+  program = [sys.executable, '-m', 'mor_jax.generate', *flags]
+  return subprocess.run(program, input=lines, capture_output=True, text=True, check=False, **options)
+
+
+def test_lines_in_answers_out(tuned):
+  flags = f'--checkpoint={tuned[1]}', '--chat', '--temperature=0', '--max_new_tokens=6'
+  done = command(*flags, lines='bcd\n\n/reset\nbcd\n/what\n/exit\nnever\n')
+  assert done.returncode == 0, done.stderr
+  first, second = done.stdout.splitlines()
+  assert first == second
+  assert first
+  assert 'what was said is forgotten' in done.stderr
+  assert '/what is not one of /reset and /exit' in done.stderr
+  assert 'tokens/s' in done.stderr
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    (('--chat', '--prompt=a'), '--prompt=a does not go with --chat'),
+    (('--chat', '--input=a'), '--input=a does not go with --chat'),
+    (('--chat', '--num_samples=2'), '--num_samples=2 does not go with --chat'),
+    (('--prompt=a', '--system=b'), '--system=b begins a conversation: give --chat too'),
+  ],
+)
+def test_flags_that_do_not_go_with_chats(tuned, flags, message):
+  done = command(f'--checkpoint={tuned[1]}', *flags)
+  assert done.returncode == 2, done.stderr
+  assert message in done.stderr
+
+
+def test_a_model_without_template_is_refused(finished_run):
+  done = command(f'--checkpoint={finished_run[1]}', '--chat')
+  assert done.returncode == 2, done.stderr
+  assert '--chat needs a chat template' in done.stderr
+
+
+# ---- without a process of its own ----
+
+
+@pytest.fixture(scope='module')
+def parts(tuned):
+  """(run, tokenizer, chats) of the tuned model."""
+  run = load_run(tuned[1])
+  tokenizer = held_out.open_data(run, None).tokenizer
+  return run, tokenizer, Chats.of(run.folder.conventions(run.config, tokenizer), tokenizer)
+
+
+class Talk:
+  """A conversation whose lines are given, what it printed and what it said beside it."""
+
+  def __init__(self, parts, max_len=64, system=None, colours=None, show_depth=False, **options):
+    run, tokenizer, chats = parts
+    self.engine = tiny_engine.engine(run.model, run.variables, slots=1, max_len=max_len)
+    self.scheduler = Scheduler(self.engine, tokenizer, ticks_per_call=4)
+    template = Request((256,), **{'max_new_tokens': 8, 'temperature': 0.0, 'stop_tokens': (256,), **options})
+    self.dialogue = dialogue.Dialogue(self.scheduler, chats, template, system)
+    self.output, self.said = io.StringIO(), []
+    console = Console(file=self.output, force_terminal=colours is not None, color_system=colours, width=200)
+    self.writer = Writer(console, tokenizer, self.engine.steps, show_depth)
+
+  def __call__(self, *lines):
+    before = len(self.output.getvalue())
+    dialogue.talk(self.dialogue, self.writer, lines, self.said.append)
+    return self.output.getvalue()[before:]
+
+
+def test_an_answer_is_that_of_the_whole_conversation(parts):
+  """The second answer is what the model says after the first, and the beginning is not computed again."""
+  _, tokenizer, chats = parts
+  talk = Talk(parts, system='s')
+  first, second = talk('bcd', 'efg').splitlines()
+  messages = [
+    {'role': 'system', 'content': 's'},
+    {'role': 'user', 'content': 'bcd'},
+    {'role': 'assistant', 'content': first},
+    {'role': 'user', 'content': 'efg'},
+  ]
+  request = Request(tuple(chats.prompt(messages)), max_new_tokens=8, temperature=0.0, stop_tokens=(256,))
+  assert Scheduler(talk.engine, tokenizer).run([request])[0].text == second
+  assert talk.dialogue.messages == [*messages, {'role': 'assistant', 'content': second}]
+  tokens, reused = talk.scheduler.prompt_tokens
+  assert reused >= len(chats.prompt(messages[:2]))
+  assert tokens > reused
+
+
+def test_a_long_history_loses_its_oldest_turns_with_a_sentence(parts):
+  talk = Talk(parts, system='s')
+  talk('b' * 15, 'c' * 15, 'd' * 15)
+  assert talk.said[0].startswith(
+    'the conversation has become longer than max_len=64 tokens: its oldest 2 messages'
+  )
+  contents = [message['content'] for message in talk.dialogue.messages if message['role'] != 'assistant']
+  assert contents[0] == 's'
+  assert contents[-1] == 'd' * 15
+  assert 'b' * 15 not in contents
+  before = list(talk.dialogue.messages)
+  talk('e' * 80)
+  assert 'the prompt has 89 tokens' in talk.said[-1]
+  assert talk.dialogue.messages == before
+
+
+def test_colours_and_brackets_tell_the_depth_of_the_answer_alone(parts):
+  plain = Talk(parts)('bcd')
+  coloured = Talk(parts, colours='truecolor', show_depth=True)('bcd')
+  bracketed = Talk(parts, show_depth=True)('bcd')
+  assert '\x1b[' in coloured
+  assert re.sub(r'\x1b\[[0-9;]*m', '', coloured) == plain
+  assert re.sub(r'\[\d\]', '', bracketed) == plain
+  assert bracketed != plain
+
+
+def test_a_first_interrupt_stops_the_answer_only(parts, monkeypatch):
+  talk = Talk(parts, max_new_tokens=40, stop_tokens=())
+  step, steps = talk.dialogue.step, []
+
+  def interrupted():
+    steps.append(1)
+    if len(steps) == 2:
+      os.kill(os.getpid(), signal.SIGINT)
+    step()
+
+  monkeypatch.setattr(talk.dialogue, 'step', interrupted)
+  answers = talk('bcd', 'efg').splitlines()
+  assert talk.said[0] == 'stopped'
+  assert len(answers[0]) < 40
+  assert talk.dialogue.messages[1]['content'] == answers[0]
+  assert len(talk.dialogue.messages) == 4
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_the_template_refuses_is_said_and_forgotten(parts):
+  talk = Talk(parts)
+  assert talk('b\ufdd0') == ''
+  assert 'reserved for programs' in talk.said[0]
+  assert talk.dialogue.messages == []
