@@ -5,28 +5,34 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 
+import entry_points
 import jax
 import numpy as np
 import pytest
 import tiny_run
+from absl.testing import flagsaver
 from rich.console import Console
 from scipy.special import log_softmax
 
-from mor_jax import train
-from mor_jax.config import with_changes
+from mor_jax import cli, train
+from mor_jax.config import ConfigError, DataConfig, with_changes
 from mor_jax.data import loader, schedule
+from mor_jax.data import tokenizer as tokenizers
 from mor_jax.data.chats import Chats
 from mor_jax.evaluation import held_out
 from mor_jax.inference import dialogue
 from mor_jax.inference.requests import Request
 from mor_jax.inference.scheduler import Scheduler
 from mor_jax.inference.terminal import Writer
+from mor_jax.interop import huggingface, pretrained
+from mor_jax.runs import metrics
 from mor_jax.runs.restore import load_run
-from tests import tiny_engine
+from tests import tiny, tiny_engine
 
 TEMPLATE = (
   "{% for m in messages %}{{ m.role[0] + ':' + m.content + (eos_token if m.role == 'assistant' else '') + '\n' }}"
@@ -116,17 +122,54 @@ def test_the_run_keeps_the_template_when_the_file_is_gone(tuned, tmp_path):
   assert Chats.of(conventions, tokenizer).prompt([{'role': 'user', 'content': 'b'}]) == list(b'u:b\na:')
 
 
+@pytest.mark.parametrize('variant', ['mor', 'recursive', 'vanilla'])
+def test_the_recipe_tunes_smollm2_to_conversations(variant):
+  config = cli.load_config(f'configs/sft_smollm2_135m.py:{variant}', {})
+  assert (config.data.format, config.data.packing, config.data.tokenizer) == ('chat', 'first_fit', 'source')
+  assert config.data.segment_mask
+  assert (config.model.kind, config.model.num_layers) == (variant, 30)
+  assert config.train.learning_rate == (1e-4 if variant == 'vanilla' else 5e-4)
+
+
+@pytest.mark.slow
+def test_a_model_with_a_template_is_tuned_by_the_recipe(tuned, tmp_path):
+  """Its own template, which the run keeps and exports as it was."""
+  changes = {
+    **{f'model.{name}': value for name, value in tiny.SHAPE.items() if name != 'vocab_size'},
+    'model.vocab_size': 257,
+    'model.capacity_warmup_steps': 0,
+    'data.source': tuned[0].data.source,
+    'data.cache_dir': str(tmp_path / 'cache'),
+    'data.seq_len': 64,
+    'data.validation_fraction': 0.2,
+    'train.global_batch': 8,
+    'train.accumulation': 1,
+    'train.steps': 8,
+    'train.warmup_steps': 1,
+    'train.log_every': 1,
+    'train.eval_every': 0,
+  }
+  recipe = cli.load_config('configs/sft_smollm2_135m.py', changes)
+  model, variables = tiny.model(kind='vanilla', vocab_size=257)
+  made = tokenizers.build(DataConfig(tokenizer='bytes'))
+  huggingface.save(tmp_path / 'llama', model, variables, made)
+  (tmp_path / 'llama' / 'chat_template.jinja').write_text(TEMPLATE)
+  assert train.main(pretrained.with_source(recipe, str(tmp_path / 'llama')), str(tmp_path / 'run')) == 0
+  records = metrics.read(tmp_path / 'run' / 'metrics.jsonl')
+  assert records[-1]['train/loss'] < records[0]['train/loss']
+  run = load_run(tmp_path / 'run')
+  assert run.folder.conventions(run.config, made).files['chat_template.jinja'] == TEMPLATE
+
+
 # ---- the command ----
 
 
-def command(*flags, lines='', **options):
-  program = [sys.executable, '-m', 'mor_jax.generate', *flags]
-  return subprocess.run(program, input=lines, capture_output=True, text=True, check=False, **options)
-
-
+@pytest.mark.slow
 def test_lines_in_answers_out(tuned):
   flags = f'--checkpoint={tuned[1]}', '--chat', '--temperature=0', '--max_new_tokens=6'
-  done = command(*flags, lines='bcd\n\n/reset\nbcd\n/what\n/exit\nnever\n')
+  program = [sys.executable, '-m', 'mor_jax.generate', *flags]
+  lines = 'bcd\n\n/reset\nbcd\n/what\n/exit\nnever\n'
+  done = subprocess.run(program, input=lines, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
   first, second = done.stdout.splitlines()
   assert first == second
@@ -136,25 +179,32 @@ def test_lines_in_answers_out(tuned):
   assert 'tokens/s' in done.stderr
 
 
+def refused(**flags) -> str:
+  """Why the command refuses."""
+  program = entry_points.load('mor_jax.generate')
+  with flagsaver.flagsaver(**flags), pytest.raises(ConfigError) as error:
+    program.main()
+  return str(error.value)
+
+
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
-    (('--chat', '--prompt=a'), '--prompt=a does not go with --chat'),
-    (('--chat', '--input=a'), '--input=a does not go with --chat'),
-    (('--chat', '--num_samples=2'), '--num_samples=2 does not go with --chat'),
-    (('--prompt=a', '--system=b'), '--system=b begins a conversation: give --chat too'),
+    ({'chat': True, 'prompt': 'a'}, '--prompt=a does not go with --chat'),
+    ({'chat': True, 'input': 'a'}, '--input=a does not go with --chat'),
+    ({'chat': True, 'num_samples': 2}, '--num_samples=2 does not go with --chat'),
+    ({'chat': True, 'ignore_end_of_text': True}, '--ignore_end_of_text=True does not go with --chat'),
+    ({'prompt': 'a', 'system': 'b'}, '--system=b begins a conversation: give --chat too'),
   ],
 )
 def test_flags_that_do_not_go_with_chats(tuned, flags, message):
-  done = command(f'--checkpoint={tuned[1]}', *flags)
-  assert done.returncode == 2, done.stderr
-  assert message in done.stderr
+  assert message in refused(checkpoint=str(tuned[1]), **flags)
 
 
-def test_a_model_without_template_is_refused(finished_run):
-  done = command(f'--checkpoint={finished_run[1]}', '--chat')
-  assert done.returncode == 2, done.stderr
-  assert '--chat needs a chat template' in done.stderr
+def test_a_model_without_template_is_refused(tuned, tmp_path):
+  run = shutil.copytree(tuned[1], tmp_path / 'run')
+  (run / 'conventions.json').unlink()
+  assert '--chat needs a chat template' in refused(checkpoint=str(run), chat=True)
 
 
 # ---- without a process of its own ----
