@@ -138,6 +138,7 @@ def test_a_model_with_a_template_is_tuned_by_the_recipe(tuned, tmp_path):
     **{f'model.{name}': value for name, value in tiny.SHAPE.items() if name != 'vocab_size'},
     'model.vocab_size': 257,
     'model.capacity_warmup_steps': 0,
+    'model.rope_theta': 10000.0,
     'data.source': tuned[0].data.source,
     'data.cache_dir': str(tmp_path / 'cache'),
     'data.seq_len': 64,
