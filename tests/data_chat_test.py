@@ -12,7 +12,18 @@ import pytest
 from rich.console import Console
 
 from mor_jax.config import Config, ConfigError, DataConfig, with_changes
-from mor_jax.data import corpus, dataset, inspection, loader, messages, packing, questions, rendered, schedule
+from mor_jax.data import (
+  corpus,
+  dataset,
+  inspection,
+  loader,
+  messages,
+  packing,
+  pipeline,
+  questions,
+  rendered,
+  schedule,
+)
 from mor_jax.data.chats import ADVICE
 from mor_jax.data.document import Document, Unreadable
 from mor_jax.data.messages import Conversation
@@ -71,6 +82,17 @@ def test_what_follows_the_prompt_is_learned_though_the_message_lacks_it():
   )
   source = "{% set extra = '<think></think>' %}" + thinks
   assert said(source, chats.CONVERSATION[:2]) == ['<think></think>In the harbour, behind the wall.<|im_end|>']
+
+
+@pytest.mark.parametrize('role', ["m.role + ': '", "'<|' + m.role + '|>'"])
+def test_turns_that_end_without_a_special_token_end_where_the_next_begins(role):
+  """Also if the next role is a special token, which is not the assistant's to say."""
+  source = (
+    f"{{% for m in messages %}}{{{{ {role} + m.content + '\n' }}}}{{% endfor %}}{{% if add_generation_prompt %}}"
+    f"{{% set m = {{'role': 'assistant'}} %}}{{{{ {role} }}}}{{% endif %}}"
+  )
+  conversation = [dict(message, content=f'{message["content"]} ') for message in chats.CONVERSATION]
+  assert said(source, conversation) == [f'{message["content"]}\n' for message in conversation[1::2]]
 
 
 @pytest.mark.parametrize(
@@ -512,6 +534,17 @@ def test_texts_and_tfds_hold_no_conversations(tmp_path):
     data = DataConfig(format='chat', source=source)
     with pytest.raises(ConfigError, match=message):
       list(corpus.Reading(data))
+
+
+@pytest.mark.slow
+def test_rows_do_not_depend_on_the_number_of_processes(data, tmp_path, monkeypatch):
+  monkeypatch.setattr(pipeline, 'UNIT_CHARACTERS', 1024)
+  folders = []
+  for workers in (1, 2):
+    own = dataclasses.replace(data, workers=workers, cache_dir=str(tmp_path / str(workers)))
+    folders.append(dataset.prepare(own).folder)
+  one, two = ({path.name: path.read_bytes() for path in folder.glob('*.array_record*')} for folder in folders)
+  assert one == two
 
 
 # ---- where templates are found ----

@@ -126,21 +126,27 @@ class Chats:
         raise RefusedError(
           f'writes the messages before message {turn + 1} in another way once that is there; {ADVICE}'
         )
-      has_prompt = before != self.template.render(messages[:turn], add_generation_prompt=False)
+      if number == 0:  # all turns are alike in this
+        has_prompt = before != self.template.render(messages[:turn], add_generation_prompt=False)
+        alone = self._alone(messages[: turn + 1], whole, end)
+        has_end = self._special.search(whole, end, len(whole) if alone is None else alone) is not None
+      elif not has_end:
+        alone = self._alone(messages[: turn + 1], whole, end)
       limit = said[number + 1][0] if number + 1 < len(said) else len(whole)
-      spans.append((len(before) if has_prompt else begin, self._end(messages, turn, whole, end, limit)))
+      if has_end:
+        found = self._special.search(whole, end, limit)
+        end = found.end() if found else end
+      elif alone is None:
+        raise RefusedError(f'ends message {turn + 1} in no way that can be told; {ADVICE}')
+      else:
+        end = alone
+      spans.append((len(before) if has_prompt else begin, end))
     return spans
 
-  def _end(self, messages: list[Message], turn: int, whole: str, said: int, limit: int) -> int:
-    """Where a turn ends whose text ends at `said`: behind the next special token, or where it is rendered to alone."""
-    after = self.template.render(messages[: turn + 1], add_generation_prompt=False)
-    if whole.startswith(after) and len(after) >= said:
-      limit = len(after)
-    if found := self._special.search(whole, said, limit):
-      return found.end()
-    if limit != len(after):
-      raise RefusedError(f'ends message {turn + 1} in no way that can be told; {ADVICE}')
-    return limit
+  def _alone(self, messages: list[Message], whole: str, said: int) -> int | None:
+    """Where the text of the messages ends if nothing follows them; None if that is no beginning of the whole."""
+    text = self.template.render(messages, add_generation_prompt=False)
+    return len(text) if whole.startswith(text) and len(text) >= said else None
 
 
 def _around(content: str) -> str:
