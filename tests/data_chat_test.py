@@ -5,6 +5,8 @@ import io
 import itertools
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -439,7 +441,7 @@ def test_bad_rows_are_skipped_up_to_their_share(data, tmp_path):
   with pytest.raises(ConfigError, match=r'chats\.jsonl, line 201: the assistant says nothing') as refused:
     dataset.prepare(dataclasses.replace(data, max_bad_fraction=0.0))
   assert '\n' not in str(refused.value)
-  assert not dataset.dataset_folder(dataclasses.replace(data, max_bad_fraction=0.0)).exists()
+  assert [path.name for path in Path(data.cache_dir, 'datasets').iterdir() if path.is_dir()] == []
   prepared = dataset.prepare(dataclasses.replace(data, max_bad_fraction=0.01))
   assert prepared.manifest.dropped == {'the assistant says nothing': 1}
 
@@ -534,6 +536,22 @@ def test_texts_and_tfds_hold_no_conversations(tmp_path):
     data = DataConfig(format='chat', source=source)
     with pytest.raises(ConfigError, match=message):
       list(corpus.Reading(data))
+
+
+def test_texts_need_no_jinja2_and_conversations_say_that_they_do():
+  program = """
+import sys
+sys.modules['jinja2'] = None
+import mor_jax.evaluate, mor_jax.generate, mor_jax.prepare, mor_jax.train
+from mor_jax.config import ConfigError, DataConfig
+from mor_jax.data import conversations
+try:
+  conversations.find_template(DataConfig(format='chat'))
+except ConfigError as error:
+  print(error)
+"""
+  done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True)
+  assert done.stdout == "data.format=chat needs the package jinja2; run: pip install 'mor_jax[chat]'\n"
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ class PreparedDataset:
 
   def identity(self) -> dict[str, Any]:
     """What all processes of a training must find alike."""
-    names = ('documents_digest', 'tokenizer_digest', 'seq_len', 'packing', 'chat')
+    names = ('documents_digest', 'tokenizer_digest', 'seq_len', 'packing', 'template_digest')
     return {f"the data's {name}": getattr(self.manifest, name) for name in names}
 
   def rows(self, split: str) -> shards.Rows:
@@ -190,6 +190,10 @@ def _build(
     partial.rename(folder)
   except _TooSmallError:
     shutil.rmtree(partial, ignore_errors=True)  # other settings mean another folder
+    raise
+  except ConfigError:
+    if not (partial / pipeline.NOTES).exists():  # no shard is finished, so that there is nothing to continue
+      shutil.rmtree(partial, ignore_errors=True)
     raise
   except OSError as error:
     raise ConfigError(

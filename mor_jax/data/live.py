@@ -68,7 +68,8 @@ class LiveDataset:
 
   def identity(self) -> dict[str, Any]:
     """What all processes of a training must find alike; copies of files may have other times."""
-    return {"the data's tokenizer_digest": self.manifest.tokenizer_digest}
+    names = ('tokenizer_digest', 'template_digest')
+    return {f"the data's {name}": getattr(self.manifest, name) for name in names}
 
   def rows(self, split: str) -> list[Row]:
     """The rows of 'validation'. Raises ValueError for 'train', which is a stream."""

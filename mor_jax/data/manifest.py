@@ -1,6 +1,8 @@
 """What a prepared dataset says of itself."""
 
 import dataclasses
+import hashlib
+import json
 from typing import Any
 
 from mor_jax.config import ConfigError, DataConfig
@@ -52,6 +54,13 @@ class Manifest:
   extras: tuple[str, ...] = ()  # arrays of every row beside its tokens and segments
   chat: dict[str, Any] | None = None  # of conversations, `Chats.describe`
   too_long: int = 0  # conversations left out because they are longer than a row
+
+  @property
+  def template_digest(self) -> str | None:
+    """SHA-256 of what conversations went through; None: documents are texts."""
+    if self.chat is None:
+      return None
+    return hashlib.sha256(json.dumps(self.chat, sort_keys=True).encode()).hexdigest()
 
   @classmethod
   def from_json(cls, text: str) -> 'Manifest':
