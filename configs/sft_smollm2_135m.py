@@ -35,16 +35,7 @@ VANILLA_LEARNING_RATE = 1e-4  # nothing has to be recovered
 def get_config(variant: str = 'mor'):
   """`configs/sft_smollm2_135m.py`, or its `:recursive` and `:vanilla`."""
   config = uptraining_defaults.uptraining_run(
-    'sft_smollm2_135m',
-    variant,
-    num_layers=30,
-    steps=1500,
-    vocab_size=49152,
-    d_model=576,
-    num_heads=9,
-    num_kv_heads=3,
-    mlp_dim=1536,
-    rope_theta=100000.0,
+    'sft_smollm2_135m', variant, steps=1500, **uptraining_defaults.SMOLLM2_135M
   )
   config.data.format = 'chat'
   config.data.packing = 'first_fit'  # no conversation goes on in a row that lacks its beginning

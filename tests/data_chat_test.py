@@ -479,6 +479,7 @@ HOSTILE = {
   'pads by a format': ("{{ '%9999999999d' % 1 }}", 'formats with more than'),
   'pads by a method': ("{{ '{:>9999999999}'.format('a') }}", 'formats with more than'),
   'pads by the filter format': ("{{ '%9999999999d' | format(1) }}", 'formats with more than'),
+  'pads by an argument': ("{{ '%*d' % (9999999999, 1) }}", 'formats with more than'),
   'powers': ('{{ 10 ** 10 ** 10 }}', 'raises numbers to powers'),
   'squares': (
     '{% set n = namespace(s=9) %}{% for a in range(60) %}{% set n.s = n.s * n.s %}{% endfor %}',
@@ -486,6 +487,14 @@ HOSTILE = {
   ),
   'divides by zero': ('{{ 1 // 0 }}', 'refuses these messages'),
 }
+
+
+@pytest.mark.parametrize('source', [chats.LLAMA2, chats.LLAMA3])
+def test_messages_may_look_like_formats(source):
+  """What is counted is what templates do, not what messages say."""
+  answer = 'as "%99999d %", {x:99999} and {"id": 1234567}'
+  conversation = [{'role': 'user', 'content': answer}, {'role': 'assistant', 'content': answer}]
+  assert said(source, conversation)[0].startswith(answer)
 
 
 @pytest.mark.parametrize('name', HOSTILE)

@@ -23,9 +23,6 @@ from mor_jax.data.tokenizer import Tokenizer
 
 SAID = ('\ufdd2', '\ufdd3')  # around what the assistant says, while its place is looked for
 _RESERVED = re.compile('[\ufdd0-\ufdef]')
-_MARK = {
-  name: re.compile('|'.join(pair)) for name, pair in (('generated', sandbox.GENERATED), ('said', SAID))
-}
 
 ADVICE = 'mark what the assistant says in the template with {% generation %} ... {% endgeneration %}'
 

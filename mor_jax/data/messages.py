@@ -18,11 +18,8 @@ MEANT = ('system', 'tools', 'functions')
 """Keys beside a conversation that change it, so that passing over them would not do."""
 
 ROLES = ('system', 'user', 'assistant', 'tool')
-SHARED = {
-  'human': 'user',
-  'gpt': 'assistant',
-  **{role: role for role in ROLES},
-}  # names of roles in ShareGPT's form
+SHARED = {'human': 'user', 'gpt': 'assistant', **{role: role for role in ROLES}}
+"""Roles by their names in ShareGPT's form."""
 BEFORE = {
   'system': (None,),
   'user': (None, 'system', 'assistant'),

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from jinja2 import TemplateError, nodes
 from jinja2.environment import Template
 from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import FILTERS
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
@@ -26,7 +27,10 @@ MOST_CHARACTERS = 2**26  # that a rendering makes, parts that are joined later c
 LARGEST_NUMBER = 2**31
 LARGEST_COUNT = 10_000  # copies of a text, its padding
 
-_WIDE = re.compile(r'\d{5,}')  # in a format: padding
+# Formats that pad a text beyond 9,999 places, or by a number that comes with what is formatted.
+_WIDE_PERCENT = re.compile(r'%[-+ #0]*(\*|\d{5}|\d*\.(\*|\d{5}))')
+_WIDE_BRACES = re.compile(r'\{[^{}]*:[^{}]*\d{5}')
+_FORMATS = ('format', 'format_map')  # methods of texts
 
 
 class _Spent(threading.local):
@@ -97,7 +101,7 @@ class Environment(ImmutableSandboxedEnvironment):
     if operator == '*' and not (isinstance(left, int | float) and isinstance(right, int | float)):
       _check_counts((left, right))
     if operator == '%' and isinstance(left, str):
-      _check_format(left)
+      _check_format(left, _WIDE_PERCENT)
     return self._count(super().call_binop(context, operator, left, right))
 
   def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805  # as in jinja2, whose callees may have an argument `self`
@@ -105,15 +109,16 @@ class Environment(ImmutableSandboxedEnvironment):
     if getattr(__obj, '__func__', None) is Counted._round:  # in every loop
       return __self.count_round()
     _check_counts(() if __obj is __self.globals['range'] else (*args, *kwargs.values()))
-    _check_format(getattr(getattr(__obj, '__wrapped__', __obj), '__self__', None))
+    if getattr(__obj, '__name__', '') in _FORMATS:  # the sandbox has wrapped it
+      _check_format(getattr(getattr(__obj, '__wrapped__', __obj), '__self__', None), _WIDE_BRACES)
     return __self._count(super().call(__context, __obj, *args, **kwargs))
 
   def _bounded(self, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)  # keeps jinja's mark of what is handed over first
     def bounded(*args: Any, **kwargs: Any) -> Any:
       _check_counts((*args, *kwargs.values()))
-      for value in args[:2]:
-        _check_format(value if function.__name__ == 'do_format' else None)
+      if function is FILTERS['format']:
+        _check_format(args[0], _WIDE_PERCENT)
       return self._count(function(*args, **kwargs))
 
     return bounded
@@ -175,8 +180,8 @@ def _check_counts(values: Any) -> None:
       raise TemplateError(f'it asks for {value} copies or places, more than {LARGEST_COUNT:,}')
 
 
-def _check_format(value: Any) -> None:
-  if isinstance(value, str) and len(value) < 1000 and _WIDE.search(value) and ('%' in value or '{' in value):
+def _check_format(value: Any, wide: re.Pattern[str]) -> None:
+  if isinstance(value, str) and wide.search(value):
     raise TemplateError('it formats with more than 9,999 places')
 
 
