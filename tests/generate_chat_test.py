@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -178,6 +179,42 @@ def test_lines_in_answers_out(tuned):
   assert 'what was said is forgotten' in done.stderr
   assert '/what is not one of /reset and /exit' in done.stderr
   assert 'tokens/s' in done.stderr
+
+
+@pytest.mark.slow
+def test_a_terminal_shows_colours_and_ctrl_c_stops_an_answer_only(tuned):
+  """Typed on a terminal: a legend, an answer in colours, Ctrl-C at the prompt, and the end of input."""
+  terminal, theirs = pty.openpty()
+  flags = ['--chat', f'--checkpoint={tuned[1]}', '--max_new_tokens=6', '--temperature=0']
+  talk = subprocess.Popen(
+    [sys.executable, '-m', 'mor_jax.generate', *flags],
+    env={**os.environ, 'TERM': 'xterm-256color'},
+    stdin=theirs,
+    stdout=theirs,
+    stderr=theirs,
+  )
+  os.close(theirs)
+  shown = b''
+
+  def read(until: bytes) -> bytes:
+    nonlocal shown
+    start = len(shown)
+    while until not in shown[start:]:
+      try:
+        shown += os.read(terminal, 4096)
+      except OSError:  # the program has ended
+        break
+    return shown[start:]
+
+  assert b'recursions:' in read(b'> ')
+  os.write(terminal, b'bcd\n')
+  assert re.search(rb'\x1b\[3[26]m', read(b'\n> '))
+  talk.send_signal(signal.SIGINT)
+  assert b'/exit or the end of input' in read(b'\n> ')
+  os.write(terminal, b'\x04')
+  assert b'tokens/s' in read(b'nothing')
+  assert talk.wait(timeout=60) == 0
+  os.close(terminal)
 
 
 def refused(**flags) -> str:
