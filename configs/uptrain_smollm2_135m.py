@@ -20,16 +20,7 @@ from mor_jax.recipes import uptraining as uptraining_defaults
 def get_config(variant: str = 'mor'):
   """`configs/uptrain_smollm2_135m.py`, or its `:recursive` and `:vanilla`."""
   config = uptraining_defaults.uptraining_run(
-    'uptrain_smollm2_135m',
-    variant,
-    num_layers=30,
-    steps=1500,
-    vocab_size=49152,
-    d_model=576,
-    num_heads=9,
-    num_kv_heads=3,
-    mlp_dim=1536,
-    rope_theta=100000.0,
+    'uptrain_smollm2_135m', variant, steps=1500, **uptraining_defaults.SMOLLM2_135M
   )
   config.data.seq_len = 1024
   config.train.global_batch = 64

@@ -79,6 +79,11 @@ def open_console(
   return Console(file=Output(sys.stderr if stderr else sys.stdout, lost), quiet=quiet)  # type: ignore[arg-type]
 
 
+def has_colours(console: Console) -> bool:
+  """Whether a console shows colours: a terminal that has some, and no NO_COLOR."""
+  return console.color_system is not None and not console.no_color
+
+
 def print_line(console: Console, text: str) -> None:
   """Text as it is; a line stays one line however long."""
   console.print(text, highlight=False, markup=False, soft_wrap=True)

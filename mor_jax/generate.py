@@ -1,4 +1,4 @@
-"""Continues texts with a trained model: python -m mor_jax.generate --checkpoint=runs/tiny-mor --prompt='def '
+"""Continues texts with a trained model, or talks with it: python -m mor_jax.generate --checkpoint=runs/tiny-mor --prompt='def '
 
 Text appears as it is generated; routing is causal (threshold), keys and values are cached. --show_depth
 colours every token by the recursions that it took. With --input=FILE.jsonl many prompts are answered
@@ -10,11 +10,18 @@ has a line for each, in the same order: "text", "tokens", "depths", "finish" (le
 --logprobs=K the log-probabilities of prompt and text and the K likeliest tokens in each place, or "error" where a line
 cannot be answered. A batch that was interrupted goes on with --resume.
 
+--chat talks with a model that has a chat template (docs/instruction_tuning.md): lines in, answers out, from a terminal
+or a pipe; each answer sees what was said before, on a terminal in the colours of its depth. /reset forgets it, /exit or
+the end of input ends it, and Ctrl-C stops an answer.
+
 One device is used, unless the settings below ask for all: --config.parallel.tensor=4 splits heads and matrices
 over four, texts are divided among the rest.
 """
 
+import dataclasses
+import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 
 from absl import flags
@@ -23,7 +30,7 @@ from jax.sharding import Mesh
 from mor_jax import cli
 from mor_jax.cli import engines
 from mor_jax.config import ConfigError
-from mor_jax.console import open_console
+from mor_jax.console import has_colours, open_console, print_line
 from mor_jax.data.conventions import Conventions
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.inference import batch
@@ -45,6 +52,8 @@ def define_flags() -> None:
   flags.DEFINE_string('prompt_file', None, 'file with the beginning of the text')
   flags.DEFINE_string('input', None, 'batch mode: JSONL file with prompts')
   flags.DEFINE_string('output', None, 'batch mode: JSONL file for the answers; default: standard output')
+  flags.DEFINE_boolean('chat', False, 'talk: messages from standard input, answers to standard output')
+  flags.DEFINE_string('system', None, 'chat: message of the system that the conversation begins with')
   flags.DEFINE_boolean(
     'resume', False, 'batch mode: keep the answers that are in --output, and go on behind them'
   )
@@ -84,16 +93,21 @@ def main() -> int:
   except RequestError as error:
     raise ConfigError(f'--{error}') from None
   cli.use_compilation_cache(run.config)
-  answer = _answer_file if FLAGS.input else _stream
+  answer = _chat if FLAGS.chat else _answer_file if FLAGS.input else _stream
   return answer(run, tokenizer, template, mesh)
 
 
 def _check_flags() -> None:
   cli.require_checkpoint()
+  if FLAGS.chat:
+    _check_chat()
+    return
+  if FLAGS.system is not None:
+    raise ConfigError(f'--system={FLAGS.system} begins a conversation: give --chat too')
   given = [name for name in ('prompt', 'prompt_file', 'input') if FLAGS[name].value is not None]
   if len(given) != 1:
     found = ' and '.join(f'--{name}' for name in given) or 'none of them'
-    raise ConfigError(f'give one of --prompt, --prompt_file and --input; there is {found}')
+    raise ConfigError(f'give one of --prompt, --prompt_file, --input and --chat; there is {found}')
   if FLAGS.input and (FLAGS.show_depth or FLAGS.num_samples != 1):
     raise ConfigError(
       '--show_depth and --num_samples are for a single prompt; with --input the answers have "depths", and a '
@@ -107,6 +121,28 @@ def _check_flags() -> None:
   if FLAGS.output:
     batch.check_output(FLAGS.output, FLAGS.input)
   cli.check_least(num_samples=1, slots=1, logprobs=0)
+
+
+def _check_chat() -> None:
+  others = (
+    'prompt',
+    'prompt_file',
+    'input',
+    'output',
+    'resume',
+    'logprobs',
+    'num_samples',
+    'ignore_end_of_text',
+  )
+  for name in others:
+    if FLAGS[name].value != FLAGS[name].default:
+      raise ConfigError(
+        f'--{name}={FLAGS[name].value} does not go with --chat, whose messages come from standard input, each with one '
+        f'answer: leave one of them out'
+      )
+  if importlib.util.find_spec('jinja2') is None:
+    raise ConfigError("--chat needs jinja2: pip install 'mor_jax[chat]'")
+  cli.check_least(slots=1)
 
 
 def _template(tokenizer: Tokenizer, conventions: Conventions) -> Request:
@@ -133,10 +169,7 @@ def _template(tokenizer: Tokenizer, conventions: Conventions) -> Request:
 
 
 def _stream(run: LoadedRun, tokenizer: Tokenizer, template: Request, mesh: Mesh) -> int:
-  if run.config.model.kind != 'mor' and FLAGS.show_depth:
-    raise ConfigError(
-      f'--show_depth: this run has model.kind={run.config.model.kind}, whose tokens all take the same depth'
-    )
+  _check_depths(run)
   requests = batch.samples(template, tuple(tokenizer.encode_text(_prompt())), FLAGS.num_samples)
   engine, _ = engines.make_engine(run, FLAGS.num_samples, mesh)
   scheduler = Scheduler(engine, tokenizer, ticks_per_call=STREAMING_TICKS, drafting=engines.drafting())
@@ -155,6 +188,13 @@ def _stream(run: LoadedRun, tokenizer: Tokenizer, template: Request, mesh: Mesh)
   return 0
 
 
+def _check_depths(run: LoadedRun) -> None:
+  if run.config.model.kind != 'mor' and FLAGS.show_depth:
+    raise ConfigError(
+      f'--show_depth: this run has model.kind={run.config.model.kind}, whose tokens all take the same depth'
+    )
+
+
 def _prompt() -> str:
   if FLAGS.prompt_file is None:
     text, flag = FLAGS.prompt, '--prompt'
@@ -167,6 +207,40 @@ def _prompt() -> str:
   if not text:
     raise ConfigError(f'{flag} is empty: give at least one character')
   return text
+
+
+# ---- a conversation ----
+
+
+def _chat(run: LoadedRun, tokenizer: Tokenizer, template: Request, mesh: Mesh) -> int:
+  from mor_jax.data.chats import Chats  # jinja2, which nothing else here needs
+  from mor_jax.inference import dialogue
+
+  _check_depths(run)
+  conventions = run.folder.conventions(run.config, tokenizer)
+  chats = Chats.of(conventions, tokenizer)
+  if chats is None:
+    raise ConfigError(
+      f'--chat needs a chat template, and --checkpoint={FLAGS.checkpoint} has none: use --prompt, or a model that was '
+      f'tuned to conversations (docs/instruction_tuning.md)'
+    )
+  ends = tuple(dict.fromkeys((*chats.ends(), *conventions.ends)))[:STOP_TOKENS]
+  engine, _ = engines.make_engine(run, 1, mesh)
+  scheduler = Scheduler(engine, tokenizer, ticks_per_call=STREAMING_TICKS, drafting=engines.drafting())
+  console, notes = open_console(), open_console(stderr=True)
+  say = partial(print_line, notes)
+  shows_depth = FLAGS.show_depth or (run.config.model.kind == 'mor' and has_colours(console))
+  writer = Writer(console, tokenizer, engine.steps, shows_depth)
+  talk = dialogue.Dialogue(scheduler, chats, dataclasses.replace(template, stop_tokens=ends), FLAGS.system)
+  writer.explain()
+  is_typed = sys.stdin.isatty() and console.is_terminal
+  lines = dialogue.typed_lines('> ', say) if is_typed else dialogue.piped_lines()
+  dialogue.talk(talk, writer, lines, say)
+  if scheduler.statistics.first_token_seconds:
+    tokens, reused = scheduler.prompt_tokens
+    speed = describe_statistics(scheduler.statistics, run.config.model)
+    say(f'{speed}; {reused} of {tokens} tokens of prompts kept from the answer before')
+  return 0
 
 
 # ---- many prompts ----

@@ -4,7 +4,8 @@ Documents become tokens, tokens become packed rows, rows become a TFDS dataset i
 datasets (--config.data.cache_dir). Training with the same settings finds it there; anywhere else it is
 --config.data.source=prepared:FOLDER. Interrupted, even killed, the same command continues.
 
-To look into a finished dataset: python -m mor_jax.prepare --inspect=FOLDER --rows=3
+To look into a finished dataset, and of conversations (--config.data.format=chat) at what is learned:
+python -m mor_jax.prepare --inspect=FOLDER --rows=3
 """
 
 import datetime

@@ -100,7 +100,8 @@ def prepare() -> tuple[LoadedRun, 'schemas.Served', Scheduler]:
   Raises:
     ConfigError: the run or the flags cannot be used.
   """
-  from mor_jax.serving import schemas, templates
+  from mor_jax.data.chats import Chats
+  from mor_jax.serving import schemas
 
   mesh = engines.make_mesh()
   run = engines.load(mesh)
@@ -115,7 +116,7 @@ def prepare() -> tuple[LoadedRun, 'schemas.Served', Scheduler]:
     tokenizer,
     engine.max_len,
     conventions.ends[:STOP_TOKENS],
-    templates.of(conventions),
+    Chats.of(conventions, tokenizer),
     thresholds=model.kind == 'mor' and model.router == 'expert_choice',
     recursions=engine.steps,
     looks=Recursions.can_look(run.model),

@@ -37,7 +37,7 @@ COMPRESS = {
 
 
 def records(pattern, key='text'):
-  return list(files.Files(str(pattern), key).records())
+  return list(files.Files(str(pattern), readers.Texts(key)).records())
 
 
 def texts(pattern, key='text'):
@@ -240,13 +240,13 @@ def test_a_single_text_is_cut_in_two(tmp_path):
 def test_nothing_to_read(tmp_path, name, message):
   (tmp_path / 'b.csv').write_text('1,2')
   with pytest.raises(ConfigError, match=rf'data\.source=files:{tmp_path}.*{message}'.replace('*.', '.*')):
-    files.Files(f'{tmp_path}/{name}', 'text')
+    files.Files(f'{tmp_path}/{name}', readers.Texts('text'))
 
 
 def test_bytes_read_reach_the_total(tmp_path):
   for name in ('a.jsonl', 'b.jsonl.gz', 'c.txt'):
     (tmp_path / name).write_bytes(COMPRESS['.gz' if name.endswith('gz') else ''](json_lines()))
-  source = files.Files(f'{tmp_path}/*', 'text')
+  source = files.Files(f'{tmp_path}/*', readers.Texts('text'))
   seen = [source.bytes_read for _ in source.records()]
   assert seen == sorted(seen)
   assert source.bytes_read == source.total_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
@@ -315,4 +315,4 @@ def test_bucket_that_cannot_be_reached(monkeypatch):
 
   monkeypatch.setattr(type(files.epath.Path('gs://bucket')), 'glob', missing)
   with pytest.raises(ConfigError, match=r'gs://bucket/a/\*\.txt cannot be listed .*gcsfs'):
-    files.Files('gs://bucket/a/*.txt', 'text')
+    files.Files('gs://bucket/a/*.txt', readers.Texts('text'))

@@ -13,6 +13,7 @@ from scipy.special import log_softmax
 from mor_jax.config import Config, ConfigError, with_changes
 from mor_jax.data import dataset as dataset_lib
 from mor_jax.data import tokenizer as tokenizer_lib
+from mor_jax.data.manifest import SplitCounts
 from mor_jax.evaluation import held_out, nll
 from mor_jax.model.transformer import Transformer
 
@@ -72,7 +73,7 @@ def test_losses_are_those_of_the_logits(routing, limit, model):
   config = with_changes(tiny_run.CONFIG, model=model, train={'loss_chunk': 50})
   log_likelihood, before = by_hand(config, routing, limit)
   sums = totals(config, routing, limit)
-  split = dataset_lib.SplitCounts(documents=1, bytes=300, tokens=100, targets=99, rows=ROWS, cut=0)
+  split = SplitCounts(documents=1, bytes=300, tokens=100, targets=99, rows=ROWS, cut=0)
   summary = held_out.summarize(sums, split)
   expected = -log_likelihood.mean()
   assert summary['nll'] == pytest.approx(expected, rel=1e-5)

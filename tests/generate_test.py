@@ -118,7 +118,7 @@ def test_a_mesh_prints_the_same_text(finished_run):
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
-    ((), 'give one of --prompt, --prompt_file and --input; there is none of them'),
+    ((), 'give one of --prompt, --prompt_file, --input and --chat; there is none of them'),
     (('--prompt=',), '--prompt is empty'),
     (('--prompt=a', '--temperature=-1'), '--temperature=-1.0 is not allowed: must be >= 0'),
     (('--prompt=' + 'a' * 64,), 'the prompt has 64 tokens, which leaves no room in a cache of max_len=64'),

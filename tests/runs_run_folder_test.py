@@ -7,6 +7,7 @@ from etils import epath
 
 from mor_jax.config import Config, ConfigError, with_changes
 from mor_jax.data import dataset as dataset_lib
+from mor_jax.data import manifest as manifest_lib
 from mor_jax.errors import RunError
 from mor_jax.runs.run_folder import RunFolder, code_version
 
@@ -21,8 +22,8 @@ class Tokenizer:
 
 
 def _dataset(folder, rows=100, digest='digest'):
-  splits = {name: dataset_lib.SplitCounts(1, 10, 10, 9, rows, 0) for name in ('train', 'validation')}
-  manifest = dataset_lib.Manifest(
+  splits = {name: manifest_lib.SplitCounts(1, 10, 10, 9, rows, 0) for name in ('train', 'validation')}
+  manifest = manifest_lib.Manifest(
     format_version=2,
     source='embedded',
     documents_digest='documents',

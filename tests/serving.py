@@ -11,13 +11,14 @@ import tiny_run
 import uvicorn
 
 from mor_jax.data import tokenizer as tokenizers
+from mor_jax.data.chats import Chats
+from mor_jax.data.templates import Template
 from mor_jax.evaluation.recursions import Recursions
 from mor_jax.inference.requests import Request, Result
 from mor_jax.inference.scheduler import Scheduler
 from mor_jax.serving.application import Application
 from mor_jax.serving.schemas import Served
 from mor_jax.serving.server import Server
-from mor_jax.serving.templates import Template
 from mor_jax.serving.worker import Worker
 from tests import tiny_engine
 
@@ -49,7 +50,7 @@ def served(**changes) -> Served:
     'tokenizer': tokenizer(),
     'max_len': 64,
     'ends': (tokenizer().end_of_text,),
-    'template': Template(CHAT, {}),
+    'chats': Chats(Template(CHAT, {}), tokenizer()),
     'thresholds': True,
     'recursions': 2,
     'looks': True,

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from mor_jax.serving import schemas
 from mor_jax.serving.errors import ApiError
-from mor_jax.serving.templates import Template
 from tests import serving
 from tests.serving import CHATS, COMPLETIONS, complete, direct
 
@@ -233,15 +232,3 @@ def test_what_is_counted(server):
   assert f'mor_jax_completion_tokens_total {before + 5}' in text
   assert 'mor_jax_answers_total{route="/v1/completions",status="200"}' in text
   assert 'mor_jax_slots 2.0' in text
-
-
-# ---- templates ----
-
-
-def test_templates_are_in_a_sandbox():
-  refuse = Template("{{ raise_exception('roles must alternate') }}", {})
-  with pytest.raises(ApiError, match='refuses these messages: roles must alternate'):
-    refuse.render([])
-  spy = Template('{{ messages.__class__.__mro__[1].__subclasses__() }}', {})
-  with pytest.raises(ApiError, match='does what it must not'):
-    spy.render([])

@@ -19,6 +19,21 @@ class DataConfig:
     'prepared:FOLDER, a dataset made before; a mixture as 0.7*SOURCE;0.3*SOURCE; or synthetic:TASK,KEY=VALUE..., rows '
     'whose tokens say how hard they are, with words of their own: chase, automaton, permutations, chains, copy (docs/data.md)',
   )
+  format: str = setting(
+    'text',
+    'what records are: text, documents under data.text_key; chat, conversations (messages, prompt and completion, or '
+    "conversations) through the tokenizer's chat template, of which only what the assistant says is learned",
+    ('text', 'chat'),
+  )
+  chat_template: str | None = setting(
+    None,
+    'chat: file of a jinja template, or folder of a run or model that has one; none: the one that came with the tokenizer',
+  )
+  too_long: str = setting(
+    'cut',
+    'chat: conversations longer than data.seq_len are cut at its end, or skipped',
+    ('cut', 'skip'),
+  )
   text_key: str = setting(
     'text', 'key of the text in JSON, .parquet files and hf: datasets; meta.text leads into nested ones'
   )

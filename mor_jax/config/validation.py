@@ -108,8 +108,26 @@ def _validate_data(data: DataConfig) -> None:
       f'>= {SPECIAL_AND_BYTE_TOKENS}: 256 bytes and end of text',
     )
   _validate_live(data)
+  _validate_format(data)
   if data.max_documents is not None:
     require(data.max_documents >= 2, 'data.max_documents', data.max_documents, '>= 2, to have both splits')
+
+
+def _validate_format(data: DataConfig) -> None:
+  chat_only = {
+    'chat_template': data.chat_template,
+    'too_long': data.too_long if data.too_long != 'cut' else None,
+  }
+  for name, value in chat_only.items():
+    if value is not None and data.format != 'chat':
+      raise ConfigError(f'data.{name}={value} is for conversations: set data.format=chat, or leave it out')
+  if data.format == 'chat' and data.text_key != DataConfig().text_key:
+    raise ConfigError(
+      f'data.text_key={data.text_key} is for data.format=text: conversations lie under messages, prompt and '
+      f'completion, or conversations; leave it out'
+    )
+  if data.format == 'chat' and data.source.startswith('synthetic:'):
+    raise ConfigError(f'data.source={data.source} makes no conversations: leave data.format=chat out')
 
 
 def _validate_live(data: DataConfig) -> None:

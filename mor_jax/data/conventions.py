@@ -1,6 +1,7 @@
 """What a model says about texts beyond its vocabulary: what ends them, how long they may be, its chat template."""
 
 import dataclasses
+import json
 from typing import Any
 
 SIDE_FILES = (
@@ -10,6 +11,8 @@ SIDE_FILES = (
   'chat_template.jinja',
 )
 """Files of a checkpoint of Hugging Face that are kept as they are."""
+CONVENTIONS = 'conventions.json'  # of a run folder
+CONFIG, SINGLE = 'tokenizer_config.json', 'chat_template.jinja'  # where templates are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,3 +42,14 @@ class Conventions:
     if not all(name in SIDE_FILES and isinstance(text, str) for name, text in files.items()):
       raise ValueError(f'its files must be among {", ".join(SIDE_FILES)}')
     return cls(ends, longest, files)
+
+  def with_chats(self, chat: dict[str, Any]) -> 'Conventions':
+    """Those of a model that has learned conversations.
+
+    Args:
+      chat: what the dataset says of them: 'template', 'tokens', and 'ends', ids that end what the assistant says.
+    """
+    tokens = {name: token for name, token in chat['tokens'].items() if token}
+    config = json.dumps({'tokenizer_class': 'PreTrainedTokenizerFast', **tokens}, indent=2) + '\n'
+    files = {CONFIG: config, **self.files, SINGLE: chat['template']}
+    return dataclasses.replace(self, ends=tuple(dict.fromkeys((*self.ends, *chat['ends']))), files=files)

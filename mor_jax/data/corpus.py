@@ -8,14 +8,16 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from mor_jax.config import ConfigError, DataConfig
+from mor_jax.data import readers
 from mor_jax.data.cache import cache_dir
 from mor_jax.data.document import Document, Source, Unreadable, uniform_hash
 from mor_jax.data.embedded import EmbeddedCorpus
 from mor_jax.data.files import Files
 from mor_jax.data.hubs import HuggingFaceSource, TfdsSource
+from mor_jax.data.questions import EmbeddedQuestions
 
 SPLITS = ('train', 'validation')
 EXAMPLES_SHOWN = 5
@@ -50,18 +52,27 @@ def open_source(data: DataConfig) -> Source:
 def _open_single(spec: str, data: DataConfig) -> Source:
   kind, _, rest = spec.partition(':')
   if spec == 'embedded':
-    return EmbeddedCorpus()
+    return EmbeddedQuestions() if data.format == 'chat' else EmbeddedCorpus()
   if kind == 'files' and rest:
     is_divided = data.validation_fraction < ALL
-    return Files(rest, data.text_key, data.validation_fraction if is_divided else None)
+    return Files(rest, readers.form(data), data.validation_fraction if is_divided else None)
   if kind == 'tfds' and rest:
+    if data.format == 'chat':
+      raise ConfigError(
+        f'data.source={spec} with data.format=chat: conversations come from files:, hf: and embedded; write them as '
+        f'JSON lines'
+      )
     return TfdsSource(rest)
   if kind == 'hf' and rest:
-    return HuggingFaceSource(rest, data.text_key, cache_dir(data) / 'revisions')
+    return HuggingFaceSource(rest, readers.form(data), cache_dir(data) / 'revisions')
   raise ConfigError(
     f'data.source={spec!r} is not one of embedded, files:PATTERN, tfds:NAME/SPLIT/KEY, '
     f'hf:DATASET:CONFIG, or several as 0.7*SOURCE;0.3*SOURCE'
   )
+
+
+Convert = Callable[[Document], Document | Unreadable]
+"""What is made of a document after it was read; it keeps its split."""
 
 
 class Mixture:
@@ -102,8 +113,13 @@ class Reading:
     examples: location and problem of the first unreadable documents.
   """
 
-  def __init__(self, data: DataConfig):
-    self.source = open_source(data)
+  def __init__(self, data: DataConfig, convert: Convert | None = None):
+    """Opens the source, whose documents go through `convert` once they are known to be wanted; None: they do not.
+
+    Raises:
+      ConfigError: see `open_source`.
+    """
+    self.source, self._convert = open_source(data), convert
     self.dropped: Counter[str] = Counter()
     self.examples: list[str] = []
     self.data = data
@@ -140,7 +156,11 @@ class Reading:
       elif self.data.drop_duplicates and _seen_before(record.text, texts):
         self.dropped[_DUPLICATE] += 1
       else:
-        yield record
+        converted = self._convert(record) if self._convert else record
+        if isinstance(converted, Unreadable):
+          self._note_unreadable(converted)
+        else:
+          yield converted
 
   def _note_unreadable(self, record: Unreadable) -> None:
     self.dropped[record.reason] += 1

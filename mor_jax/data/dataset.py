@@ -23,58 +23,11 @@ from mor_jax.config import ConfigError, DataConfig
 from mor_jax.data import corpus, pipeline, shards
 from mor_jax.data import tokenizer as tokenizers
 from mor_jax.data.cache import cache_dir
-from mor_jax.files import parse_json, write_atomically
+from mor_jax.data.conversations import converter, find_template, open_chats
+from mor_jax.data.manifest import FORMAT_VERSION, MANIFEST, PREPARED, Manifest, SplitCounts, check_settings
+from mor_jax.files import write_atomically
 
-FORMAT_VERSION = 3  # raise it when the same settings would give another folder content
-PREPARED = 'prepared:'  # data.source=prepared:FOLDER
-
-MANIFEST, TOKENIZER = 'manifest.json', 'tokenizer.json'
-
-
-@dataclasses.dataclass(frozen=True)
-class SplitCounts:
-  """Counts of a split. Bits per byte are nats per target / `bytes_per_token` / ln 2."""
-
-  documents: int
-  bytes: int  # of the documents in UTF-8, without separators
-  tokens: int  # one end of text per document included, padding left out
-  targets: int  # tokens that the loss predicts: all but the first of each segment
-  rows: int
-  cut: int  # documents longer than a row, which are in several
-
-  @property
-  def bytes_per_token(self) -> float:
-    """Average bytes of text per token."""
-    return self.bytes / self.tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-  """The contents of a prepared dataset, as stored in manifest.json."""
-
-  format_version: int
-  source: str
-  documents_digest: str  # of all texts
-  seq_len: int
-  packing: str
-  tokenizer: str
-  separator: str
-  vocab_size: int
-  tokenizer_digest: str
-  dropped: dict[str, int]  # documents left out, by reason
-  dropped_examples: list[str]  # where the first unreadable ones are
-  splits: dict[str, SplitCounts]
-  files: dict[str, int]  # size in bytes of every file that is needed to read the dataset
-  begin: str | None = None  # token before every document
-  unsaid: int = 0  # characters or words that the tokenizer has no token for
-  extras: tuple[str, ...] = ()  # arrays of every row beside its tokens and segments
-
-  @classmethod
-  def from_json(cls, text: str) -> 'Manifest':
-    """Reads what `json.dumps(dataclasses.asdict(manifest))` wrote."""
-    fields = parse_json(text)
-    splits = {name: SplitCounts(**counts) for name, counts in fields.pop('splits').items()}
-    return cls(splits=splits, **fields | {'extras': tuple(fields.get('extras', ()))})
+TOKENIZER = 'tokenizer.json'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +45,7 @@ class PreparedDataset:
 
   def identity(self) -> dict[str, Any]:
     """What all processes of a training must find alike."""
-    names = ('documents_digest', 'tokenizer_digest', 'seq_len', 'packing')
+    names = ('documents_digest', 'tokenizer_digest', 'seq_len', 'packing', 'template_digest')
     return {f"the data's {name}": getattr(self.manifest, name) for name in names}
 
   def rows(self, split: str) -> shards.Rows:
@@ -121,6 +74,8 @@ def dataset_folder(data: DataConfig) -> pathlib.Path:
     'packing': data.packing,
     'seq_len': data.seq_len,
   }
+  if data.format == 'chat':
+    content |= {'format': 'chat', 'template': find_template(data).digest, 'too_long': data.too_long}
   digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:10]
   words = [re.sub(r'[^A-Za-z0-9]+', '_', word).strip('_')[:40] for word in (data.source, tokenizer)]
   return cache_dir(data) / 'datasets' / f'{"-".join(words)}-seq{data.seq_len}-{digest}'
@@ -158,7 +113,7 @@ def prepare(
   folder = dataset_folder(data)
   if data.source.startswith(PREPARED):
     dataset = open_dataset(folder)
-    _check_settings(dataset.manifest, data)
+    check_settings(dataset.manifest, data)
     return dataset
   if folder.exists():
     return open_dataset(folder)
@@ -174,27 +129,6 @@ def prepare(
     if not folder.exists():
       _build(data, folder, report, progress)
   return open_dataset(folder)
-
-
-def _check_settings(manifest: Manifest, data: DataConfig) -> None:
-  """Raises ConfigError unless the dataset matches these settings."""
-  wanted: dict[str, Any] = {
-    'seq_len': data.seq_len,
-    'tokenizer': tokenizers.fingerprint(data),
-    'separator': data.separator,
-  }
-  for name, value in wanted.items():
-    found = getattr(manifest, name)
-    if found != value and not (name == 'tokenizer' and tokenizers.same_content(found, value)):
-      raise ConfigError(
-        f'data.source={data.source} was prepared with {name}={found}, and data.{name} asks '
-        f'for {value}; change data.{name}, or prepare the documents again'
-      )
-  if data.begin not in (tokenizers.AUTO, manifest.begin):
-    raise ConfigError(
-      f'data.source={data.source} was prepared with begin={manifest.begin or "none"}, and data.begin asks for '
-      f'{data.begin or "none"}; leave it at auto, or prepare the documents again'
-    )
 
 
 def open_dataset(folder: str | os.PathLike) -> PreparedDataset:
@@ -257,6 +191,10 @@ def _build(
   except _TooSmallError:
     shutil.rmtree(partial, ignore_errors=True)  # other settings mean another folder
     raise
+  except ConfigError:
+    if not (partial / pipeline.NOTES).exists():  # no shard is finished, so that there is nothing to continue
+      shutil.rmtree(partial, ignore_errors=True)
+    raise
   except OSError as error:
     raise ConfigError(
       f'data.cache_dir={cache_dir(data)}: writing {partial} failed ({error}); free some space or set '
@@ -273,9 +211,16 @@ def _write_dataset(
   report(f'tokenizer: {data.tokenizer}, {tokenizer.entries} entries ({time.perf_counter() - start:.1f} s)')
 
   start = time.perf_counter()
-  reading = corpus.Reading(data)
+  chats = open_chats(data, tokenizer)
+  reading = corpus.Reading(data, converter(chats))
   recipe = pipeline.Recipe(
-    str(folder / TOKENIZER), data.separator, tokenizer.begin, data.seq_len, data.packing
+    str(folder / TOKENIZER),
+    data.separator,
+    tokenizer.begin,
+    data.seq_len,
+    data.packing,
+    data.format,
+    data.too_long,
   )
   workers = data.workers or len(os.sched_getaffinity(0))
   writers = pipeline.write_splits(reading, folder, recipe, workers, _follow(reading, progress))
@@ -285,21 +230,27 @@ def _write_dataset(
       f'{split}: {counts.documents:,} documents, {counts.bytes / 1e6:.1f} MB, {counts.tokens:,} tokens, '
       f'{counts.rows:,} rows'
     )
-  unsaid = sum(writer.counts['unsaid'] for writer in writers.values())
-  pipeline.check_unsaid(data, sum((writer.counts for writer in writers.values()), Counter()), at_least=1)
+  totals: Counter[str] = sum((writer.counts for writer in writers.values()), Counter())
+  unsaid = totals['unsaid']
+  pipeline.check_unsaid(data, totals, at_least=1)
   if unsaid:
     report(
       f'WARNING: the tokenizer has no token for {unsaid:,} characters or words, which are lost to the model'
     )
   if reading.dropped:
     report('left out: ' + ', '.join(f'{count:,} {reason}' for reason, count in reading.dropped.items()))
+  if chats and (totals['cut'] or totals['too_long']):
+    report(
+      f'longer than data.seq_len={data.seq_len}: {totals["cut"]:,} conversations cut, {totals["too_long"]:,} left out '
+      f'(data.too_long={data.too_long})'
+    )
   report(f'written in {time.perf_counter() - start:.1f} s')
 
   for writer in writers.values():
     writer.publish()
   shards.write_tfds_metadata(
     folder,
-    shards.RowFormat(tokenizer.vocab_size, data.seq_len),
+    shards.RowFormat(tokenizer.vocab_size, data.seq_len, has_mask=chats is not None),
     lengths={split: [note.counts['rows'] for note in writer.notes] for split, writer in writers.items()},
     num_bytes={split: sum(note.num_bytes for note in writer.notes) for split, writer in writers.items()},
   )
@@ -319,6 +270,9 @@ def _write_dataset(
     dropped_examples=reading.examples,
     splits=splits,
     unsaid=unsaid,
+    extras=('loss_mask',) if chats else (),
+    chat=chats.describe() if chats else None,
+    too_long=totals['too_long'],
     files={path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
   )
   # Last: it says that all is there.
@@ -359,6 +313,11 @@ def _split_counts(data: DataConfig, split: str, counts: Counter[str]) -> SplitCo
 
 
 def _too_small(data: DataConfig, split: str, counts: Counter) -> str:
+  if counts['too_long']:
+    return (
+      f'data.seq_len={data.seq_len} is less than {counts["too_long"]} conversations of the {split} split have tokens, '
+      f'and the others do not fill one row; raise it'
+    )
   remedies = (
     ['lower data.seq_len']
     if counts['documents']

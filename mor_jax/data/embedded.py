@@ -44,13 +44,7 @@ class EmbeddedCorpus:
       ConfigError: this Python installation does not contain the texts.
     """
     topics = _topics()
-    folder = pathlib.Path(sysconfig.get_path('stdlib'))
-    files = _library_files(folder)
-    if not files:
-      raise ConfigError(
-        f"data.source='embedded' needs the sources of Python's standard library, and {folder} holds none; "
-        f'use a complete Python installation'
-      )
+    folder, files = library()
     names = [f'topics/{topic}' for topic in topics]
     names += [f'{kind}/{file}' for file in files for kind in ('docstrings', 'source')]
     for name in sorted(names, key=lambda name: uniform_hash('order', name)):
@@ -71,6 +65,18 @@ def _topics() -> dict[str, str]:
   return topics.topics
 
 
+def library() -> tuple[pathlib.Path, list[str]]:
+  """The folder of the standard library, and the sorted relative paths of the modules to include. Raises ConfigError."""
+  folder = pathlib.Path(sysconfig.get_path('stdlib'))
+  files = _library_files(folder)
+  if not files:
+    raise ConfigError(
+      f"data.source='embedded' needs the sources of Python's standard library, and {folder} holds none; "
+      f'use a complete Python installation'
+    )
+  return folder, files
+
+
 def _library_files(folder: pathlib.Path) -> list[str]:
   """Sorted relative paths of the modules to include."""
   found = []
@@ -87,17 +93,22 @@ def _skipped(name: str) -> bool:
 
 def _library_text(folder: pathlib.Path, kind: str, file: str) -> str:
   """Source or docstrings of a module; empty if it isn't UTF-8, is a table, or cannot be parsed."""
+  source = library_source(folder, file)
+  return source if kind == 'source' else docstrings(source, module_name(file))
+
+
+def library_source(folder: pathlib.Path, file: str) -> str:
+  """Source of a module; empty if it isn't UTF-8 or is a table."""
   try:
     source = (folder / file).read_text(encoding='utf-8')
   except UnicodeDecodeError:
     return ''
   letters = sum(map(len, re.findall('[A-Za-z]{3,}', source)))
-  if letters < _SMALLEST_WORD_SHARE * len(source):
-    return ''
-  return source if kind == 'source' else docstrings(source, _module_name(file))
+  return '' if letters < _SMALLEST_WORD_SHARE * len(source) else source
 
 
-def _module_name(file: str) -> str:
+def module_name(file: str) -> str:
+  """Name of the module in a file of the library."""
   return file.removesuffix('.py').removesuffix('/__init__').replace('/', '.')
 
 
@@ -106,14 +117,18 @@ def docstrings(source: str, module: str) -> str:
 
   The module is parsed but not imported. Returns '' if it has no docstrings or doesn't parse.
   """
+  return '\n'.join(f'{heading}\n\n{text}\n' for heading, text in documented(source, module))
+
+
+def documented(source: str, module: str) -> list[tuple[str, str]]:
+  """(heading, docstring) of a module, its classes and functions: 'Module m', 'class C(B)', 'C.f(self)'; [] as `docstrings`."""
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # invalid escape sequences in the library's sources
     try:
       tree = ast.parse(source)
     except SyntaxError:
-      return ''
-  sections = [f'{heading}\n\n{text}\n' for heading, text in _sections(tree, f'Module {module}', prefix='')]
-  return '\n'.join(sections)
+      return []
+  return list(_sections(tree, f'Module {module}', prefix=''))
 
 
 def _sections(node: ast.AST, heading: str, prefix: str) -> Iterator[tuple[str, str]]:

@@ -21,29 +21,30 @@ _TEXT = ('.txt', '.md')
 class Files:
   """All files that match the patterns, in alphabetical order."""
 
-  def __init__(self, patterns: str, text_key: str, validation_fraction: float | None = None):
+  def __init__(self, patterns: str, form: readers.Form, validation_fraction: float | None = None):
     """Finds the files.
 
     Args:
       patterns: files, folders and globs separated by commas; what exists under its very name, commas and brackets
         included, is taken literally. `**` matches any folders (not in buckets); `gs://` names a bucket. Of a folder
         all files of a known kind are read, at any depth.
-      text_key: key of the text in JSON, column of the text in Parquet; 'meta.text' leads into nested ones.
+      form: what the records of JSON and Parquet are.
       validation_fraction: a single text is cut in two, the last part for validation; None: it stays whole.
 
     Raises:
       ConfigError: a pattern matches no file, an unsupported one, or a link to nothing; or a package is missing.
     """
     self._paths = _find(patterns)
-    self._text_key = text_key
+    self._form = form
     is_single = len(self._paths) == 1 and readers.kind(self._paths[0]) in _TEXT
     self._held_out = validation_fraction if is_single else None
     self._sizes = [path.stat().length for path in self._paths]
     self.total_bytes, self.bytes_read = sum(self._sizes), 0
 
   def fingerprint(self) -> str:
-    """A digest of the files (`identity.digest_of`) and the key."""
-    return f'files-{identity.digest_of(self._paths, self._text_key)}'
+    """A digest of the files (`identity.digest_of`) and of what is read from them."""
+    read = self._form.key if isinstance(self._form, readers.Texts) else 'chat'
+    return f'files-{identity.digest_of(self._paths, read)}'
 
   def records(self) -> Iterator[Document | Unreadable]:
     """Yields the documents of all files.
@@ -64,7 +65,7 @@ class Files:
       self.bytes_read = before + size
 
   def _of_file(self, raw: BinaryIO, path: epath.Path) -> Iterator[Document | Unreadable]:
-    records = readers.read(raw, path, self._text_key)
+    records = readers.read(raw, path, self._form)
     if self._held_out is None:
       return records
     first, second = next(records, None), next(records, None)

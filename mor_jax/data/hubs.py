@@ -134,9 +134,10 @@ class HuggingFaceSource:
   total_bytes: int | None = None
   bytes_read = 0
 
-  def __init__(self, spec: str, text_key: str, notes: pathlib.Path):
+  def __init__(self, spec: str, form: readers.Form, notes: pathlib.Path):
     """Raises ConfigError if `spec` isn't of that form; see `revisions.current` for `notes`."""
-    self._spec, self._text_key, self._notes = spec, text_key, notes
+    self._spec, self._form, self._notes = spec, form, notes
+    self._read = form.key if isinstance(form, readers.Texts) else 'chat'
     name, config, split, *more = [*spec.split(':'), '', ''][: max(3, spec.count(':') + 1)]
     if not name or more:
       raise ConfigError(f'data.source=hf:{spec} must have the form hf:DATASET[@REVISION][:CONFIG[:SPLIT]]')
@@ -151,10 +152,10 @@ class HuggingFaceSource:
     return self._pinned or revisions.current(self._name, self._notes)
 
   def fingerprint(self) -> str:
-    """The spec and the key; of a local folder its files, of a dataset of the Hub its revision."""
+    """The spec and what is read; of a local folder its files, of a dataset of the Hub its revision."""
     if os.path.isdir(self._name):
-      return f'hf-{identity.digest_of_folder(self._name, self._config, self._split, self._text_key)}'
-    return f'hf-{identity.digest_of((), self._spec, self._text_key, self._revision)}'
+      return f'hf-{identity.digest_of_folder(self._name, self._config, self._split, self._read)}'
+    return f'hf-{identity.digest_of((), self._spec, self._read, self._revision)}'
 
   def records(self) -> Iterator[Document | Unreadable]:
     """Yields the documents of the stream."""
@@ -162,7 +163,7 @@ class HuggingFaceSource:
     while True:
       try:
         for record in self._open().skip(read):
-          yield readers.of_record(f'hf:{self._spec}, record {read}', record, self._text_key)
+          yield self._form.of_record(f'hf:{self._spec}, record {read}', record)
           read, failures = read + 1, 0
         return
       except Exception as error:  # of the network, the file system, or the format: libraries raise their own

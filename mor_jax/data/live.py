@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import grain
 import numpy as np
@@ -21,7 +21,8 @@ from grain.experimental import ThreadPrefetchIterDataset
 from mor_jax.config import ConfigError, DataConfig
 from mor_jax.data import corpus, packing, pipeline
 from mor_jax.data import tokenizer as tokenizers
-from mor_jax.data.dataset import FORMAT_VERSION, Manifest, SplitCounts
+from mor_jax.data.conversations import converter, open_chats
+from mor_jax.data.manifest import FORMAT_VERSION, Manifest, SplitCounts
 from mor_jax.data.schedule import BatchSchedule
 
 UNIT_CHARACTERS = 2**20  # rows are shuffled within a unit: some 100 of 2,048 tokens
@@ -54,11 +55,21 @@ class LiveDataset:
   tokenizer: tokenizers.Tokenizer
   manifest: Manifest
   validation: list[Row]
-  extras: ClassVar[tuple[str, ...]] = ()
+  chats: Any = None  # what conversations go through (`chats.Chats`); none: documents are texts
+
+  @property
+  def extras(self) -> tuple[str, ...]:
+    """Arrays that rows have beside tokens, segments and positions."""
+    return self.manifest.extras
+
+  def reading(self) -> corpus.Reading:
+    """One pass over the stream."""
+    return corpus.Reading(self.data, converter(self.chats))
 
   def identity(self) -> dict[str, Any]:
     """What all processes of a training must find alike; copies of files may have other times."""
-    return {"the data's tokenizer_digest": self.manifest.tokenizer_digest}
+    names = ('tokenizer_digest', 'template_digest')
+    return {f"the data's {name}": getattr(self.manifest, name) for name in names}
 
   def rows(self, split: str) -> list[Row]:
     """The rows of 'validation'. Raises ValueError for 'train', which is a stream."""
@@ -74,7 +85,8 @@ def open_dataset(data: DataConfig, report: Callable[[str], None] = lambda line: 
     ConfigError: the source or tokenizer cannot be used, or does not fill one validation row.
   """
   tokenizer = tokenizers.build(data)
-  reading = corpus.Reading(data)
+  chats = open_chats(data, tokenizer)
+  reading = corpus.Reading(data, converter(chats))
   counts: Counter[str] = Counter()
   rows: list[Row] = []
   report(f'reading the head of {data.source} for validation')
@@ -86,7 +98,8 @@ def open_dataset(data: DataConfig, report: Callable[[str], None] = lambda line: 
         counts.update(rows=1, tokens=row.num_tokens, targets=row.num_targets)
       # Bytes of the rows kept, in the proportion of the unit: a row has no bytes of its own.
       counts.update(
-        {name: packed.counts[name] for name in ('documents', 'bytes', 'cut')}, all=packed.counts['tokens']
+        {name: packed.counts[name] for name in ('documents', 'bytes', 'cut', 'too_long')},
+        all=packed.counts['tokens'],
       )
       pipeline.check_unsaid(data, packed.counts, at_least=1)
     if len(rows) >= data.live_validation_rows:
@@ -96,6 +109,7 @@ def open_dataset(data: DataConfig, report: Callable[[str], None] = lambda line: 
       f'data.source={data.source} gives not one full row of data.seq_len={data.seq_len} tokens for validation; '
       f'raise data.validation_fraction={data.validation_fraction} or lower data.seq_len'
     )
+  too_long = counts.pop('too_long')
   counts['bytes'] = round(counts['bytes'] * counts['tokens'] / counts.pop('all'))
   nothing = SplitCounts(documents=0, bytes=0, tokens=0, targets=0, rows=0, cut=0)
   manifest = Manifest(
@@ -113,8 +127,11 @@ def open_dataset(data: DataConfig, report: Callable[[str], None] = lambda line: 
     dropped_examples=[],
     splits={'train': nothing, 'validation': SplitCounts(**counts)},
     files={},
+    extras=('loss_mask',) if chats else (),
+    chat=chats.describe() if chats else None,
+    too_long=too_long,
   )
-  return LiveDataset(data, tokenizer, manifest, rows)
+  return LiveDataset(data, tokenizer, manifest, rows, chats)
 
 
 class LiveRows(grain.IterDataset):
@@ -180,7 +197,7 @@ class LiveRowIterator(grain.DatasetIterator):
 
   def _own_units(self) -> Iterator[tuple[int, pipeline.Unit]]:
     """Yields (number, unit) for this host's units in a pass over the stream."""
-    units = pipeline.units(corpus.Reading(self._rows_of.dataset.data), UNIT_CHARACTERS)
+    units = pipeline.units(self._rows_of.dataset.reading(), UNIT_CHARACTERS)
     train = (unit for unit in units if unit.split == 'train')
     return itertools.islice(enumerate(train), self._rows_of.host, None, self._rows_of.num_hosts)
 

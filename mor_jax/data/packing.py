@@ -6,6 +6,7 @@ row is padding. Segment ids and positions are derived from the lengths.
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,43 +39,52 @@ class Row:
     return int(scored_T[1:].sum())
 
 
-def concat_and_split(documents: Iterable[Sequence[int]], seq_len: int, end_of_text: int) -> Iterator[Row]:
-  """Concatenates documents, each followed by an end-of-text token, and cuts the result into rows.
+class Scored(NamedTuple):
+  """A document that is complete as it is: its token ids, and a mask, 1 for those that are scored."""
+
+  ids: Sequence[int] | np.ndarray
+  mask: Sequence[int] | np.ndarray
+
+
+def concat_and_split(
+  documents: Iterable[Sequence[int] | Scored], seq_len: int, end_of_text: int
+) -> Iterator[Row]:
+  """Concatenates documents, each followed by an end-of-text token unless it is `Scored`, and cuts the result into rows.
 
   No token is lost: a document that doesn't fit continues in the next row as a new segment,
   and the last row is filled with padding (`end_of_text`, in no segment).
 
   Args:
-    documents: token ids of each document; may be a stream, since only one row is held in memory.
+    documents: token ids of each document, or all `Scored`; may be a stream, since only one row is held in memory.
     seq_len: tokens T in a row.
     end_of_text: id of the separator.
 
   Yields:
     rows with int32 tokens of shape (T,).
   """
-  row_T, lengths, filled = np.full(seq_len, end_of_text, np.int32), [], 0
+  pieces: list[np.ndarray] = []
+  room = seq_len
   for document in documents:
-    remaining = np.append(np.asarray(document, np.int32), np.int32(end_of_text))
-    while len(remaining):
-      piece, remaining = remaining[: seq_len - filled], remaining[seq_len - filled :]
-      row_T[filled : filled + len(piece)] = piece
-      lengths.append(len(piece))
-      filled += len(piece)
-      if filled == seq_len:
-        yield Row(row_T, np.array(lengths))
-        row_T, lengths, filled = np.full(seq_len, end_of_text, np.int32), [], 0
-  if filled:
-    yield Row(row_T, np.array(lengths))
+    remaining_NK = _columns(document, end_of_text)
+    while len(remaining_NK):
+      piece_NK, remaining_NK = remaining_NK[:room], remaining_NK[room:]
+      pieces.append(piece_NK)
+      room -= len(piece_NK)
+      if not room:
+        yield _row(pieces, seq_len, end_of_text)
+        pieces, room = [], seq_len
+  if pieces:
+    yield _row(pieces, seq_len, end_of_text)
 
 
-def first_fit(documents: Iterable[Sequence[int]], seq_len: int, end_of_text: int) -> Iterator[Row]:
-  """Puts every document, followed by an end-of-text token, into the first row with room for it.
+def first_fit(documents: Iterable[Sequence[int] | Scored], seq_len: int, end_of_text: int) -> Iterator[Row]:
+  """Puts every document, followed by an end-of-text token unless it is `Scored`, into the first row with room for it.
 
   Only documents longer than a row are cut: into full rows and a remainder, which is placed like
   a document. No token is lost; the unused end of a row is padding.
 
   Args:
-    documents: token ids of each document; all are held in memory.
+    documents: token ids of each document, or all `Scored`; all are held in memory.
     seq_len: tokens T in a row.
     end_of_text: id of the separator.
 
@@ -83,8 +93,8 @@ def first_fit(documents: Iterable[Sequence[int]], seq_len: int, end_of_text: int
   """
   pieces: list[np.ndarray] = []
   for document in documents:
-    tokens = np.append(np.asarray(document, np.int32), np.int32(end_of_text))
-    pieces += np.split(tokens, range(seq_len, len(tokens), seq_len))
+    tokens_NK = _columns(document, end_of_text)
+    pieces += np.split(tokens_NK, range(seq_len, len(tokens_NK), seq_len))
   room = np.full(len(pieces), seq_len)
   rows: list[list[np.ndarray]] = [[] for _ in pieces]  # at worst a row for each piece
   begun = 0
@@ -94,10 +104,23 @@ def first_fit(documents: Iterable[Sequence[int]], seq_len: int, end_of_text: int
     room[row] -= len(piece)
     rows[row].append(piece)
   for members in rows[:begun]:
-    row_T = np.full(seq_len, end_of_text, np.int32)
-    filled = np.concatenate(members)
-    row_T[: len(filled)] = filled
-    yield Row(row_T, np.array([len(piece) for piece in members]))
+    yield _row(members, seq_len, end_of_text)
+
+
+def _columns(document: Sequence[int] | Scored, end_of_text: int) -> np.ndarray:
+  """What is packed of a document: ids (N, 1), or ids and mask (N, 2)."""
+  if isinstance(document, Scored):
+    return np.stack([np.asarray(document.ids, np.int32), np.asarray(document.mask, np.int32)], axis=1)
+  return np.append(np.asarray(document, np.int32), np.int32(end_of_text))[:, None]
+
+
+def _row(pieces: Sequence[np.ndarray], seq_len: int, end_of_text: int) -> Row:
+  filled_NK = np.concatenate(pieces)
+  row_TK = np.zeros((seq_len, filled_NK.shape[1]), np.int32)
+  row_TK[:, 0] = end_of_text
+  row_TK[: len(filled_NK)] = filled_NK
+  tokens_T, *mask = row_TK.T
+  return Row(tokens_T, np.array([len(piece) for piece in pieces]), *mask)
 
 
 PACKINGS = {'concat': concat_and_split, 'first_fit': first_fit}

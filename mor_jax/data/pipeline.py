@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 
 from mor_jax.config import ConfigError, DataConfig
-from mor_jax.data import corpus, packing, shards
+from mor_jax.data import corpus, packing, rendered, shards
 from mor_jax.data.document import Document
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.files import write_atomically
@@ -55,7 +55,7 @@ class Unit:
 
 @dataclasses.dataclass(frozen=True)
 class PackedTexts:
-  """Rows and their counts: documents, bytes, tokens, targets, rows, cut."""
+  """Rows and their counts: documents, bytes, tokens, targets, rows, cut, too_long."""
 
   rows: list[packing.Row]
   counts: Counter[str]
@@ -63,7 +63,7 @@ class PackedTexts:
 
 @dataclasses.dataclass(frozen=True)
 class PackedUnit:
-  """Serialised rows of a unit and their counts: documents, bytes, tokens, targets, rows, cut."""
+  """Serialised rows of a unit and their counts: documents, bytes, tokens, targets, rows, cut, too_long."""
 
   records: list[bytes]
   counts: Counter[str]
@@ -78,6 +78,8 @@ class Recipe:
   begin: str | None
   seq_len: int
   packing: str
+  format: str = 'text'
+  too_long: str = 'cut'
 
 
 def units(documents: Iterable[tuple[str, Document]], characters: int | None = None) -> Iterator[Unit]:
@@ -99,7 +101,7 @@ def units(documents: Iterable[tuple[str, Document]], characters: int | None = No
 @functools.cache
 def _tools(recipe: Recipe) -> tuple[Tokenizer, shards.RowFormat]:
   tokenizer = Tokenizer.load(recipe.tokenizer_file, recipe.separator, recipe.begin)
-  return tokenizer, shards.RowFormat(tokenizer.vocab_size, recipe.seq_len)
+  return tokenizer, shards.RowFormat(tokenizer.vocab_size, recipe.seq_len, recipe.format == 'chat')
 
 
 def pack_unit(recipe: Recipe, texts: list[str]) -> PackedUnit:
@@ -110,22 +112,49 @@ def pack_unit(recipe: Recipe, texts: list[str]) -> PackedUnit:
 
 
 def pack_texts(tokenizer: Tokenizer, settings: Recipe | DataConfig, texts: list[str]) -> PackedTexts:
-  """Encodes and packs documents with the `seq_len` and `packing` of `settings`."""
-  counts = Counter(documents=len(texts), bytes=sum(len(text.encode()) for text in texts))
-
-  def token_ids() -> Iterator[list[int]]:
-    for batch in _batches(texts, ENCODED_AT_ONCE):
-      encoded = tokenizer.encode_texts(batch)
-      if unsaid := tokenizer.unsaid(batch, encoded):
-        counts['unsaid'] += unsaid
-      for ids in encoded:
-        counts['cut'] += len(ids) + 1 > settings.seq_len
-        yield ids
-
-  rows = list(packing.PACKINGS[settings.packing](token_ids(), settings.seq_len, tokenizer.end_of_text))
+  """Encodes and packs documents with the `format`, `too_long`, `seq_len` and `packing` of `settings`."""
+  counts: Counter[str] = Counter()
+  encode = _encoded_chats if settings.format == 'chat' else _encoded_texts
+  documents = encode(tokenizer, settings, texts, counts)
+  rows = list(packing.PACKINGS[settings.packing](documents, settings.seq_len, tokenizer.end_of_text))
   for row in rows:
     counts.update(rows=1, tokens=row.num_tokens, targets=row.num_targets)
   return PackedTexts(rows, counts)
+
+
+def _encoded_texts(
+  tokenizer: Tokenizer, settings: Recipe | DataConfig, texts: list[str], counts: Counter[str]
+) -> Iterator[list[int]]:
+  """Yields the token ids of each text; adds to the counts of documents."""
+  counts.update(documents=len(texts), bytes=sum(len(text.encode()) for text in texts))
+  for batch in _batches(texts, ENCODED_AT_ONCE):
+    encoded = tokenizer.encode_texts(batch)
+    if unsaid := tokenizer.unsaid(batch, encoded):
+      counts['unsaid'] += unsaid
+    for ids in encoded:
+      counts['cut'] += len(ids) + 1 > settings.seq_len
+      yield ids
+
+
+def _encoded_chats(
+  tokenizer: Tokenizer, settings: Recipe | DataConfig, texts: list[str], counts: Counter[str]
+) -> Iterator[packing.Scored]:
+  """Yields the conversations as tokens, none longer than a row; adds to the counts of documents."""
+  for batch in _batches(texts, ENCODED_AT_ONCE):
+    conversations = [rendered.Rendered.from_text(text) for text in batch]
+    encoded = rendered.encode(tokenizer, conversations)
+    said = [rendered.without_specials(tokenizer, one.text) for one in conversations]
+    if unsaid := tokenizer.unsaid(said, [one.ids_N.tolist() for one in encoded]):
+      counts['unsaid'] += unsaid
+    for conversation, one in zip(conversations, encoded, strict=True):
+      is_long = len(one.ids_N) > settings.seq_len
+      ids_N, mask_N, ends_N = (of_all[: settings.seq_len] for of_all in (one.ids_N, one.mask_N, one.ends_N))
+      if is_long and (settings.too_long == 'skip' or not mask_N[1:].any()):
+        counts['too_long'] += 1
+        continue
+      text = conversation.text[: ends_N[-1]].replace(rendered.APART, '')
+      counts.update(documents=1, bytes=len(text.encode()), cut=int(is_long))
+      yield packing.Scored(ids_N, mask_N)
 
 
 def check_unsaid(data: DataConfig, counts: Counter[str], at_least: int = JUDGED_AFTER) -> None:

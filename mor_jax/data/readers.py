@@ -1,5 +1,6 @@
 """Documents of one file, by its kind: text, JSON, JSON lines, Parquet; each compressed or not."""
 
+import dataclasses
 import itertools
 import types
 from collections.abc import Callable, Iterator
@@ -7,8 +8,8 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
-from mor_jax.config import ConfigError
-from mor_jax.data import decompression
+from mor_jax.config import ConfigError, DataConfig
+from mor_jax.data import decompression, messages
 from mor_jax.data.document import Document, Unreadable
 from mor_jax.files import parse_json
 
@@ -19,13 +20,59 @@ _BOM = b'\xef\xbb\xbf'
 Records = Iterator[Document | Unreadable]
 
 
-def read(raw: BinaryIO, path: epath.Path, text_key: str) -> Records:
+@dataclasses.dataclass(frozen=True)
+class Texts:
+  """Records are texts under a key."""
+
+  key: str
+
+  def of_record(self, where: str, record: Any) -> Document | Unreadable:
+    """The document of an object."""
+    return of_record(where, record, self.key)
+
+  def columns(self, path: epath.Path, there: list[str]) -> list[str]:
+    """The columns that a record is made of, out of those that there are. Raises ConfigError."""
+    column = self.key if self.key in there else self.key.split('.')[0]
+    if column not in there:
+      raise ConfigError(
+        f'{path} has no column data.text_key={self.key!r}; its columns are {", ".join(there)}'
+      )
+    return [self.key]
+
+
+class Chats:
+  """Records are conversations."""
+
+  def of_record(self, where: str, record: Any) -> Document | Unreadable:
+    """The document of an object."""
+    return messages.of_record(where, record)
+
+  def columns(self, path: epath.Path, there: list[str]) -> list[str]:
+    """The columns that a record is made of, out of those that there are. Raises ConfigError."""
+    found = [name for name in (*messages.COLUMNS, *messages.MEANT) if name in there]
+    if not any(set(found).issuperset(keys) for keys in messages.FORMS.values()):
+      raise ConfigError(
+        f'{path} has no conversations: none of {", or ".join(messages.FORMS)}; its columns are {", ".join(there)}'
+      )
+    return found
+
+
+Form = Texts | Chats
+"""What records are."""
+
+
+def form(data: DataConfig) -> Form:
+  """What records are, as `data.format` says."""
+  return Chats() if data.format == 'chat' else Texts(data.text_key)
+
+
+def read(raw: BinaryIO, path: epath.Path, form: Form) -> Records:
   """The documents of an open file, whose kind its extension says.
 
   Raises:
-    ConfigError: the file is truncated or damaged; the message names it.
+    ConfigError: the file is truncated or damaged, or holds no such records; the message names it.
   """
-  return READERS[kind(path)](raw, path, text_key)
+  return READERS[kind(path)](raw, path, form)
 
 
 def kind(path: epath.Path) -> str:
@@ -80,7 +127,11 @@ def first_line(error: Exception) -> str:
 # ---- text ----
 
 
-def _read_text(raw: BinaryIO, path: epath.Path, text_key: str) -> Records:
+def _read_text(raw: BinaryIO, path: epath.Path, form: Form) -> Records:
+  if isinstance(form, Chats):
+    raise ConfigError(
+      f'{path} is a text, and data.format=chat reads conversations from .jsonl, .json and .parquet'
+    )
   rest, part, stream = b'', 0, None
   while True:
     try:
@@ -117,8 +168,8 @@ def _last_line_end(content: bytes) -> int:
 # ---- JSON ----
 
 
-def _read_json_lines(raw: BinaryIO, path: epath.Path, text_key: str) -> Records:
-  return _parse_lines(_lines(raw, path), path, text_key)
+def _read_json_lines(raw: BinaryIO, path: epath.Path, form: Form) -> Records:
+  return _parse_lines(_lines(raw, path), path, form)
 
 
 def _lines(raw: BinaryIO, path: epath.Path) -> Iterator[bytes]:
@@ -135,13 +186,13 @@ def _lines(raw: BinaryIO, path: epath.Path) -> Iterator[bytes]:
     yield line if number > 1 else line.removeprefix(_BOM)
 
 
-def _parse_lines(lines: Iterator[bytes], path: epath.Path, text_key: str) -> Records:
+def _parse_lines(lines: Iterator[bytes], path: epath.Path, form: Form) -> Records:
   for number, line in enumerate(lines, start=1):
     if line.strip():
-      yield _parse_line(line, f'{path}, line {number}', text_key)
+      yield _parse_line(line, f'{path}, line {number}', form)
 
 
-def _parse_line(line: bytes, where: str, text_key: str) -> Document | Unreadable:
+def _parse_line(line: bytes, where: str, form: Form) -> Document | Unreadable:
   try:
     record = parse_json(line.decode())
   except UnicodeDecodeError:
@@ -149,25 +200,25 @@ def _parse_line(line: bytes, where: str, text_key: str) -> Document | Unreadable
   except ValueError:
     cut_off = '' if line.endswith(b'\n') else ', cut off at the end of the file'
     return Unreadable(where, f'not JSON{cut_off}')
-  return of_record(where, record, text_key)
+  return form.of_record(where, record)
 
 
-def _read_json(raw: BinaryIO, path: epath.Path, text_key: str) -> Records:
+def _read_json(raw: BinaryIO, path: epath.Path, form: Form) -> Records:
   """A file that holds one list of objects, one object, or, as many do in spite of its name, JSON lines."""
   lines = _lines(raw, path)
   head = next((line for line in lines if line.strip()), b'')
   try:
     first = parse_json(head.decode())
   except ValueError:  # the beginning of something longer
-    yield from _whole(path, itertools.chain([head], lines), text_key)
+    yield from _whole(path, itertools.chain([head], lines), form)
     return
   if isinstance(first, list):
-    yield from _elements(path, first, text_key)
+    yield from _elements(path, first, form)
     return
-  yield from _parse_lines(itertools.chain([head], lines), path, text_key)
+  yield from _parse_lines(itertools.chain([head], lines), path, form)
 
 
-def _whole(path: epath.Path, lines: Iterator[bytes], text_key: str) -> Records:
+def _whole(path: epath.Path, lines: Iterator[bytes], form: Form) -> Records:
   content, size = [], 0
   for line in lines:
     content.append(line)
@@ -183,33 +234,29 @@ def _whole(path: epath.Path, lines: Iterator[bytes], text_key: str) -> Records:
     return
   except ValueError as error:
     raise damaged(path, 'its beginning', error) from error
-  yield from _elements(path, found if isinstance(found, list) else [found], text_key)
+  yield from _elements(path, found if isinstance(found, list) else [found], form)
 
 
-def _elements(path: epath.Path, records: list[Any], text_key: str) -> Records:
+def _elements(path: epath.Path, records: list[Any], form: Form) -> Records:
   for number, record in enumerate(records, start=1):
-    yield of_record(f'{path}, element {number}', record, text_key)
+    yield form.of_record(f'{path}, element {number}', record)
 
 
 # ---- Parquet ----
 
 
-def _read_parquet(raw: BinaryIO, path: epath.Path, text_key: str) -> Records:
+def _read_parquet(raw: BinaryIO, path: epath.Path, form: Form) -> Records:
   pyarrow, row = _pyarrow(path), 0
   try:
     file = pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True)
-    columns = file.schema_arrow.names
-    column = text_key if text_key in columns else text_key.split('.')[0]
-    if column not in columns:
-      raise ConfigError(
-        f'{path} has no column data.text_key={text_key!r}; its columns are {", ".join(columns)}'
-      )
-    for batch in file.iter_batches(batch_size=256, columns=[text_key]):
-      for value in batch.column(0):
+    columns = form.columns(path, file.schema_arrow.names)
+    for batch in file.iter_batches(batch_size=256, columns=columns):
+      for values in zip(*batch.columns, strict=True):
         row += 1
         where = f'{path}, row {row}'
         try:
-          yield of_record(where, {column: value.as_py()}, text_key)
+          record = {name: value.as_py() for name, value in zip(batch.schema.names, values, strict=True)}
+          yield form.of_record(where, record)
         except UnicodeDecodeError:
           yield Unreadable(where, 'not UTF-8')
   except (pyarrow.ArrowException, OSError) as error:
@@ -224,7 +271,7 @@ def _pyarrow(path: epath.Path) -> types.ModuleType:
   return pyarrow
 
 
-READERS: dict[str, Callable[[BinaryIO, epath.Path, str], Records]] = {
+READERS: dict[str, Callable[[BinaryIO, epath.Path, Form], Records]] = {
   '.txt': _read_text,
   '.md': _read_text,
   '.jsonl': _read_json_lines,

@@ -18,7 +18,7 @@ from tokenizers import models, pre_tokenizers
 
 from mor_jax.config import ConfigError, DataConfig
 from mor_jax.data import tasks
-from mor_jax.data.dataset import FORMAT_VERSION, Manifest, SplitCounts
+from mor_jax.data.manifest import FORMAT_VERSION, Manifest, SplitCounts
 from mor_jax.data.packing import ROW_ARRAYS
 from mor_jax.data.tokenizer import END_OF_TEXT, Tokenizer
 

@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mor_jax.config import ConfigError, DataConfig
 from mor_jax.data import corpus, hubs
-from mor_jax.data.document import Document
+from mor_jax.data.messages import Conversation
 from mor_jax.files import write_atomically
 
 END_OF_TEXT = '<|endoftext|>'
@@ -140,6 +140,17 @@ class Tokenizer:
     """Token ids of a text in which special tokens are spelled out, as chat templates do; none is added."""
     return self._special.encode(text, add_special_tokens=False).ids
 
+  def encode_spelled(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+    """`encode_special` of several texts, on all cores, with the characters that each token stands for."""
+    return self._special.encode_batch(texts, add_special_tokens=False)
+
+  @functools.cached_property
+  def specials(self) -> tuple[str, ...]:
+    """The special tokens as they are spelled, the longest first."""
+    added = self._backend.get_added_tokens_decoder().values()
+    names = {token.content for token in added if token.special} | {self.separator}
+    return tuple(sorted(names, key=lambda name: (-len(name), name)))
+
   @functools.cached_property
   def _special(self) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
@@ -238,9 +249,18 @@ def build(data: DataConfig) -> Tokenizer:
   backend = (
     _byte_vocabulary(data.separator)
     if data.tokenizer == 'bytes'
-    else _train_bpe(corpus.documents(data, 'train'), data.vocab_size, data.separator)
+    else _train_bpe(_documents(data), data.vocab_size, data.separator)
   )
   return Tokenizer(backend, data.separator, data.begin)
+
+
+def _documents(data: DataConfig) -> Iterator[str]:
+  """Texts of the train split; of conversations, what was said."""
+  for document in corpus.documents(data, 'train'):
+    if data.format == 'chat':
+      yield '\n'.join(Conversation.from_text(document.text).contents)
+    else:
+      yield document.text
 
 
 def begin_of(data: DataConfig) -> str | None:
@@ -339,7 +359,7 @@ def _byte_symbols() -> dict[str, int]:
   return themselves | dict(zip(symbols[len(themselves) :], others, strict=True))
 
 
-def _train_bpe(documents: Iterable[Document], vocab_size: int, separator: str) -> tokenizers.Tokenizer:
+def _train_bpe(documents: Iterable[str], vocab_size: int, separator: str) -> tokenizers.Tokenizer:
   backend = _byte_level(models.BPE(), split_words=True)
   trainer = trainers.BpeTrainer(
     vocab_size=vocab_size,
@@ -351,10 +371,10 @@ def _train_bpe(documents: Iterable[Document], vocab_size: int, separator: str) -
   return backend
 
 
-def _texts(documents: Iterable[Document], max_bytes: int) -> Iterator[str]:
+def _texts(documents: Iterable[str], max_bytes: int) -> Iterator[str]:
   read = 0
-  for document in documents:
-    yield document.text
-    read += len(document.text.encode())
+  for text in documents:
+    yield text
+    read += len(text.encode())
     if read >= max_bytes:
       return

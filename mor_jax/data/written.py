@@ -20,7 +20,8 @@ import numpy as np
 
 from mor_jax.config import ConfigError
 from mor_jax.data import corpus, shards
-from mor_jax.data.dataset import FORMAT_VERSION, MANIFEST, TOKENIZER, Manifest, SplitCounts
+from mor_jax.data.dataset import TOKENIZER
+from mor_jax.data.manifest import FORMAT_VERSION, MANIFEST, Manifest, SplitCounts
 from mor_jax.data.packing import Row
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.files import new_folder, write_atomically

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from mor_jax.config import ConfigError, ModelConfig
 from mor_jax.data import corpus, loader
 from mor_jax.data import dataset as dataset_lib
+from mor_jax.data.manifest import SplitCounts
 from mor_jax.data.tokenizer import MADE_HERE, Tokenizer
 from mor_jax.evaluation import choosers, difficulty, nll
 from mor_jax.runs.restore import LoadedRun
@@ -62,12 +63,16 @@ def open_data(
   if source is None:
     if data.tokenizer not in MADE_HERE and not Path(data.tokenizer).exists():
       data = dataclasses.replace(data, tokenizer=str(path))  # the run's copy outlives what it was made from
+    if data.chat_template and not Path(data.chat_template).expanduser().exists():
+      data = dataclasses.replace(data, chat_template=str(run.folder.path))
     dataset = loader.open_dataset(data, report)
   elif source.startswith(dataset_lib.PREPARED) or folder.is_dir():
     dataset = dataset_lib.open_dataset(folder)
   else:
     everything = {'validation_fraction': corpus.ALL, 'max_documents': None, 'live': False}
     named = dataclasses.replace(data, source=source, tokenizer=str(path), **everything)
+    if data.format == 'chat':
+      named = dataclasses.replace(named, chat_template=str(run.folder.path))
     dataset = loader.open_dataset(named, report)
   if dataset.manifest.tokenizer_digest != tokenizer.digest:
     raise ConfigError(
@@ -166,7 +171,7 @@ def _followed(batches: Iterator[loader.Batch], advance: Advance) -> Iterator[loa
     advance(int((batch['segment_ids'] > 0).any(axis=1).sum()))
 
 
-def summarize(sums: dict[str, Any], split: dataset_lib.SplitCounts) -> dict[str, Any]:
+def summarize(sums: dict[str, Any], split: SplitCounts) -> dict[str, Any]:
   """Loss in nats per predicted token, perplexity, bits per byte, and the metrics of `router.summarize`.
 
   Of a model without router whose depths were chosen otherwise, their mean is 'mean_depth'.

@@ -5,8 +5,9 @@ from rich.console import Console
 from rich.text import Text
 
 from mor_jax.config import ModelConfig
+from mor_jax.console import has_colours
 from mor_jax.data.token_texts import token_texts
-from mor_jax.data.tokenizer import REPLACEMENT, Tokenizer
+from mor_jax.data.tokenizer import CONTEXT, REPLACEMENT, Tokenizer
 from mor_jax.inference.requests import Result
 from mor_jax.inference.statistics import Statistics
 
@@ -22,17 +23,29 @@ class Writer:
     self._console, self._tokenizer = console, tokenizer
     self._steps, self._show_depth = steps, show_depth
     self._printed = 0  # characters, or with depths tokens
+    self._first = 0  # token with whose text that of the others begins
 
   def begin(self, result: Result, number: int | None) -> None:
     """Prints the prompt, preceded by the legend of colours (once) and a title if there are several samples."""
-    if self._show_depth and not number:
-      self._print(self._legend())
+    if not number:
+      self.explain()
     if number is not None:
       self._print(Text(f'--- sample {number + 1} (seed {result.request.seed})\n', style='bold'))
-    self._printed = 0
+    self._printed = self._first = 0
     if not self._show_depth:
       self._print(Text(self._tokenizer.decode(result.request.prompt)))
     self.update(result)
+
+  def begin_answer(self, result: Result) -> None:
+    """Prints nothing of the prompt."""
+    prompt = len(result.request.prompt)
+    self._first = max(prompt - CONTEXT, 0)
+    self._printed = prompt if self._show_depth else 0
+
+  def explain(self) -> None:
+    """Prints the legend of colours, if there are any."""
+    if self._show_depth:
+      self._print(self._legend())
 
   def update(self, result: Result) -> None:
     """Prints the new text; holds back incomplete characters and what may become a stop string."""
@@ -55,12 +68,12 @@ class Writer:
 
   def _update_with_depths(self, result: Result, count: int) -> None:
     tokens = (*result.request.prompt, *result.tokens)
-    pieces = token_texts(self._tokenizer, np.array(tokens))
+    pieces = token_texts(self._tokenizer, np.array(tokens[self._first :]))
     line = Text()
     for index in range(self._printed, min(count, len(tokens))):
       depth = result.depths[index] if index < len(result.depths) else None
-      line.append(pieces[index], style='' if depth is None else self._style(depth))
-      if depth is not None and not self._console.color_system:
+      line.append(pieces[index - self._first], style='' if depth is None else self._style(depth))
+      if depth is not None and not has_colours(self._console):
         line.append(f'[{depth}]')
     self._printed = max(self._printed, min(count, len(tokens)))
     self._print(line)

@@ -18,6 +18,7 @@ from mor_jax.checkpoints.checkpoint import Checkpoints
 from mor_jax.config import Config, ConfigError
 from mor_jax.console import open_console, print_line, print_rows, print_table
 from mor_jax.data import loader, schedule
+from mor_jax.data.conventions import Conventions
 from mor_jax.evaluation import result
 from mor_jax.evaluation.validation import make_validation
 from mor_jax.interop import inputs, pretrained
@@ -122,7 +123,7 @@ def open_inputs(run: Run) -> tuple[Run, Inputs]:
   runtime.require_agreement(given.dataset.identity())
   mesh_lib.check_model(run.mesh, run.config.model)
   if runtime.is_main():
-    run.folder.create(run.config, given.dataset, given.source and given.source.conventions)
+    run.folder.create(run.config, given.dataset, _conventions(given))
   runtime.barrier('run folder')
   trained = handover.describe(run.config, run.mesh)
   described = summary.describe_run(run.config, run.mesh, given.dataset, run.folder.path, trained)
@@ -130,6 +131,15 @@ def open_inputs(run: Run) -> tuple[Run, Inputs]:
   if warning := summary.warn_of_repetition(run.config, given.dataset):
     run.report(warning)
   return run, given
+
+
+def _conventions(given: Inputs) -> Conventions | None:
+  """What the model will say of its texts: as the one that it begins with, and the template of its conversations."""
+  conventions = given.source and given.source.conventions
+  if given.dataset.manifest.chat is None:
+    return conventions
+  end, longest = given.dataset.tokenizer.end_of_text, given.config.data.seq_len
+  return (conventions or Conventions((end,), longest)).with_chats(given.dataset.manifest.chat)
 
 
 class Training:

@@ -8,6 +8,17 @@ LEARNING_RATE = 5e-4  # a pretrained model at the peak rate of its own training 
 WARMUP_FRACTION = 0.05
 ROUTER_STD = 2e-3  # of fresh routers, which see a residual stream of large norm; all else is the original's
 
+SMOLLM2_135M = {
+  'num_layers': 30,
+  'vocab_size': 49152,
+  'd_model': 576,
+  'num_heads': 9,
+  'num_kv_heads': 3,
+  'mlp_dim': 1536,
+  'rope_theta': 100000.0,
+}
+"""Its shape, as `uptraining_run` takes it."""
+
 
 def uptraining_run(name: str, variant: str, num_layers: int, steps: int, **shape) -> config_dict.ConfigDict:
   """Settings of an uptraining run from a pretrained vanilla model, with two recursions.

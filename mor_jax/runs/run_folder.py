@@ -16,7 +16,7 @@ from mor_jax.checkpoints.checkpoint import Checkpoints, ever_finished
 from mor_jax.checkpoints.mirror import DIRECT, Mirror, check_folder, scheme
 from mor_jax.config import Config, ConfigError, resolve, with_changes
 from mor_jax.data import tokenizer as tokenizers
-from mor_jax.data.conventions import Conventions
+from mor_jax.data.conventions import CONVENTIONS, Conventions
 from mor_jax.data.loader import Dataset
 from mor_jax.files import parse_json, require_writable, write_atomically
 from mor_jax.runs import changes
@@ -44,7 +44,7 @@ class RunFolder:
     self._data = path / 'data.json'
     self._summary = path / 'summary.json'
     self.calibrations = path / 'calibrations.json'
-    self._conventions = path / 'conventions.json'
+    self._conventions = path / CONVENTIONS
 
   def check(self, config: Config, allowed: Sequence[str] = (), writes: bool = True) -> None:
     """Checks that the folder is writable and is either empty or belongs to this run.

@@ -178,13 +178,13 @@ class Application:
 
   async def _tokenizer_info(self, _: HttpRequest) -> Response:
     """As vLLM has it, for clients that have no tokenizer, such as lm-evaluation-harness."""
-    tokenizer, template = self._served.tokenizer, self._served.template
+    tokenizer, chats = self._served.tokenizer, self._served.chats
     return JSONResponse(
       {
         'eos_token': tokenizer.separator,
         'bos_token': tokenizer.begin,
         'pad_token': None,
-        'chat_template': template and template.source,
+        'chat_template': chats and chats.template.source,
       }
     )
 

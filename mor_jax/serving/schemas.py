@@ -9,13 +9,14 @@ import dataclasses
 import secrets
 from typing import Any, NamedTuple
 
+from mor_jax.data.chats import Chats
+from mor_jax.data.templates import RefusedError
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.inference.requests import Request
 from mor_jax.inference.sampling import MOST_BIASES
 from mor_jax.inference.state import STOP_TOKENS
 from mor_jax.serving.errors import ApiError
 from mor_jax.serving.fields import Fields, is_text
-from mor_jax.serving.templates import Template
 
 MOST_LOGPROBS = 20
 MOST_SAMPLES = 128
@@ -33,7 +34,7 @@ class Served:
     name: in requests and answers.
     max_len: longest text in tokens.
     ends: tokens that end a text.
-    template: makes texts of chats; None: the model has none.
+    chats: makes prompts of conversations; None: the model has no template.
     thresholds: whether `threshold_shift` has a meaning: expert-choice models.
     recursions: most recursions of a token.
     looks: whether there is something to be said of its recursions (`depths='full'`).
@@ -44,7 +45,7 @@ class Served:
   tokenizer: Tokenizer
   max_len: int
   ends: tuple[int, ...]
-  template: Template | None
+  chats: Chats | None
   thresholds: bool
   recursions: int
   looks: bool = False
@@ -96,15 +97,17 @@ def chat(body: Any, served: Served) -> Wanted:
   """A body of /v1/chat/completions. Raises ApiError."""
   fields = Fields(body)
   _check_model(fields, served)
-  if served.template is None:
+  if served.chats is None:
     raise ApiError(
       400,
       f'the model {served.name} has no chat template (neither tokenizer_config.json nor chat_template.jinja); use '
       f'/v1/completions',
       'messages',
     )
-  text = served.template.render(_messages(fields))
-  prompt = served.tokenizer.encode_special(text)
+  try:
+    prompt = served.chats.prompt(_messages(fields))
+  except RefusedError as error:
+    raise ApiError(400, f'the chat template {error}', 'messages') from None
   _check_length([prompt], served, 'messages')
   for name in ('tools', 'functions', 'response_format'):
     if fields.get(name) not in (None, [], {'type': 'text'}):
