@@ -8,6 +8,7 @@ in the paper, of which two stand for a layer twice. 29 layers leave one out:
 
   ... --config.model.num_recursions=3 --config.model.num_layers=29
   ... --config.init.method=average             other layers: stepwise (default), average, lower, upper, random
+  ... --config.train.stages='routers:0.1;all'  the routers alone for a tenth of the steps, then everything
   ... --config.distill.weight=1                with the logits of the original as targets too
   ... --config.model.lora_rank=64              with low-rank changes for each recursion, from the original's layers
 

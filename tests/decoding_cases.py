@@ -79,7 +79,7 @@ CASES = {
   ),
   'expert': Case(EXPERT, 9, 0.8, UNROLL),
   'expert relaxed': Case({**EXPERT, **RELAXED, 'recursion_encoding': True}, 3, 1.0, LANES, is_slow=False),
-  'expert adapted': Case({**EXPERT, **RELAXED, **ADAPTED}, 3, 1.0, UNROLL),
+  'expert adapted': Case({**EXPERT, **RELAXED, **ADAPTED}, 4, 1.0, UNROLL),
   'expert adapted ends': Case({**EXPERT, **RELAXED, 'lora_layers': 'all'}, 3, 1.0, LANES),
   'expert cycle additive': Case(
     {'sharing': 'cycle', 'num_recursions': 3, 'gating': 'additive'}, 2, 0.8, GATHER

@@ -107,8 +107,9 @@ def test_a_teacher_that_is_the_student_adds_nothing():
 
 
 @pytest.mark.slow
-def test_steps_bring_the_model_closer_to_the_teacher_and_leave_the_teacher_alone():
-  config = with_changes(settings(weight=50.0), train={'accumulation': 2})
+@pytest.mark.parametrize('trainable', ['all', '^embed,^block/,^last/'])
+def test_steps_bring_the_model_closer_to_the_teacher_and_leave_the_teacher_alone(trainable):
+  config = with_changes(settings(weight=50.0), train={'accumulation': 2, 'trainable': trainable})
   (teacher, theirs), model = teacher_of(config), Transformer(config.model)
   held = HeldWeights(teacher.model.config, {'params': theirs})
   abstract = distillation.abstract_parameters(teacher, tiny_run.MESH)
@@ -124,6 +125,7 @@ def test_steps_bring_the_model_closer_to_the_teacher_and_leave_the_teacher_alone
     state, metrics = step(state, rows, loaded)
     divergences.append(float(metrics['distill_loss']))
   assert divergences[-1] < 0.8 * divergences[0]
+  assert ('grad_norm/first.mlp' in metrics) == (trainable == 'all')
   chex.assert_trees_all_equal(loaded, theirs)
 
 

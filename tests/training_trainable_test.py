@@ -26,6 +26,7 @@ from mor_jax.runs import restore
 from mor_jax.training import handover, phases, trainable
 from mor_jax.training.optimizer import make_optimizer
 from mor_jax.training.step import abstract_batch, make_train_step, split_batch
+from mor_jax.units import byte_count
 
 DECAYING = with_changes(tiny_run.CONFIG, train={'weight_decay': 10.0, 'accumulation': 2})
 COUNTERS = 2 * 4  # of Adam and of the schedule
@@ -68,7 +69,7 @@ def after_steps(config, steps: int = 2):
   ('name', 'begins'),
   [
     ('routers', ('router/',)),
-    ('block', ('block/',)),
+    pytest.param('block', ('block/',), marks=pytest.mark.slow),
     pytest.param(
       'routers, ^last/.*norm,embed',
       ('router/', 'last/attention_norm', 'last/mlp_norm', 'embed'),
@@ -103,6 +104,7 @@ def test_what_is_frozen_stays_bit_for_bit_and_has_no_moments(name, begins):
   assert np.linalg.norm(norms) == pytest.approx(float(metrics['grad_norm']))
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_training_everything():
   """Read from the first moment after a step, which is (1 - beta1) times the clipped gradient; float32."""
   _, whole, all_metrics = after_steps(tiny_run.CONFIG, 1)
@@ -153,8 +155,21 @@ def test_gradients_of_what_is_frozen_are_not_computed():
   assert step_flops('routers') < 0.75 * step_flops('all')
 
 
+LARGEST_BETWEEN = with_changes(tiny_run.CONFIG, train={'stages': 'routers:0.5;block:0.25;final_norm'})
+
+
+def test_memory_is_that_of_the_stage_that_trains_most():
+  assert handover.largest(LARGEST_BETWEEN) == (10, 'block')
+  # Two moments, a count of steps for each of two stages, and that of the schedule.
+  size = 8 * trainable.count_parameters(tiny_run.CONFIG.model, 'block') + 3 * 4
+  shown = handover.describe(LARGEST_BETWEEN, tiny_run.MESH)
+  assert 'from step 1 routers (64 parameters), from step 11 block (9.28 k parameters), from' in shown
+  assert f'optimiser state {byte_count(size)} a device (of block, the most)' in shown
+
+
+@pytest.mark.slow
 def test_the_planner_knows_what_is_trained():
-  config = with_changes(tiny_run.CONFIG, train={'stages': 'routers:0.5;block:0.25;final_norm'})
+  config = LARGEST_BETWEEN
   program = ahead_of_time.compile_step(config, tiny_run.MESH, fast=True)
   assert program.config.train.trainable == 'block'
   assert program.optimizer_bytes == 8 * trainable.count_parameters(config.model, 'block') + COUNTERS
