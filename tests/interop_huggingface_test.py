@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mor_jax.config import ConfigError, DataConfig
 from mor_jax.data import tokenizer as tokenizer_lib
-from mor_jax.interop import huggingface, names, tensors
+from mor_jax.interop import families, huggingface, names, tensors
 
 LLAMA3 = {'rope_scaling': 'llama3', 'rope_scaling_factor': 8.0, 'rope_original_length': 64}
 
@@ -212,19 +212,30 @@ KNOWN = [
   'attention_bias',
   'quantization_config',
   'partial_rotary_factor',
+  'model_type',
+  'sliding_window',
+  'use_sliding_window',
+  'max_window_layers',
+  'layer_types',
+  'no_rope_layers',
+  'no_rope_layer_interval',
 ]
 ROPE = st.dictionaries(
   st.sampled_from(
-    ['rope_type', 'type', 'factor', 'rope_theta', 'original_max_position_embeddings', 'low_freq_factor']
+    ['rope_type', 'type', 'factor', 'rope_theta', 'original_max_position_embeddings', 'mscale', 'truncate']
   ),
-  ANYTHING | st.sampled_from(['llama3', 'linear', 'default']),
+  ANYTHING | st.sampled_from(['llama3', 'linear', 'default', 'yarn', 'dynamic']),
 )
 
 
 @settings(deadline=None, max_examples=200)
-@given(change=st.dictionaries(st.sampled_from(KNOWN), ANYTHING | ROPE, max_size=4))
-def test_any_config_gives_a_model_or_a_sentence(change):
-  config = huggingface.llama_config(tiny.config(kind='vanilla'), None, np.dtype('float32')) | change
+@given(
+  kind=st.sampled_from(sorted(families.FAMILIES)),
+  change=st.dictionaries(st.sampled_from(KNOWN), ANYTHING | ROPE, max_size=4),
+)
+def test_any_config_gives_a_model_or_a_sentence(kind, change):
+  config = huggingface.llama_config(tiny.config(kind='vanilla'), None, np.dtype('float32'))
+  config |= {'model_type': kind, 'use_sliding_window': True, 'sliding_window': 8} | change
   try:
     made = huggingface.model_config(config, 'somewhere')
   except ConfigError:

@@ -9,6 +9,7 @@ import numpy as np
 
 from mor_jax.config import Config, ConfigError, ModelConfig, with_changes
 from mor_jax.config.model import PLAIN_STD
+from mor_jax.config.model_rules import MOST_LAYERS
 from mor_jax.data.conventions import Conventions
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.interop import families, folders, merging, names, rope, tensors, vocabulary, weights
@@ -145,7 +146,7 @@ def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
   model = {
     **sizes,
     **rope.settings(config, read, problems, family.theta),
-    **families.settings(kind, config, sizes['num_layers'], read, problems),
+    **families.settings(kind, config, min(sizes['num_layers'], MOST_LAYERS), read, problems),
     'kind': 'vanilla',
     'num_kv_heads': read.whole('num_key_value_heads', default=kv_heads),
     'head_dim': None if head_dim == usual else head_dim,
