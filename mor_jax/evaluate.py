@@ -38,7 +38,7 @@ from mor_jax.runs.restore import LoadedRun, load_run
 
 FLAGS = flags.FLAGS
 ONLY_TASKS = ('include_path', 'num_fewshot', 'limit', 'routing', 'max_len', 'prefix_token', 'use_cache')
-NOT_TASKS = ('data', 'rows', 'exits', 'contrast', 'router', 'mean_depth')
+NOT_TASKS = ('data', 'data_format', 'rows', 'exits', 'contrast', 'router', 'mean_depth')
 
 
 def define_flags() -> None:
@@ -50,6 +50,9 @@ def define_flags() -> None:
     None,
     'folder of a prepared dataset, or documents as in data.source, all of which are measured; default: the validation '
     'split of the run',
+  )
+  flags.DEFINE_enum(
+    'data_format', None, ['text', 'chat'], 'form of the documents of --data; default: data.format of the run'
   )
   flags.DEFINE_integer(
     'rows', None, 'validation rows to use, 0: all; default: train.eval_rows of the run, of --data all'
@@ -132,6 +135,8 @@ def _check_flags() -> None:
   cli.check_least(rows=0, batch_size=1, step=0, num_fewshot=0, max_len=2)
   if FLAGS.mean_depth is not None and (FLAGS.router != 'confidence' or FLAGS.mean_depth < 1):
     raise ConfigError(f'--mean_depth={FLAGS.mean_depth:g} is for --router=confidence, and at least 1')
+  if FLAGS.data_format and not FLAGS.data:
+    raise ConfigError(f'--data_format={FLAGS.data_format} is the form of --data, which is not given')
   if FLAGS.contrast and not FLAGS.exits:
     raise ConfigError(f'--contrast={",".join(FLAGS.contrast)} is for --exits, which is not given')
   for name in NOT_TASKS if FLAGS.tasks else ONLY_TASKS:
@@ -158,7 +163,7 @@ def _load() -> LoadedRun:
 
 
 def _held_out(console: Console, run: LoadedRun) -> dict:
-  dataset = held_out.open_data(run, FLAGS.data, partial(print_line, console))
+  dataset = held_out.open_data(run, FLAGS.data, partial(print_line, console), FLAGS.data_format)
   default = run.config.train.eval_rows if FLAGS.data is None else 0
   rows = (default if FLAGS.rows is None else FLAGS.rows) or None
   batch_size = FLAGS.batch_size or 8 * len(jax.devices())

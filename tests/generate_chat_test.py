@@ -106,6 +106,17 @@ def test_training_and_evaluation_count_what_the_assistant_says(tuned):
   assert result['nll'] < 0.6 * first['train/loss'], 'it has learned something'
 
 
+def test_a_tuned_run_is_measured_on_texts_too(tuned, tmp_path):
+  (tmp_path / 'text.txt').write_text('the boats came in before the storm ' * 40)
+  run, source = load_run(tuned[1]), f'files:{tmp_path}/text.txt'
+  with pytest.raises(ConfigError, match='reads conversations from'):
+    held_out.open_data(run, source)
+  dataset = held_out.open_data(run, source, form='text')
+  rows = next(loader.validation_batches(dataset, 2, 2))
+  assert 'loss_mask' not in rows
+  assert bytes((rows['tokens'][0, 1:10] % 256).tolist()) == b'he boats '
+
+
 def test_the_run_keeps_the_template_when_the_file_is_gone(tuned, tmp_path):
   _, folder = tuned
   run = load_run(folder)

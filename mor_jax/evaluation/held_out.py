@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from mor_jax.config import ConfigError, ModelConfig
+from mor_jax.config import ConfigError, DataConfig, ModelConfig
 from mor_jax.data import corpus, loader
 from mor_jax.data import dataset as dataset_lib
 from mor_jax.data.manifest import SplitCounts
@@ -46,13 +46,17 @@ def ways(model: ModelConfig, chooser: str | None = None) -> list[Way]:
 
 
 def open_data(
-  run: LoadedRun, source: str | None, report: Callable[[str], None] = lambda line: None
+  run: LoadedRun,
+  source: str | None,
+  report: Callable[[str], None] = lambda line: None,
+  form: str | None = None,
 ) -> loader.Dataset:
   """The dataset to evaluate a run on.
 
   Args:
     source: folder of a prepared dataset, of which its validation split counts; or documents in the format of
       `data.source`, all of which count, prepared with the run's tokenizer; None: the run's own data.
+    form: of the documents, as `data.format`; None: that of the run.
 
   Raises:
     ConfigError: the dataset is unreadable, or its tokenizer differs from the run's.
@@ -70,9 +74,12 @@ def open_data(
     dataset = dataset_lib.open_dataset(folder)
   else:
     everything = {'validation_fraction': corpus.ALL, 'max_documents': None, 'live': False}
-    named = dataclasses.replace(data, source=source, tokenizer=str(path), **everything)
-    if data.format == 'chat':
-      named = dataclasses.replace(named, chat_template=str(run.folder.path))
+    form = form or data.format
+    if form == 'chat':
+      everything |= {'chat_template': str(run.folder.path)}
+    else:
+      everything |= {'chat_template': None, 'too_long': DataConfig().too_long}
+    named = dataclasses.replace(data, source=source, format=form, tokenizer=str(path), **everything)
     dataset = loader.open_dataset(named, report)
   if dataset.manifest.tokenizer_digest != tokenizer.digest:
     raise ConfigError(
