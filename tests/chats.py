@@ -7,6 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from mor_jax.data import tokenizer as tokenizers
 from mor_jax.data.chats import Chats
+from mor_jax.data.messages import Conversation
 from mor_jax.data.templates import Template
 
 TEXT = (pathlib.Path(__file__).parent / 'texts' / 'harbour.txt').read_text()
@@ -106,3 +107,9 @@ def tokenizer() -> tokenizers.Tokenizer:
 def chats(source: str) -> Chats:
   """A template with that vocabulary."""
   return Chats(Template(source, TOKENS), tokenizer())
+
+
+def said(source: str, conversation: list[dict], first: int = 0) -> list[str]:
+  """What a template's mask says that the assistant says."""
+  found = chats(source).render(Conversation(conversation, first))
+  return [found.text[begin:end] for begin, end in found.learned]
