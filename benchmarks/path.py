@@ -1,0 +1,299 @@
+"""From an open model to a server, by the commands that users give: python -m benchmarks.path --model=SMOLLM2 --corpus=FOLDER
+
+  uptrain     the model becomes a MoR of two recursions: layers picked stepwise, residual gates, distilled
+  tune        it learns to answer: questions about Python's library, the loss on the answers
+  evaluate    both runs and the original, on text and on answers that were held out
+  export      a folder for transformers, with its own PyTorch module
+  ask         some questions, greedily: mor_jax.generate, transformers without mor_jax, and mor_jax.serve must give
+              the same tokens
+
+SMOLLM2 is a Llama checkpoint of SmolLM2-135M, or another model that is read; --shape=qwen3 takes a small random model of
+Qwen3's shape with its tokenizer instead. FOLDER has .txt files in English. Everything goes to --workdir, what is there
+already is not made again, and what the commands print is kept there. Writes benchmarks/results/path.* (path_qwen3.*),
+and fails where answers differ or the uptrained model is not within --within nats of the original.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+from absl import flags
+
+from benchmarks import path_model, results, serving_process
+from mor_jax import cli
+from mor_jax.config import ConfigError
+from mor_jax.data import tokenizer as tokenizers
+from mor_jax.errors import RunError
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string('model', None, 'folder of a Llama-type checkpoint with its tokenizer')
+flags.DEFINE_string('corpus', None, 'folder with .txt files')
+flags.DEFINE_string('workdir', 'runs/path', 'where everything goes')
+flags.DEFINE_enum(
+  'shape', None, ['qwen3'], 'a small random model of this shape in place of the weights of --model'
+)
+flags.DEFINE_integer('steps', 240, 'optimiser steps of the uptraining')
+flags.DEFINE_integer('tune_steps', 120, 'optimiser steps of the tuning')
+flags.DEFINE_integer('batch', 4, 'rows in a step')
+flags.DEFINE_integer('questions', 8, 'that are asked')
+flags.DEFINE_float('within', 1.0, 'nats per token that the uptrained model may be worse than the original')
+
+HELD_OUT = 20  # every so many-th file
+ROW, ANSWER = 128, 32  # tokens
+EVALUATED = 64  # rows
+
+
+def main() -> int:
+  """Goes the path; 1 if something is not as it must be."""
+  for name in ('model', 'corpus'):
+    if not FLAGS[name].value:
+      raise ConfigError(f'--{name} is missing (--help says what it is)')
+  place = Path(FLAGS.workdir)
+  place.mkdir(parents=True, exist_ok=True)
+  source = _source(place)
+  train_on, held_out = _split(Path(FLAGS.corpus), place)
+  seconds: dict[str, float] = {}
+
+  def run(name: str, *arguments: str, done: Path | None = None) -> None:
+    seconds[name] = _run(place, name, arguments, done)
+
+  model = path_model.settings(FLAGS.shape)
+  mor, tuned, exported = place / 'mor', place / 'tuned', place / 'exported'
+  sizes = [
+    f'--config.data.seq_len={ROW}',
+    f'--config.train.global_batch={FLAGS.batch}',
+    '--config.train.accumulation=1',
+  ]
+  sizes += ['--config.model.dtype=float32', '--config.train.log_every=10', *model]
+  run(
+    'uptrain',
+    *(
+      'mor_jax.train',
+      '--config=configs/uptrain_smollm2_135m.py',
+      f'--init_from={source}',
+      f'--workdir={mor}',
+    ),
+    f'--config.data.source=files:{train_on}/*.txt',
+    *(f'--config.train.steps={FLAGS.steps}', '--config.distill.weight=1', *sizes),
+    f'--config.model.capacity_warmup_steps={FLAGS.steps // 3}',
+    f'--config.train.warmup_steps={max(FLAGS.steps // 20, 1)}',
+    *('--config.checkpoint.every_steps=40', '--config.train.eval_every=80', '--config.train.eval_rows=32'),
+    done=mor / 'summary.json',
+  )
+  run(
+    'tune',
+    *('mor_jax.train', '--config=configs/sft_smollm2_135m.py', f'--init_from={mor}', f'--workdir={tuned}'),
+    *('--config.data.source=embedded', f'--config.data.chat_template={path_model.write_template(place)}'),
+    *(f'--config.train.steps={FLAGS.tune_steps}', *sizes, '--config.train.learning_rate=2e-4'),
+    '--config.model.capacity_warmup_steps=0',
+    f'--config.train.warmup_steps={max(FLAGS.tune_steps // 20, 1)}',
+    *('--config.checkpoint.every_steps=40', '--config.train.eval_every=60', '--config.train.eval_rows=32'),
+    done=tuned / 'summary.json',
+  )
+  original = place / 'original'
+  run(
+    'convert',
+    'mor_jax.convert',
+    f'--checkpoint={source}',
+    f'--output={original}',
+    done=original / 'config.json',
+  )
+  losses = {}
+  for name, checkpoint in (('original', original), ('mor', mor), ('tuned', tuned)):
+    output = place / f'evaluation-{name}.json'
+    text = (
+      f'--data=files:{held_out}/*.txt',
+      '--data_format=text',
+      f'--rows={EVALUATED}',
+      '--dtype=float32',
+      f'--output={output}',
+    )
+    run(f'evaluate {name}', 'mor_jax.evaluate', f'--checkpoint={checkpoint}', *text, done=output)
+    losses[name] = _losses(output)
+  answers = place / 'evaluation-answers.json'
+  run('evaluate answers', 'mor_jax.evaluate', f'--checkpoint={tuned}', f'--output={answers}', done=answers)
+  losses['answers'] = _losses(answers)
+  run(
+    'export',
+    *('mor_jax.convert', f'--checkpoint={tuned}', '--to=transformers', f'--output={exported}'),
+    done=exported / 'config.json',
+  )
+  asked = _ask(place, tuned, exported, run)
+  return report(losses, asked, seconds, _tokens_until(mor, losses['original']['threshold'] + FLAGS.within))
+
+
+def report(
+  losses: dict[str, dict[str, float]], asked: dict[str, Any], seconds: dict[str, float], until: int | None
+) -> int:
+  """Prints and keeps the table; returns 1 where something is not as it must be."""
+  faults = [
+    f'{name} gives other answers than mor_jax.generate'
+    for name in ('transformers', 'server')
+    if not asked[name]
+  ]
+  gap = losses['mor']['threshold'] - losses['original']['threshold']
+  if gap > FLAGS.within:
+    faults.append(
+      f'the uptrained model is {gap:.2f} nats behind the original, more than --within={FLAGS.within}'
+    )
+  rows = [
+    [name, *(f'{losses[name][routing]:.3f}' for routing in ('topk', 'threshold'))]
+    for name in ('original', 'mor', 'tuned', 'answers')
+  ]
+  settings = {
+    'model': FLAGS.shape or Path(FLAGS.model).name,
+    'losses': 'nats per token under top-k and threshold routing, of held-out text and (answers) of the answers to '
+    'held-out questions after the tuning',
+    'uptraining': f'{FLAGS.steps} steps of {FLAGS.batch} x {ROW} tokens, distilled from the original',
+    f'tokens until the validation is within {FLAGS.within} of the original': until or 'not reached',
+    'tuning': f'{FLAGS.tune_steps} steps of {FLAGS.batch} x {ROW} tokens',
+    'answers compared': f'{asked["count"]} of {ANSWER} tokens: transformers {"equal" if asked["transformers"] else "OTHER"}, '
+    f'server {"equal" if asked["server"] else "OTHER"}',
+    'seconds': ', '.join(f'{name} {value:.0f}' for name, value in seconds.items() if value),
+  }
+  print(
+    results.keep(
+      f'path_{FLAGS.shape}' if FLAGS.shape else 'path', ['model', 'top-k', 'threshold'], rows, settings
+    )
+  )
+  for example in asked['examples']:
+    print(f'  {example["question"]!r}\n    {example["answer"]!r}')
+  for fault in faults:
+    print(f'FAULT: {fault}', file=sys.stderr)
+  return int(bool(faults))
+
+
+# ---- what the commands need ----
+
+
+def _source(place: Path) -> Path:
+  """The folder of the model that the path begins with."""
+  if FLAGS.shape is None:
+    return Path(FLAGS.model)
+  folder = place / 'source'
+  if not folder.exists():
+    path_model.write(FLAGS.shape, Path(FLAGS.model), folder)
+  return folder
+
+
+def _split(corpus: Path, place: Path) -> tuple[Path, Path]:
+  """Folders with the files to train on and those held out."""
+  files = sorted(corpus.rglob('*.txt'))
+  if len(files) < HELD_OUT:
+    raise ConfigError(f'--corpus={corpus} has {len(files)} .txt files; at least {HELD_OUT} are needed')
+  folders = place / 'text', place / 'held_out'
+  for number, file in enumerate(files):
+    folder = folders[number % HELD_OUT == 0]
+    folder.mkdir(exist_ok=True)
+    if not (folder / file.name).exists():
+      shutil.copy(file, folder / file.name)
+  return folders
+
+
+def _run(place: Path, name: str, arguments: Sequence[str], done: Path | None) -> float:
+  """Runs a command unless its result is there; returns its seconds, 0 if it did not run.
+
+  Raises:
+    RunError: it failed.
+  """
+  if done is not None and done.exists():
+    return 0.0
+  shown = ' '.join(f"'{part}'" if '*' in part else part for part in arguments)
+  print(f'\n$ python -m {shown}', flush=True)
+  begin, log = time.perf_counter(), place / f'{name.replace(" ", "-")}.log'
+  with log.open('w', encoding='utf-8') as file:
+    ended = subprocess.run(
+      [sys.executable, '-m', *arguments],
+      stdout=file,
+      stderr=subprocess.STDOUT,
+      stdin=subprocess.DEVNULL,
+      check=False,
+    )
+  print('\n'.join(log.read_text(encoding='utf-8').splitlines()[-12:]), flush=True)
+  if ended.returncode:
+    raise RunError(f'{name} failed, exit code {ended.returncode}: {log}')
+  return time.perf_counter() - begin
+
+
+def _losses(file: Path) -> dict[str, float]:
+  """Nats per token by routing; a model without routers has the same under both."""
+  found = json.loads(file.read_text(encoding='utf-8'))['routing']
+  by_routing = {name: found[name]['nll'] for name in found}
+  return {name: by_routing.get(name, next(iter(by_routing.values()))) for name in ('topk', 'threshold')}
+
+
+def _tokens_until(run: Path, loss: float) -> int | None:
+  """Tokens after which the run's own validation was first below a loss; None: never."""
+  for line in (run / 'metrics.jsonl').read_text(encoding='utf-8').splitlines():
+    record = json.loads(line)
+    if record.get('validation/nll', loss) < loss:
+      return record['step'] * FLAGS.batch * ROW
+  return None
+
+
+# ---- the same questions, in three ways ----
+
+
+def _ask(place: Path, tuned: Path, exported: Path, run) -> dict[str, Any]:
+  """Whether transformers and the server answer as mor_jax.generate does."""
+  questions = path_model.questions(FLAGS.questions)
+  tokenizer = tokenizers.Tokenizer.load(exported / 'tokenizer.json')
+  theirs = place / 'answers-transformers.json'
+  asked = place / 'questions.json'
+  asked.write_text(json.dumps(questions), encoding='utf-8')
+  theirs.unlink(missing_ok=True)
+  run('transformers', 'benchmarks.path_transformers', str(exported), str(asked), str(theirs), str(ANSWER))
+  found = json.loads(theirs.read_text(encoding='utf-8'))
+  lines, ours = place / 'prompts.jsonl', place / 'answers.jsonl'
+  lines.write_text(''.join(json.dumps({'tokens': one['prompt']}) + '\n' for one in found), encoding='utf-8')
+  ours.unlink(missing_ok=True)
+  options = f'--max_new_tokens={ANSWER}', '--temperature=0', '--cache_dtype=float32'
+  run(
+    'generate', 'mor_jax.generate', f'--checkpoint={tuned}', f'--input={lines}', f'--output={ours}', *options
+  )
+  answers = [json.loads(line) for line in ours.read_text(encoding='utf-8').splitlines()]
+  flags = [
+    f'--checkpoint={tuned}',
+    '--name=tuned',
+    '--slots=4',
+    '--cache_dtype=float32',
+  ]
+  with serving_process.ours(flags, place) as server:
+    served = [_served(server.address, question) for question in questions]
+  ends = {tokenizer.end_of_text, *(one['end'] for one in found)}
+  same = [
+    one['answer'][: len(answer['tokens'])] == answer['tokens']
+    and set(one['answer'][len(answer['tokens']) :]) <= ends
+    for one, answer in zip(found, answers, strict=True)
+  ]
+  return {
+    'count': len(questions),
+    'transformers': all(same),
+    'server': served == [answer['text'] for answer in answers],
+    'examples': [
+      {'question': question, 'answer': answer['text']}
+      for question, answer in zip(questions[:3], answers, strict=False)
+    ],
+  }
+
+
+def _served(address: str, question: str) -> str:
+  body = {
+    'model': 'tuned',
+    'messages': [{'role': 'user', 'content': question}],
+    'max_tokens': ANSWER,
+    'temperature': 0,
+  }
+  answer = httpx.post(f'{address}/v1/chat/completions', json=body, timeout=600)
+  answer.raise_for_status()
+  return answer.json()['choices'][0]['message']['content']
+
+
+if __name__ == '__main__':
+  cli.run(main, __doc__, with_config=False)
