@@ -200,9 +200,7 @@ def _training(run: StoredWeights, results: Results) -> list[tuple[str, str]]:
     ('peak learning rate', f'{config.train.learning_rate:g}, {config.train.schedule}'),
   ]
   if config.init.source:
-    rows.insert(
-      0, ('begins from', f'`{_without_folders(config.init.source)}`, its layers {config.init.method}')
-    )
+    rows.insert(0, ('begins from', f'`{_without_folders(config.init.source)}`'))
   return rows
 
 

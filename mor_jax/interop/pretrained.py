@@ -91,7 +91,7 @@ def initial_weights(config: Config, source: Pretrained) -> SharedWeights | SameM
     ConfigError: the source is incompatible.
   """
   theirs = source.weights.config
-  if theirs.kind != 'vanilla' or theirs.kv == 'shared':
+  if _is_taken_whole(source):
     if config.init.method != InitConfig().method:
       raise ConfigError(
         f'init.method={config.init.method} picks layers of a vanilla model, and init.source={source.path} has a model of '
@@ -99,6 +99,16 @@ def initial_weights(config: Config, source: Pretrained) -> SharedWeights | SameM
       )
     return SameModel(config.model, source.weights)
   return SharedWeights(config.model, source.weights, config.init.method, config.train.seed)
+
+
+def describe(config: Config, source: Pretrained) -> str:
+  """What becomes of the model, for the user."""
+  return 'as it is' if _is_taken_whole(source) else f'its layers {config.init.method}'
+
+
+def _is_taken_whole(source: Pretrained) -> bool:
+  """Whether layers of the model share something, so that none can be picked."""
+  return source.weights.config.kind != 'vanilla' or source.weights.config.kv == 'shared'
 
 
 def make_teacher(config: Config, opened: Pretrained | None) -> Teacher | None:

@@ -126,7 +126,8 @@ def open_inputs(run: Run) -> tuple[Run, Inputs]:
     run.folder.create(run.config, given.dataset, _conventions(given))
   runtime.barrier('run folder')
   trained = handover.describe(run.config, run.mesh)
-  described = summary.describe_run(run.config, run.mesh, given.dataset, run.folder.path, trained)
+  begun = given.source and pretrained.describe(run.config, given.source)
+  described = summary.describe_run(run.config, run.mesh, given.dataset, run.folder.path, trained, begun)
   print_table(run.console, run.config.name, described)
   if warning := summary.warn_of_repetition(run.config, given.dataset):
     run.report(warning)

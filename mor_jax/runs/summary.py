@@ -17,12 +17,18 @@ MOST_EPOCHS = 4  # repeated text is worth about as much as new text up to here (
 
 
 def describe_run(
-  config: Config, mesh: Mesh, dataset: Dataset, workdir: Path, trained: str | None = None
+  config: Config,
+  mesh: Mesh,
+  dataset: Dataset,
+  workdir: Path,
+  trained: str | None = None,
+  begun: str | None = None,
 ) -> list[Row]:
   """Describes a run: devices, model, cost, data and folder. The config must contain the vocabulary size.
 
   Args:
     trained: which of the parameters are trained, and the memory that takes.
+    begun: what became of the model that it begins from.
   """
   devices = list(mesh.devices.flat)
   axes = ' '.join(f'{axis}={size}' for axis, size in mesh.shape.items())
@@ -36,7 +42,7 @@ def describe_run(
   if config.model.kind == 'mor':
     rows += [('capacities', _capacities(config.model, config.data.seq_len))]
   if config.init.source:
-    rows += [('begins from', f'{config.init.source}, its layers {config.init.method}')]
+    rows += [('begins from', config.init.source + (f', {begun}' if begun else ''))]
   if config.distill.weight:
     rows += [('teacher', config.distill.teacher or config.init.source)]
   return [
