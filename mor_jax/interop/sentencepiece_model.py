@@ -5,14 +5,13 @@ from pathlib import Path
 import tokenizers
 
 NAME = 'tokenizer.model'
-_NEEDS = ('transformers', 'sentencepiece', 'google.protobuf')
 
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:
   """What transformers makes of a tokenizer.model, with the files beside it. Raises ValueError if it cannot be used."""
   try:
-    for name in _NEEDS:
-      __import__(name)
+    import google.protobuf  # noqa: F401: transformers needs these two
+    import sentencepiece  # noqa: F401
     import transformers
   except ImportError as error:
     raise ValueError(
