@@ -10,7 +10,7 @@ import safetensors.numpy
 
 from mor_jax.config import Config, ConfigError, DataConfig, with_changes
 from mor_jax.data import tokenizer as tokenizer_lib
-from mor_jax.interop import huggingface, official, pretrained, sentencepiece_model
+from mor_jax.interop import huggingface, official, pretrained
 from mor_jax.interop.weights import HeldWeights
 from tests import tiny
 
@@ -58,7 +58,6 @@ def test_a_sentencepiece_tokenizer_says_what_it_needs(tmp_path, monkeypatch):
   save(tmp_path / 'llama')
   (tmp_path / 'llama' / 'tokenizer.model').write_bytes(b'\n\x0e\n\x05<unk>')
   monkeypatch.setitem(sys.modules, 'sentencepiece', None)
-  monkeypatch.setattr(sentencepiece_model, '_NEEDS', ('sentencepiece',))
   message = r'tokenizer\.model cannot be used .* sentencepiece is not installed: pip install transformers'
   with pytest.raises(ConfigError, match=message):
     huggingface.load(tmp_path / 'llama')

@@ -10,7 +10,7 @@ NAME = 'tokenizer.model'
 def read_backend(path: Path) -> tokenizers.Tokenizer:
   """What transformers makes of a tokenizer.model, with the files beside it. Raises ValueError if it cannot be used."""
   try:
-    import google.protobuf  # noqa: F401: transformers needs these two
+    import google.protobuf  # noqa: F401 (transformers needs these two)
     import sentencepiece  # noqa: F401
     import transformers
   except ImportError as error:
