@@ -213,7 +213,10 @@ def as_run(folder, tokenizer, trainable='all', **change):
   return model, tiny.apply(model)(variables, tiny.tokens(2, 12)).logits
 
 
-@pytest.mark.parametrize('change', [{'kind': 'vanilla', 'kv': 'shared'}, {'share_norms': False}])
+@pytest.mark.parametrize(
+  'change',
+  [{'kind': 'vanilla', 'kv': 'shared'}, pytest.param({'share_norms': False}, marks=pytest.mark.slow)],
+)
 def test_low_rank_changes_are_merged_into_another_run_folder(
   run_convert, tokenizer, tmp_path, change, capsys
 ):

@@ -59,7 +59,7 @@ def test_company_and_order_change_no_token(name):
     assert together == [alone[index] for index in shuffled]
 
 
-@pytest.mark.parametrize('is_invariant', [False, True])
+@pytest.mark.parametrize('is_invariant', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_company_changes_no_bit_where_that_is_asked_for(is_invariant):
   """Log-probabilities of prompts and answers, scored or not, alike or not, beside some that vanish, against each alone."""
   common = tiny_engine.prompt(20, seed=3)
