@@ -46,7 +46,6 @@ def loss_and_gradient(
 ) -> tuple[float, Any, dict[str, int]]:
   """Loss, gradients on the host, and bytes of collectives of the program for that mesh."""
   mesh = mesh_lib.make_mesh(ParallelConfig(*shape), jax.devices()[: int(np.prod(shape))])
-  model = {name: tuple(value) if isinstance(value, list) else value for name, value in model.items()}
   made, variables = tiny.model(**{'vocab_size': 64, **model})
   loss, names = loss_lib.make_loss(made.apply, made.config, chunk, mesh), parameter_axes(made.config)
 
@@ -87,7 +86,10 @@ def main(cases: list[dict[str, Any]]) -> None:
     return shard_map(function, mesh=mesh, **options) if mesh is not None else function
 
   for case in cases:
-    model = case.get('model', {})
+    model = {
+      name: tuple(value) if isinstance(value, list) else value
+      for name, value in case.get('model', {}).items()
+    }
     jax.shard_map = shard_map if case.get('local', True) else only_the_loss
     loss, grads, num_bytes = loss_and_gradient(model, case['mesh'], case.get('chunk', 0))
     first = expected.setdefault(json.dumps(model), grads)
