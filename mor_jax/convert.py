@@ -146,12 +146,12 @@ def merge(source: Path, output: Path, dtype: str | None = None) -> str:
 def publish(source: Path, output: Path, dtype: str | None = None) -> str:
   """A run as a folder that `transformers` opens; returns what it wrote."""
   run = stored.open_run(source)
-  published.check(merging.without_adapters(run).config)
+  weights = checked(merging.without_adapters(run), dtype)
+  published.check(weights.config)
   calibrations = [entry for entry in calibration.read(run.folder.calibrations) if entry.step == run.step]
   longest, conventions = run.run_config.data.seq_len, run.conventions()
   texts = published.Texts(run.tokenizer(), conventions, longest, run.step, tuple(calibrations))
-  weights = checked(merging.without_adapters(run), dtype)
-  published.write(output, weights, texts, model_card.write(run, texts, output.name))
+  published.write(output, weights, texts, model_card.write(run, weights, texts, output.name))
   return f'the model of step {run.step}, for transformers,'
 
 

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import shutil
 import sys
@@ -236,6 +237,19 @@ def test_a_card_names_the_command_for_what_was_not_measured(run_folder, tmp_path
   assert str(tmp_path) not in card
 
 
+def test_a_card_is_about_the_weights_that_are_published(tmp_path):
+  """Low-rank changes merged, in another dtype."""
+  config, _, variables = build('vanilla adapted')
+  whole = with_changes(Config(name='adapted', model=config), data={'seq_len': LENGTH})
+  stored.write_model(tmp_path / 'run', whole, HeldWeights(config, variables), TEXTS.tokenizer, 'a test')
+  run_convert(checkpoint=tmp_path / 'run', to='transformers', output=tmp_path / 'hub', dtype='bfloat16')
+  opened, card = published.open_folder(tmp_path / 'hub'), (tmp_path / 'hub' / 'README.md').read_text()
+  assert opened.weights.config.lora_rank == 0
+  size = sum(math.prod(shape) for shape in opened.weights.shapes.values())
+  assert f'| parameters | {size:,}, of these' in card
+  assert '| stored as | bfloat16; computed as float32 in training |' in card
+
+
 @pytest.mark.parametrize('name', ['vanilla shared sequence', 'recursive relaxed', 'token limited'])
 def test_every_kind_of_model_has_a_card(name, tmp_path):
   config, _, variables = build(name)
@@ -243,7 +257,8 @@ def test_every_kind_of_model_has_a_card(name, tmp_path):
   stored.write_model(
     tmp_path / 'run', config, HeldWeights(config.model, variables), TEXTS.tokenizer, 'a test'
   )
-  card = model_card.write(stored.open_run(tmp_path / 'run'), TEXTS, 'hub')
+  run = stored.open_run(tmp_path / 'run')
+  card = model_card.write(run, run, TEXTS, 'hub')
   assert ('## Depths' in card) == (config.model.kind == 'mor')
   assert f'| kind | {config.model.kind} |' in card
   assert '- "a/b"\n---\n' in card, 'the data are named as the Hub names them'

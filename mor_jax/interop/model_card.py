@@ -13,6 +13,7 @@ from typing import Any
 from mor_jax.config import ModelConfig
 from mor_jax.files import parse_json
 from mor_jax.interop.published import Texts
+from mor_jax.interop.weights import Weights
 from mor_jax.model import flops
 from mor_jax.runs.stored import StoredWeights
 from mor_jax.units import duration, quantity
@@ -30,22 +31,25 @@ class Results:
   data: dict[str, Any]
 
 
-def write(run: StoredWeights, texts: Texts, name: str) -> str:
+def write(run: StoredWeights, weights: Weights, texts: Texts, name: str) -> str:
   """The card in Markdown, with the YAML that the Hub reads in front.
 
   Args:
+    run: that the model comes from.
+    weights: as they are published: low-rank changes may be merged, and the dtype may be another.
     name: of the folder.
   """
+  config = weights.config
   results = _results(run)
   parts = (
-    _front_matter(run),
-    f'# {run.run_config.name}\n\n{_first_sentence(run.config)}',
+    _front_matter(run, config),
+    f'# {run.run_config.name}\n\n{_first_sentence(config)}',
     _use(name, texts),
-    _section('Architecture', ('', ''), _architecture(run, texts)),
+    _section('Architecture', ('', ''), _architecture(weights, texts)),
     _section('Training', ('', ''), _training(run, results)),
     _losses(run, results),
     _depths(run, results),
-    _limits(run.config, texts),
+    _limits(config, texts),
     _licence(),
   )
   return '\n\n'.join(part for part in parts if part) + '\n'
@@ -76,7 +80,7 @@ def _without_folders(source: str) -> str:
   return ','.join(parts)
 
 
-def _front_matter(run: StoredWeights) -> str:
+def _front_matter(run: StoredWeights, config: ModelConfig) -> str:
   source = run.run_config.data.source
   dataset = source.removeprefix('hf:').split('@')[0].split('/') if source.startswith('hf:') else []
   lines = [
@@ -86,7 +90,7 @@ def _front_matter(run: StoredWeights) -> str:
     'library_name: transformers',
     'pipeline_tag: text-generation',
     'tags:',
-    *(f'- {tag}' for tag in ('mor_jax', 'custom_code', _kind(run.config).lower().replace(' ', '-'))),
+    *(f'- {tag}' for tag in ('mor_jax', 'custom_code', _kind(config).lower().replace(' ', '-'))),
   ]
   if len(dataset) >= 2:
     lines += ['datasets:', f'- {json.dumps("/".join(dataset[:2]))}']
@@ -142,8 +146,8 @@ def _section(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> 
   return f'## {title}\n\n' + '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
-def _architecture(run: StoredWeights, texts: Texts) -> list[tuple[str, str]]:
-  config, count = run.config, flops.count_parameters(run.config)
+def _architecture(weights: Weights, texts: Texts) -> list[tuple[str, str]]:
+  config, count = weights.config, flops.count_parameters(weights.config)
   ends = '1 + ' if config.unique_ends else ''
   layers = f'{config.num_layers}'
   if config.kind != 'vanilla':
@@ -164,7 +168,7 @@ def _architecture(run: StoredWeights, texts: Texts) -> list[tuple[str, str]]:
     ),
     ('vocabulary', f'{config.vocab_size:,}'),
     ('text length', f'{texts.longest:,} tokens'),
-    ('stored as', f'{run.dtypes["params/final_norm/scale"]}; computed as {config.dtype} in training'),
+    ('stored as', f'{weights.dtypes["params/final_norm/scale"]}; computed as {config.dtype} in training'),
   ]
   if config.kind == 'mor':
     shares = ', '.join(f'{capacity:.3g}' for capacity in config.step_capacities)
