@@ -10,7 +10,7 @@ import tiny_run
 from mor_jax.config import with_changes
 from mor_jax.model import flops
 from mor_jax.training import budget, optimizer, phases
-from mor_jax.training.capacities import MOST_SIZES
+from mor_jax.training.stairs import MOST_PROGRAMS
 
 CONFIG = tiny_run.CONFIG
 
@@ -61,7 +61,7 @@ def test_capacities_and_batch_together_take_at_most_eight_sizes():
   ramp = {'global_batch': 64, 'accumulation': 16, 'ramp_batch': 8, 'ramp_steps': 12, 'steps': 200}
   config = with_changes(CONFIG, model={'capacity_warmup_steps': 10}, train=ramp)
   plan = phases.plan(config)
-  assert len(plan) <= MOST_SIZES
+  assert len(plan) <= MOST_PROGRAMS
   assert [first for first, _ in plan] == sorted({0, 4, 8, 12, 2, 5, 7, 10})
   rows = {first: (phase.train.global_batch, phase.train.accumulation) for first, phase in plan}
   assert [rows[first] for first in (0, 4, 8, 12)] == [(8, 2), (16, 4), (32, 8), (64, 16)]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from mor_jax.config import Config, ConfigError, ModelConfig, with_changes
 from mor_jax.data import schedule
 from mor_jax.model import flops
-from mor_jax.training import capacities, growth
+from mor_jax.training import capacities, growth, stairs
 
 LOOKS = 20  # at how many steps a budget pays for, where their cost depends on how many there are
 
@@ -36,16 +36,16 @@ def train_flops_per_token(config: Config) -> float:
 def _mean_over_steps(config: Config, of_step: Callable[[ModelConfig, int | None], float]) -> float:
   """Mean over a training's steps of what depends on capacities and recursions of a step."""
   warmed, grown, steps = (
-    capacities.stairs(config, capacities.MOST_SIZES - 1),
+    capacities.stairs(config, stairs.MOST_PROGRAMS - 1),
     growth.stairs(config),
     config.train.steps,
   )
   firsts = sorted({first for first, _ in (*warmed, *grown) if first < steps})
   total = 0.0
   for first, end in zip(firsts, [*firsts[1:], steps], strict=True):
-    own = growth.at(warmed, first)
+    own = stairs.at(warmed, first)
     model = config.model if own is None else dataclasses.replace(config.model, capacities=own)
-    total += (end - first) * of_step(model, growth.at(grown, first))
+    total += (end - first) * of_step(model, stairs.at(grown, first))
   return total / steps
 
 

@@ -4,8 +4,6 @@ import math
 
 from mor_jax.config import Config
 
-MOST_SIZES = 8  # programs of a training
-
 
 def stairs(config: Config, most: int) -> list[tuple[int, tuple[float, ...] | None]]:
   """(updates completed at its start, capacities) of at most `most` stairs, then None: the config's capacities.

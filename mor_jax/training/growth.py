@@ -3,8 +3,6 @@
 A block that is first trained for few passes costs less until it is grown (arXiv 2609.19107 reports what that is worth).
 """
 
-from typing import Any
-
 from mor_jax.config import Config
 
 
@@ -17,8 +15,3 @@ def stairs(config: Config) -> list[tuple[int, int | None]]:
   if growth is None:
     return [(0, config.train.recursions)]
   return [(0, 1), *((round(share * steps), count) for count, share in enumerate(growth, start=2))]
-
-
-def at(parts: list[tuple[int, Any]], step: int) -> Any:
-  """What holds after so many steps, of parts as of `stairs`."""
-  return next(value for begin, value in reversed(parts) if begin <= step)

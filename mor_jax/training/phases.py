@@ -17,7 +17,7 @@ from mor_jax.data import schedule
 from mor_jax.data.packing import ROW_ARRAYS
 from mor_jax.model.transformer import Transformer
 from mor_jax.parallel import device_memory
-from mor_jax.training import capacities, distillation, growth, handover, trainable
+from mor_jax.training import capacities, distillation, growth, handover, stairs, trainable
 from mor_jax.training.distillation import Teacher
 from mor_jax.training.optimizer import make_optimizer
 from mor_jax.training.state import TrainState
@@ -32,13 +32,13 @@ def plan(config: Config) -> list[tuple[int, Config]]:
   """
   batches, grown = schedule.of(config.train), growth.stairs(config)
   trained = trainable.stages_of(config.train)
-  left = capacities.MOST_SIZES - sum(len(stairs) - 1 for stairs in (batches.stages, grown, trained))
+  left = stairs.MOST_PROGRAMS - sum(len(changes) - 1 for changes in (batches.stages, grown, trained))
   warmed = capacities.stairs(config, max(1, left - 1))
   phases = []
   for first in sorted({first for first, _ in (*warmed, *batches.stages, *grown, *trained)}):
-    own = growth.at(warmed, first)
+    own = stairs.at(warmed, first)
     constant = {'growth': None, 'stages': None}
-    changing = {'recursions': growth.at(grown, first), 'trainable': growth.at(trained, first)}
+    changing = {'recursions': stairs.at(grown, first), 'trainable': stairs.at(trained, first)}
     phase = with_changes(config, train={**changing, **constant})
     if len(batches.stages) > 1:
       batch = {'global_batch': batches.rows(first), 'accumulation': batches.micro_batches(first)}
