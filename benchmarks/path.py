@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,84 +49,105 @@ ROW, ANSWER = 128, 32  # tokens
 EVALUATED = 64  # rows
 
 
+Run = Callable[..., None]
+"""Runs a command, `run(name, module, *flags, done=result)`, unless its result is there."""
+
+
 def main() -> int:
   """Goes the path; 1 if something is not as it must be."""
   for name in ('model', 'corpus'):
     if not FLAGS[name].value:
       raise ConfigError(f'--{name} is missing (--help says what it is)')
-  place = Path(FLAGS.workdir)
+  place, seconds = Path(FLAGS.workdir), {}
   place.mkdir(parents=True, exist_ok=True)
-  source = _source(place)
-  train_on, held_out = _split(Path(FLAGS.corpus), place)
-  seconds: dict[str, float] = {}
 
   def run(name: str, *arguments: str, done: Path | None = None) -> None:
     seconds[name] = _run(place, name, arguments, done)
 
-  model = path_model.settings(FLAGS.shape)
-  mor, tuned, exported = place / 'mor', place / 'tuned', place / 'exported'
-  sizes = [
-    f'--config.data.seq_len={ROW}',
-    f'--config.train.global_batch={FLAGS.batch}',
-    '--config.train.accumulation=1',
-  ]
-  sizes += ['--config.model.dtype=float32', '--config.train.log_every=10', *model]
+  source, (text, held_out) = _source(place), _split(Path(FLAGS.corpus), place)
+  uptrain(run, place, source, text)
+  tune(run, place)
+  losses = evaluate(run, place, source, held_out)
+  exported = place / 'exported'
+  export = ('mor_jax.convert', f'--checkpoint={place / "tuned"}', '--to=transformers', f'--output={exported}')
+  run('export', *export, done=exported / 'config.json')
+  asked = _ask(place, exported, run)
+  until = _tokens_until(place / 'mor', losses['original']['threshold'] + FLAGS.within)
+  return report(losses, asked, seconds, until)
+
+
+# ---- the commands ----
+
+
+def uptrain(run: Run, place: Path, source: Path, text: Path) -> None:
+  """The model becomes a MoR."""
   run(
     'uptrain',
-    *(
-      'mor_jax.train',
-      '--config=configs/uptrain_smollm2_135m.py',
-      f'--init_from={source}',
-      f'--workdir={mor}',
-    ),
-    f'--config.data.source=files:{train_on}/*.txt',
-    *(f'--config.train.steps={FLAGS.steps}', '--config.distill.weight=1', *sizes),
+    *('mor_jax.train', '--config=configs/uptrain_smollm2_135m.py', f'--workdir={place / "mor"}'),
+    *(f'--init_from={source}', f'--config.data.source=files:{text}/*.txt', '--config.distill.weight=1'),
+    *_sizes(FLAGS.steps),
     f'--config.model.capacity_warmup_steps={FLAGS.steps // 3}',
-    f'--config.train.warmup_steps={max(FLAGS.steps // 20, 1)}',
-    *('--config.checkpoint.every_steps=40', '--config.train.eval_every=80', '--config.train.eval_rows=32'),
-    done=mor / 'summary.json',
+    '--config.train.eval_every=80',
+    done=place / 'mor' / 'summary.json',
   )
+
+
+def tune(run: Run, place: Path) -> None:
+  """It learns to answer."""
   run(
     'tune',
-    *('mor_jax.train', '--config=configs/sft_smollm2_135m.py', f'--init_from={mor}', f'--workdir={tuned}'),
-    *('--config.data.source=embedded', f'--config.data.chat_template={path_model.write_template(place)}'),
-    *(f'--config.train.steps={FLAGS.tune_steps}', *sizes, '--config.train.learning_rate=2e-4'),
-    '--config.model.capacity_warmup_steps=0',
-    f'--config.train.warmup_steps={max(FLAGS.tune_steps // 20, 1)}',
-    *('--config.checkpoint.every_steps=40', '--config.train.eval_every=60', '--config.train.eval_rows=32'),
-    done=tuned / 'summary.json',
+    *('mor_jax.train', '--config=configs/sft_smollm2_135m.py', f'--workdir={place / "tuned"}'),
+    *(f'--init_from={place / "mor"}', '--config.data.source=embedded'),
+    f'--config.data.chat_template={path_model.write_template(place)}',
+    *_sizes(FLAGS.tune_steps),
+    *('--config.train.learning_rate=2e-4', '--config.model.capacity_warmup_steps=0'),
+    '--config.train.eval_every=60',
+    done=place / 'tuned' / 'summary.json',
   )
-  original = place / 'original'
-  run(
-    'convert',
-    'mor_jax.convert',
-    f'--checkpoint={source}',
-    f'--output={original}',
-    done=original / 'config.json',
-  )
+
+
+def _sizes(steps: int) -> list[str]:
+  """Settings of a training that two cores can do."""
+  train = {
+    'steps': steps,
+    'global_batch': FLAGS.batch,
+    'accumulation': 1,
+    'warmup_steps': max(steps // 20, 1),
+  }
+  train |= {'log_every': 10, 'eval_rows': 32}
+  return [
+    *(f'--config.train.{name}={value}' for name, value in train.items()),
+    f'--config.data.seq_len={ROW}',
+    '--config.model.dtype=float32',
+    '--config.checkpoint.every_steps=40',
+    *path_model.settings(FLAGS.shape),
+  ]
+
+
+def evaluate(run: Run, place: Path, source: Path, held_out: Path) -> dict[str, dict[str, float]]:
+  """Losses by model and routing: of the original and both runs on text, and of the tuned one on answers."""
+  original, losses = place / 'original', {}
+  convert = 'mor_jax.convert', f'--checkpoint={source}', f'--output={original}'
+  run('convert', *convert, done=original / 'config.json')
   _shorten_rows(original)
-  losses = {}
-  for name, checkpoint in (('original', original), ('mor', mor), ('tuned', tuned)):
+  text = f'--data=files:{held_out}/*.txt', '--data_format=text', f'--rows={EVALUATED}', '--dtype=float32'
+  for name, folder, more in (
+    ('original', original, text),
+    ('mor', place / 'mor', text),
+    ('tuned', place / 'tuned', text),
+    ('answers', place / 'tuned', ()),
+  ):
     output = place / f'evaluation-{name}.json'
-    text = (
-      f'--data=files:{held_out}/*.txt',
-      '--data_format=text',
-      f'--rows={EVALUATED}',
-      '--dtype=float32',
+    run(
+      f'evaluate {name}',
+      'mor_jax.evaluate',
+      f'--checkpoint={folder}',
+      *more,
       f'--output={output}',
+      done=output,
     )
-    run(f'evaluate {name}', 'mor_jax.evaluate', f'--checkpoint={checkpoint}', *text, done=output)
     losses[name] = _losses(output)
-  answers = place / 'evaluation-answers.json'
-  run('evaluate answers', 'mor_jax.evaluate', f'--checkpoint={tuned}', f'--output={answers}', done=answers)
-  losses['answers'] = _losses(answers)
-  run(
-    'export',
-    *('mor_jax.convert', f'--checkpoint={tuned}', '--to=transformers', f'--output={exported}'),
-    done=exported / 'config.json',
-  )
-  asked = _ask(place, tuned, exported, run)
-  return report(losses, asked, seconds, _tokens_until(mor, losses['original']['threshold'] + FLAGS.within))
+  return losses
 
 
 def report(
@@ -249,9 +270,9 @@ def _tokens_until(run: Path, loss: float) -> int | None:
 # ---- the same questions, in three ways ----
 
 
-def _ask(place: Path, tuned: Path, exported: Path, run) -> dict[str, Any]:
+def _ask(place: Path, exported: Path, run: Run) -> dict[str, Any]:
   """Whether transformers and the server answer as mor_jax.generate does."""
-  questions = path_model.questions(FLAGS.questions)
+  tuned, questions = place / 'tuned', path_model.questions(FLAGS.questions)
   tokenizer = tokenizers.Tokenizer.load(exported / 'tokenizer.json')
   theirs = place / 'answers-transformers.json'
   asked = place / 'questions.json'
