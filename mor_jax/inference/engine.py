@@ -24,6 +24,7 @@ from mor_jax.inference.state import DecodeState, Rules
 from mor_jax.model import cache as cache_lib
 from mor_jax.model import cached_attention, decode
 from mor_jax.model.transformer import Transformer, parameter_axes
+from mor_jax.parallel import device_memory
 from mor_jax.parallel import mesh as mesh_lib
 
 DEFAULT_CHUNKS = (16, 64, 256)
@@ -179,7 +180,7 @@ class Engine:
 
   def state_bytes(self) -> int:
     """What `init_state` allocates on each device, most of it keys and values, in bytes."""
-    return shards.bytes_each(self._mesh, jax.eval_shape(self.init_state))
+    return device_memory.bytes_on_a_device(shards.placed(self._mesh, jax.eval_shape(self.init_state)))
 
   def _make(self, function: Callable[..., Any], *arguments: Any) -> Any:
     made = shards.make(self._mesh, function, *arguments)

@@ -7,7 +7,6 @@ once, when the engine is made: a tick reads all of them, so that parts along fsd
 """
 
 import functools
-import math
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -71,15 +70,14 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
   )
 
 
-def bytes_each(mesh: Mesh | None, tree: Any) -> int:
-  """Bytes of a state (arrays or their shapes) on each device."""
-  leaves = jax.tree.leaves(tree)
+def placed(mesh: Mesh | None, shapes: Any) -> Any:
+  """Shapes of a state, each with where it lies between calls."""
   if mesh is None:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-  places = jax.tree.leaves(shardings(mesh, tree))
-  return sum(
-    math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for place, leaf in zip(places, leaves, strict=True)
+    return shapes
+  return jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+    shapes,
+    shardings(mesh, shapes),
   )
 
 

@@ -1,11 +1,11 @@
 """How much memory there is for a program on the devices of this process, and what arrays take of it."""
 
 import contextlib
+import math
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 _MEMINFO = Path('/proc/meminfo')
 _CGROUP = Path('/sys/fs/cgroup')
@@ -42,9 +42,9 @@ def host_free() -> float | None:
 
 
 def bytes_on_a_device(tree: Any) -> int:
-  """Bytes of arrays that have shardings, on one device."""
+  """Bytes of arrays, or of their shapes, on one device; what has no sharding lies on it whole."""
   return sum(
-    leaf.dtype.itemsize * int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
+    leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape)
     for leaf in jax.tree.leaves(tree)
   )
 
