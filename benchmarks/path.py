@@ -3,8 +3,9 @@
   uptrain     the model becomes a MoR of two recursions: layers picked stepwise, residual gates, distilled
   tune        it learns to answer: questions about Python's library, the loss on the answers
   evaluate    both runs and the original, on text and on answers that were held out
+  calibrate   thresholds by which as many tokens take the second recursion as in training
   export      a folder for transformers, with its own PyTorch module
-  ask         some questions, greedily: mor_jax.generate, transformers without mor_jax, and mor_jax.serve must give
+  ask         some questions, greedily, with these thresholds: mor_jax.generate, transformers without mor_jax, and mor_jax.serve must give
               the same tokens
 
 SMOLLM2 is a Llama checkpoint of SmolLM2-135M, or another model that is read; --shape=qwen3 takes a small random model of
@@ -15,12 +16,13 @@ and fails where answers differ or the uptrained model is not within --within nat
 
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 from absl import flags
@@ -47,6 +49,14 @@ flags.DEFINE_float('within', 1.0, 'nats per token that the uptrained model may b
 HELD_OUT = 20  # every so many-th file
 ROW, ANSWER = 128, 32  # tokens
 EVALUATED = 64  # rows
+CAPACITIES = '1,0.5'  # those of the training, for which thresholds are calibrated
+
+
+class Loss(NamedTuple):
+  """Nats per token, and the recursions that tokens took in the mean; None: there are no routers."""
+
+  nll: float
+  depth: float | None
 
 
 Run = Callable[..., None]
@@ -68,11 +78,14 @@ def main() -> int:
   uptrain(run, place, source, text)
   tune(run, place)
   losses = evaluate(run, place, source, held_out)
+  calibrations = place / 'tuned' / 'calibrations.json'
+  calibrate = 'mor_jax.calibrate', f'--checkpoint={place / "tuned"}', f'--capacities={CAPACITIES}'
+  run('calibrate', *calibrate, done=calibrations)
   exported = place / 'exported'
   export = ('mor_jax.convert', f'--checkpoint={place / "tuned"}', '--to=transformers', f'--output={exported}')
   run('export', *export, done=exported / 'config.json')
   asked = _ask(place, exported, run)
-  until = _tokens_until(place / 'mor', losses['original']['threshold'] + FLAGS.within)
+  until = _tokens_until(place / 'mor', losses['original']['threshold'].nll + FLAGS.within)
   return report(losses, asked, seconds, until)
 
 
@@ -124,7 +137,7 @@ def _sizes(steps: int) -> list[str]:
   ]
 
 
-def evaluate(run: Run, place: Path, source: Path, held_out: Path) -> dict[str, dict[str, float]]:
+def evaluate(run: Run, place: Path, source: Path, held_out: Path) -> dict[str, dict[str, Loss]]:
   """Losses by model and routing: of the original and both runs on text, and of the tuned one on answers."""
   original, losses = place / 'original', {}
   convert = 'mor_jax.convert', f'--checkpoint={source}', f'--output={original}'
@@ -151,7 +164,7 @@ def evaluate(run: Run, place: Path, source: Path, held_out: Path) -> dict[str, d
 
 
 def report(
-  losses: dict[str, dict[str, float]], asked: dict[str, Any], seconds: dict[str, float], until: int | None
+  losses: dict[str, dict[str, Loss]], asked: dict[str, Any], seconds: dict[str, float], until: int | None
 ) -> int:
   """Prints and keeps the table; returns 1 where something is not as it must be."""
   faults = [
@@ -159,29 +172,33 @@ def report(
     for name in ('transformers', 'server')
     if not asked[name]
   ]
-  gap = losses['mor']['threshold'] - losses['original']['threshold']
+  gap = losses['mor']['threshold'].nll - losses['original']['threshold'].nll
   if gap > FLAGS.within:
     faults.append(
       f'the uptrained model is {gap:.2f} nats behind the original, more than --within={FLAGS.within}'
     )
   rows = [
-    [name, *(f'{losses[name][routing]:.3f}' for routing in ('topk', 'threshold'))]
-    for name in ('original', 'mor', 'tuned', 'answers')
+    [name, *(number for loss in (of['topk'], of['threshold']) for number in _numbers(loss))]
+    for name, of in losses.items()
   ]
   settings = {
     'model': FLAGS.shape or Path(FLAGS.model).name,
-    'losses': 'nats per token under top-k and threshold routing, of held-out text and (answers) of the answers to '
-    'held-out questions after the tuning',
+    'losses': 'nats per token and recursions of a token under top-k and threshold routing (threshold 0), of held-out '
+    'text and (answers) of the answers to held-out questions after the tuning',
     'uptraining': f'{FLAGS.steps} steps of {FLAGS.batch} x {ROW} tokens, distilled from the original',
     f'tokens until the validation is within {FLAGS.within} of the original': until or 'not reached',
     'tuning': f'{FLAGS.tune_steps} steps of {FLAGS.batch} x {ROW} tokens',
     'answers compared': f'{asked["count"]} of {ANSWER} tokens: transformers {"equal" if asked["transformers"] else "OTHER"}, '
-    f'server {"equal" if asked["server"] else "OTHER"}',
+    f'server {"equal" if asked["server"] else "OTHER"}; recursions of their tokens {asked["depth"]:.2f}, by thresholds '
+    f'calibrated for {CAPACITIES}',
     'seconds': ', '.join(f'{name} {value:.0f}' for name, value in seconds.items() if value),
   }
   print(
     results.keep(
-      f'path_{FLAGS.shape}' if FLAGS.shape else 'path', ['model', 'top-k', 'threshold'], rows, settings
+      f'path_{FLAGS.shape}' if FLAGS.shape else 'path',
+      ['model', 'top-k', 'depth', 'threshold', 'depth '],
+      rows,
+      settings,
     )
   )
   for example in asked['examples']:
@@ -189,6 +206,10 @@ def report(
   for fault in faults:
     print(f'FAULT: {fault}', file=sys.stderr)
   return int(bool(faults))
+
+
+def _numbers(loss: Loss) -> tuple[str, str]:
+  return f'{loss.nll:.3f}', '-' if loss.depth is None else f'{loss.depth:.2f}'
 
 
 # ---- what the commands need ----
@@ -251,10 +272,10 @@ def _shorten_rows(run: Path) -> None:
   path.write_text(json.dumps(config, indent=2), encoding='utf-8')
 
 
-def _losses(file: Path) -> dict[str, float]:
-  """Nats per token by routing; a model without routers has the same under both."""
+def _losses(file: Path) -> dict[str, Loss]:
+  """Losses by routing; a model without routers has the same under both."""
   found = json.loads(file.read_text(encoding='utf-8'))['routing']
-  by_routing = {name: found[name]['nll'] for name in found}
+  by_routing = {name: Loss(one['nll'], one.get('mean_depth')) for name, one in found.items()}
   return {name: by_routing.get(name, next(iter(by_routing.values()))) for name in ('topk', 'threshold')}
 
 
@@ -278,23 +299,18 @@ def _ask(place: Path, exported: Path, run: Run) -> dict[str, Any]:
   asked = place / 'questions.json'
   asked.write_text(json.dumps(questions), encoding='utf-8')
   theirs.unlink(missing_ok=True)
-  run('transformers', 'benchmarks.path_transformers', str(exported), str(asked), str(theirs), str(ANSWER))
+  run(
+    'transformers', 'benchmarks.path_transformers', *map(str, (exported, asked, theirs, ANSWER, CAPACITIES))
+  )
   found = json.loads(theirs.read_text(encoding='utf-8'))
   lines, ours = place / 'prompts.jsonl', place / 'answers.jsonl'
   lines.write_text(''.join(json.dumps({'tokens': one['prompt']}) + '\n' for one in found), encoding='utf-8')
   ours.unlink(missing_ok=True)
-  options = f'--max_new_tokens={ANSWER}', '--temperature=0', '--cache_dtype=float32'
-  run(
-    'generate', 'mor_jax.generate', f'--checkpoint={tuned}', f'--input={lines}', f'--output={ours}', *options
-  )
+  decided = f'--checkpoint={tuned}', f'--capacities={CAPACITIES}', '--cache_dtype=float32'
+  options = f'--input={lines}', f'--output={ours}', f'--max_new_tokens={ANSWER}', '--temperature=0'
+  run('generate', 'mor_jax.generate', *decided, *options)
   answers = [json.loads(line) for line in ours.read_text(encoding='utf-8').splitlines()]
-  flags = [
-    f'--checkpoint={tuned}',
-    '--name=tuned',
-    '--slots=4',
-    '--cache_dtype=float32',
-  ]
-  with serving_process.ours(flags, place) as server:
+  with serving_process.ours([*decided, '--name=tuned', '--slots=4'], place) as server:
     served = [_served(server.address, question) for question in questions]
   ends = {tokenizer.end_of_text, *(one['end'] for one in found)}
   same = [
@@ -302,8 +318,10 @@ def _ask(place: Path, exported: Path, run: Run) -> dict[str, Any]:
     and set(one['answer'][len(answer['tokens']) :]) <= ends
     for one, answer in zip(found, answers, strict=True)
   ]
+  depths = [depth for answer in answers for depth in answer['depths']]
   return {
     'count': len(questions),
+    'depth': statistics.mean(depths),
     'transformers': all(same),
     'server': served == [answer['text'] for answer in answers],
     'examples': [

@@ -1,6 +1,6 @@
 """Answers of an exported model in transformers, where mor_jax cannot be imported (`benchmarks/path.py`).
 
-python -m benchmarks.path_transformers EXPORTED QUESTIONS.json ANSWERS.json NEW_TOKENS
+python -m benchmarks.path_transformers EXPORTED QUESTIONS.json ANSWERS.json NEW_TOKENS CAPACITIES
 """
 
 import json
@@ -11,12 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def main(folder: str, questions: str, output: str, new_tokens: str) -> None:
+def main(folder: str, questions: str, output: str, new_tokens: str, capacities: str) -> None:
   """Writes a prompt, the tokens of the answer and the token that ends a turn for each question."""
   sys.modules['mor_jax'] = None  # whoever imports it fails
   torch.manual_seed(0)
   tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-  model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+  options = {'dtype': torch.float32, 'capacities': [float(one) for one in capacities.split(',')]}
+  model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
   answers = []
   for question in json.loads(Path(questions).read_text(encoding='utf-8')):
     prompt = tokenizer.apply_chat_template(
