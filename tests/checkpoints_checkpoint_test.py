@@ -236,6 +236,28 @@ def test_a_file_system_that_takes_no_more_bytes(state, folder, run, caplog):
     chex.assert_trees_all_equal(checkpoints.restore(10, run.abstract), state)
 
 
+def test_a_half_written_checkpoint_that_still_grows_is_cleared_away_later(state, folder, run, monkeypatch):
+  """Threads of a save that failed may add files while they are removed: the folder is not empty then."""
+  opened, attempts = Checkpoints._open, []
+
+  def grows(checkpoints):
+    attempts.append(1)
+    if len(attempts) < 3:
+      raise OSError(errno.ENOTEMPTY, 'Directory not empty')
+    opened(checkpoints)
+
+  with Checkpoints(folder, SETTINGS, report=lambda text: None) as checkpoints:
+    with monkeypatch.context() as full:
+      full.setattr(integrity, 'publish', _full_disk)
+      checkpoints.save(9, state)
+      checkpoints.await_finished(9)
+    monkeypatch.setattr(Checkpoints, '_open', grows)
+    checkpoints.save(10, state)
+    checkpoints.wait()
+    assert len(attempts) == 3
+    chex.assert_trees_all_equal(checkpoints.restore(10, run.abstract), state)
+
+
 def _full_disk(*_, **__):
   raise OSError(errno.ENOSPC, 'No space left on device')
 

@@ -22,6 +22,7 @@ from mor_jax.errors import RunError
 from mor_jax.parallel import runtime
 
 RETRY_SECONDS = 60.0  # after a save that failed
+OPENING_ATTEMPTS = 5  # of a new checkpointer then, within 3 s
 _REMOVED, _DAMAGED = '.removed', '.damaged'
 _FINISHED = 'finished'  # file in the folder: it says that there once was a finished checkpoint
 
@@ -306,9 +307,22 @@ class Checkpoints:
       # Replaced once and no more: a new one clears away what is half-written, and two would do so at a time.
       with contextlib.suppress(Exception):
         self._checkpointer.close()
-      with contextlib.suppress(Exception):  # a disk that is still full; the next call tries again
+      self._holds_failure = not self._reopened()
+
+  def _reopened(self) -> bool:
+    """Whether there is a new checkpointer; without one the next call tries again.
+
+    What is half-written cannot be cleared away while threads of the save that failed still add files to it, nor,
+    perhaps, on a disk that is still full.
+    """
+    for attempt in range(OPENING_ATTEMPTS):
+      try:
         self._open()
-        self._holds_failure = False
+      except Exception:
+        time.sleep(0.1 * 2**attempt)
+      else:
+        return True
+    return False
 
   def wait(self) -> None:
     """Returns when everything saved is complete on disk.
