@@ -2,7 +2,7 @@
 
 import collections
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
@@ -130,8 +130,12 @@ class Scheduler:
       self.step()
       yield result
 
-  def step(self) -> list[Result]:
-    """Admits queued requests, runs one engine call and returns the results that have finished."""
+  def step(self, meanwhile: Callable[[], None] | None = None) -> list[Result]:
+    """Admits queued requests, runs one engine call and returns the results that have finished.
+
+    Args:
+      meanwhile: called while the device works, or would work: results are still as the last call left them.
+    """
     begin = time.perf_counter()
     self._admit()
     ended = []
@@ -141,9 +145,13 @@ class Scheduler:
       max_finished = 1 if self._queue and self.engine.parts == 1 else None
       drafts_for, called, resident = self._drafts_for(), time.perf_counter(), len(self._resident)
       self._state, tally = self.engine.generate(self._state, self._ticks, max_finished, drafts_for)
+      if meanwhile is not None:
+        meanwhile()
       ended, tally = self._collect(), jax.device_get(tally)
       self.statistics.count(tally)
       self._pace.learn(resident, drafts_for > 0, int(tally.sampled.sum()), time.perf_counter() - called)
+    elif meanwhile is not None:
+      meanwhile()
     self.statistics.seconds += time.perf_counter() - begin
     return ended
 
