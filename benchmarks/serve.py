@@ -41,6 +41,7 @@ SERVER_FLAGS = (
   'max_recursions',
   'prefill_tokens',
   'ticks_per_call',
+  'call_seconds',
   'batch_invariant',
 )
 LATENCIES = ['first piece p50, ms', 'p99, ms', 'between pieces p50, ms', 'p99, ms ']
