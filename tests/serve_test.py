@@ -56,6 +56,19 @@ def test_a_second_signal_leaves_at_once(finished_run):
     assert process.wait(timeout=20) == 0
 
 
+@pytest.mark.slow
+def test_a_signal_while_it_compiles_ends_it(finished_run):
+  process = command(f'--checkpoint={finished_run[1]}', '--port=0')
+  address = re.search(r'http://[\d.:]+', process.stdout.readline())[0]
+  assert httpx.get(f'{address}/health', timeout=60).json()['status'] == 'compiling'
+  process.send_signal(signal.SIGTERM)
+  output, errors = process.communicate(timeout=60)
+  assert process.returncode == 0
+  assert 'draining' in output
+  assert 'ready' not in output
+  assert 'Traceback' not in errors
+
+
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [

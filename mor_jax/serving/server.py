@@ -16,6 +16,7 @@ from mor_jax.config import ConfigError
 from mor_jax.inference.engine import Engine
 from mor_jax.inference.requests import Request
 from mor_jax.serving.application import Application
+from mor_jax.serving.errors import ApiError
 
 WARM_UP_TOKENS = 2
 POLL_SECONDS = 0.05
@@ -105,7 +106,12 @@ def _warm_up(app: Application, address: str, report: Callable[[str], None]) -> N
   for prompts, scored in first_prompts(engine):
     done.clear()
     same = {'max_new_tokens': WARM_UP_TOKENS, 'temperature': 1.0, 'prompt_logprobs': scored}
-    job = app.worker.submit([Request(prompt, **same) for prompt in prompts], done.set)
+    try:
+      job = app.worker.submit([Request(prompt, **same) for prompt in prompts], done.set)
+    except ApiError:
+      if app.worker.is_draining:  # a signal came meanwhile
+        return
+      raise
     while not job.is_finished:
       done.wait(POLL_SECONDS)
   app.is_warm = True
