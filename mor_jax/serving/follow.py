@@ -37,10 +37,10 @@ class Follow:
 
   async def changes(self, gone: 'asyncio.Task | None' = None) -> AsyncIterator[None]:
     """Once for whatever is new, until the job has ended or the client is gone."""
+    if gone is not None:
+      gone.add_done_callback(lambda _: self._event.set())
     while not self.job.is_finished:
-      changed = asyncio.create_task(self._event.wait())
-      await asyncio.wait({changed, gone} if gone else {changed}, return_when=asyncio.FIRST_COMPLETED)
-      changed.cancel()
+      await self._event.wait()
       if gone is not None and gone.done():
         return
       self._event.clear()
