@@ -217,6 +217,7 @@ def _draft(cached, drafting, params, state, sequences):
 # ---- the check ----
 
 
+@jax.named_scope('check')
 def _check(cached, drafting, params, state, sequences, tokens_BT, passed):
   """The remaining recursions and the last layer for all C tokens of each lane together: the state, and `Checked`."""
   taken = chunks.take_steps(

@@ -7,26 +7,29 @@ sizes. Three ways, which give the same:
   fastest on CPU;
 * 'gather': all lanes at once, as many entries as the longest region has. For GPUs, where lanes must
   not wait for each other;
-* 'groups': the same for some lanes after the others, so many that what they read stays on the chip. For
-  TPUs, which would else write it to memory and read it again.
+* 'groups': some lanes after the others, so many that what they read stays on the chip, and as many entries as the
+  longest of their regions has, or a part of it if they see no more. For TPUs, which would else write all of it to memory
+  and read it again. Lanes that see about as many should be neighbours (`order`).
 
 Where entries are scattered (kv='hybrid') they are gathered one by one, whichever of them is asked for.
 """
 
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from mor_jax.model.attention_xla import MASKED_SCORE
-from mor_jax.model.cache import Layout, Pool
+from mor_jax.model.cache import TILE, Layout, Pool
 
 SMALLEST_EXTENT = 64
 READS = ('lanes', 'gather', 'groups')
 GROUP_BYTES = (
-  2**24
-)  # of the keys that a group reads, and of the values as many; a TPU has 64 to 128 MiB on its chip
+  2**23
+)  # of keys that a group reads, values as many: well within the 64 to 128 MiB on a TPU's chip
+PARTS = 4  # of the longest region, that a group may read some of
 
 
 @struct.dataclass
@@ -65,7 +68,7 @@ def attend(
   layer: int | jax.Array,
   view: View,
   kv_heads: int,
-  region: int,
+  regions: tuple[int, ...],
   read: str,
   window: int | None = None,
 ) -> jax.Array:
@@ -74,7 +77,7 @@ def attend(
   Args:
     q_BCHE: rotated queries; head h reads key/value head h // (H / K).
     kv_heads: K.
-    region: entries of the largest region.
+    regions: entries of the regions, rising (`regions_of`).
     read: one of READS.
     window: positions that a token sees, as `view.first_BC` says; None: all.
   """
@@ -83,11 +86,16 @@ def attend(
   if view.entries_BS is not None:
     out_BKGCE = _scattered(q_BKGCE, pool, layer, view)
   else:
+    most = min(regions[-1], pool.keys.shape[2])
     if window is not None:
       view = view.from_first()
-      region = min(region, window) if length == 1 else region  # several may stand far from each other
-    way = {'lanes': _lane_by_lane, 'gather': _all_lanes, 'groups': _in_groups}[read]
-    out_BKGCE = way(q_BKGCE, pool, layer, view, min(region, pool.keys.shape[2]))
+      most = min(most, window) if length == 1 else most  # several may stand far from each other
+    if read == 'gather':
+      out_BKGCE = _all_lanes(q_BKGCE, pool, layer, view, most)
+    elif read == 'lanes':
+      out_BKGCE = _lane_by_lane(q_BKGCE, pool, layer, view, extents(most))
+    else:
+      out_BKGCE = _in_groups(q_BKGCE, pool, layer, view, lengths((*regions, most)))
   return out_BKGCE.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
 
@@ -97,8 +105,19 @@ def extents(region: int) -> tuple[int, ...]:
   return (*powers, region)
 
 
-def _lane_by_lane(q_BKGCE, pool, layer, view, region):
-  sizes = extents(region)
+def lengths(regions: Sequence[int]) -> tuple[int, ...]:
+  """What a group of lanes may read, rising: each of the regions, and some parts of the last, which is the most."""
+  most = regions[-1]
+  parts = {-(-most * part // (PARTS * TILE)) * TILE for part in range(1, PARTS)}
+  return (*sorted(size for size in {*regions, *parts} if size < most), most)
+
+
+def order(seen_B: jax.Array) -> jax.Array:
+  """Numbers of lanes (B,) in the order in which groups of them read least, by the entries that each sees."""
+  return jnp.argsort(-seen_B, stable=True)
+
+
+def _lane_by_lane(q_BKGCE, pool, layer, view, sizes):
   index_B = jnp.searchsorted(jnp.array(sizes), view.limit_BC.max(axis=1))
 
   def branch(size: int):
@@ -124,17 +143,31 @@ def _all_lanes(q_BKGCE, pool, layer, view, region):
   return _softmax_attention(q_BKGCE, found, view.sees(index_B1S) & (index_B1S >= 0))
 
 
-def _in_groups(q_BKGCE, pool, layer, view, region):
-  lane_bytes = region * pool.keys.shape[3] * pool.keys.dtype.itemsize
-  size = max(GROUP_BYTES // lane_bytes, 1)
-  if size >= q_BKGCE.shape[0]:
-    return _all_lanes(q_BKGCE, pool, layer, view, region)
+def groups_of(lanes: int, lane_bytes: int) -> tuple[int, int]:
+  """How many groups so many lanes are read in, each of which may read so many bytes of keys; and lanes of a group."""
+  groups = -(-lanes // max(GROUP_BYTES // lane_bytes, 1))
+  return groups, -(-lanes // groups)
 
-  def one(lane):
-    q_KGCE, view = jax.tree.map(lambda leaf: leaf[None], lane)
-    return _all_lanes(q_KGCE, pool, layer, view, region)[0]
 
-  return jax.lax.map(one, (q_BKGCE, view), batch_size=size)
+def _in_groups(q_BKGCE, pool, layer, view, sizes):
+  batch = q_BKGCE.shape[0]
+  groups, each = groups_of(batch, sizes[-1] * pool.keys.shape[3] * pool.keys.dtype.itemsize)
+  idle = groups * each - batch  # lanes that see nothing
+
+  def split(leaf):
+    filled = jnp.pad(leaf, ((0, idle), *((0, 0),) * (leaf.ndim - 1)))
+    return filled.reshape(groups, each, *leaf.shape[1:])
+
+  def branch(size: int):
+    return lambda q_BKGCE, view: _all_lanes(q_BKGCE, pool, layer, view, size)
+
+  def one(group):
+    q_BKGCE, view = group
+    index = jnp.searchsorted(jnp.array(sizes), view.limit_BC.max())
+    return jax.lax.switch(index, [branch(size) for size in sizes], q_BKGCE, view)
+
+  out = jax.lax.map(one, jax.tree.map(split, (q_BKGCE, view)))
+  return out.reshape(groups * each, *q_BKGCE.shape[1:])[:batch]
 
 
 def _slice(pool, layer, slot, base, size):
@@ -184,6 +217,6 @@ def _by_head(scales_BSK: jax.Array) -> jax.Array:
   return scales_BSK.transpose(0, 2, 1)[:, :, None, :]
 
 
-def largest_region(layout: Layout) -> int:
-  """Entries of the longest region that a token may read."""
-  return layout.max_len if layout.kv == 'shared' else max(layout.places)
+def regions_of(layout: Layout) -> tuple[int, ...]:
+  """Entries of the regions that a token may read, rising."""
+  return (layout.max_len,) if layout.kv == 'shared' else tuple(sorted(set(layout.places)))
