@@ -127,27 +127,35 @@ def compile_decoding(config: ModelConfig, device: jax.Device, asked: Asked) -> P
   if memory is None:
     raise ConfigError(f'--slots: the memory of {device.device_kind} is unknown; say how many sequences')
   parameters = flops.count_parameters(config).total * jnp.dtype(config.dtype).itemsize
-  each = flops.kv_cache_bytes(config, asked.max_len, jnp.dtype(cache_lib.DTYPES[asked.cache_dtype]).itemsize)
-  slots = int((0.9 * memory - parameters) // each) // LANES * LANES
+  layout = _cached(config, device, asked).layout
+  pools = jax.eval_shape(lambda: cache_lib.init_cache(config, layout, 1, asked.cache_dtype))
+  slots = _rounded((SHARE * memory - parameters) / device_memory.bytes_on_a_device(pools))
   for _ in range(ATTEMPTS):
-    if slots < LANES:
+    if slots < 1:
       raise ConfigError(
-        f'--max_len={asked.max_len}: {device.device_kind} has no room for {LANES} such texts beside the weights'
+        f'--max_len={asked.max_len}: {device.device_kind} has no room for such a text beside the weights'
       )
     plan = _compile(config, device, memory, dataclasses.replace(asked, slots=slots))
     if plan.fits:
       return plan
     most = max(one.peak_bytes for one in plan.programs.values())
-    slots = (
-      min(int(slots * (SHARE * memory - parameters) / (most - parameters)), slots - LANES) // LANES * LANES
-    )
+    slots = min(_rounded(slots * (SHARE * memory - parameters) / (most - parameters)), _rounded(slots - 1))
   raise ConfigError(f'--max_len={asked.max_len}: no number of slots was found that fits; give --slots')
 
 
-def _compile(config, device, memory, asked) -> Plan:
+def _rounded(slots: float) -> int:
+  """At most so many, whole lanes of a TPU's tiles where there are some."""
+  return int(slots) // LANES * LANES or int(slots)
+
+
+def _cached(config, device, asked) -> CachedModel:
   is_tpu = device.platform == 'tpu'
   layout = cache_lib.make_layout(config, asked.max_len, asked.slack, tiled=is_tpu)
-  cached = CachedModel(config, layout, unroll=False, read='groups' if is_tpu else 'gather')
+  return CachedModel(config, layout, unroll=False, read='groups' if is_tpu else 'gather')
+
+
+def _compile(config, device, memory, asked) -> Plan:
+  cached, is_tpu = _cached(config, device, asked), device.platform == 'tpu'
 
   def on_device(tree: Any) -> Any:
     where = SingleDeviceSharding(device)
