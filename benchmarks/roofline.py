@@ -47,7 +47,7 @@ def main() -> None:
 
   drafts = {}
   topology, context = FLAGS.topologies[0], FLAGS.contexts[0]
-  for length in FLAGS.drafts:
+  for length in filter(None, FLAGS.drafts):
     for slots in (None, 1):
       for model in (name for name in MODELS if name != 'vanilla'):
         more = [f'--speculate={length}', *([f'--slots={slots}'] if slots else [])]

@@ -109,7 +109,7 @@ def prepare() -> tuple[LoadedRun, 'schemas.Served', Scheduler]:
   tokenizer = engines.tokenizer_of(run)
   conventions = run.folder.conventions(run.config, tokenizer)
   top = min(schemas.MOST_LOGPROBS, run.config.model.vocab_size)
-  engine, run = engines.make_engine(run, FLAGS.slots, mesh, top)
+  engine, run = engines.make_engine(run, FLAGS.slots, mesh, top, may_measure=True)
   model = run.config.model
   served = schemas.Served(
     FLAGS.name or run.folder.path.resolve().name,

@@ -81,6 +81,11 @@ def seconds(costs: Costs, batches: Batches, of: Flow) -> float:
   return of.ticks * costs.of_block(batches.block) + of.boundaries * costs.of_boundary(batches.boundary)
 
 
+def fewest(slots: int) -> int:
+  """The smallest batch that is tried, and with which costs are measured: noise would else be taken for a gain."""
+  return max(slots // 4, 1)
+
+
 def choose(
   costs: Costs,
   slots: int,
@@ -97,9 +102,8 @@ def choose(
     multiple: of which a size is one, where there are as many slots.
   """
   depth = max(sum(entering), 1.0)
-  sizes = sorted(
-    {max(slots * n // STEPS // multiple * multiple, min(multiple, slots)) for n in range(1, STEPS + 1)}
-  )
+  sizes = {slots * n // STEPS // multiple * multiple for n in range(1, STEPS + 1)}
+  sizes = sorted({size for size in sizes if size >= fewest(slots)} | {slots})
   pairs = [
     Batches(of_block, of_boundary)
     for of_block in ([block] if block else sizes)

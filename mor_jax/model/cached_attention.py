@@ -29,7 +29,9 @@ READS = ('lanes', 'gather', 'groups')
 GROUP_BYTES = (
   2**23
 )  # of keys that a group reads, values as many: well within the 64 to 128 MiB on a TPU's chip
-PARTS = 4  # of the longest region, that a group may read some of
+PARTS = (
+  12  # of the longest region, some of which a group may read: what two, three and four recursions share alike
+)
 
 
 @struct.dataclass

@@ -217,11 +217,14 @@ def _compile(config, device, memory, asked) -> Plan:
 def _parts(cached, params, batches, asked) -> dict[str, dict[str, int]]:
   """Bytes that block and boundary cannot but read, by what they are."""
   entry, layers = full_texts.entry_bytes(cached, asked.cache_dtype), len(decode.block_uses(cached.config))
-  seen, size = int(full_texts.reads(cached, batches.block).sum()), device_memory.bytes_on_a_device
+  size = device_memory.bytes_on_a_device
   head = params.embed if params.head is None else params.head
   ends = 2 * cached.config.unique_ends * cached.layout.max_len
   return {
-    'block': {'weights': size((params.block, params.own, params.router)), 'caches': layers * entry * seen},
+    'block': {
+      'weights': size((params.block, params.own, params.router)),
+      'caches': layers * entry * full_texts.reads(cached, batches.block),
+    },
     'boundary': {
       'weights': size((params.first, params.last)),
       'caches': ends * entry * batches.boundary,

@@ -22,12 +22,33 @@ def entering(cached: CachedModel) -> tuple[float, ...]:
   return config.step_capacities if config.kind == 'mor' else (1.0,) * cache_lib.num_steps(config)
 
 
-def reads(cached: CachedModel, lanes: int) -> np.ndarray:
-  """Entries that each lane of the block sees, falling."""
-  layout, shares = cached.layout, np.array(entering(cached))
+def seen(cached: CachedModel) -> list[int]:
+  """Entries that a token sees at each recursion, if as many took it as are expected to."""
+  layout, shares = cached.layout, entering(cached)
+  if layout.kv != 'recursion_wise':
+    return [layout.max_len] * len(shares)
+  return [
+    min(places, round(share * layout.max_len)) for places, share in zip(layout.places, shares, strict=True)
+  ]
+
+
+def seen_by_lanes(cached: CachedModel, lanes: int) -> np.ndarray:
+  """The same for the lanes of the block, falling."""
+  shares = np.array(entering(cached))
   ends = np.rint(lanes * np.cumsum(shares) / shares.sum()).astype(int)
-  seen = (layout.max_len,) * len(layout.places) if layout.kv == 'shared' else layout.places
-  return np.repeat(seen, np.diff(ends, prepend=0))
+  return np.repeat(seen(cached), np.diff(ends, prepend=0))
+
+
+def reads(cached: CachedModel, lanes: int) -> int:
+  """Entries that the lanes of the block read in a layer, all together."""
+  sizes = np.array(_lengths(cached))
+  if cached.read != 'groups':
+    return lanes * int(sizes[-1])
+  return int(sizes[np.searchsorted(sizes, seen_by_lanes(cached, lanes))].sum())
+
+
+def _lengths(cached: CachedModel) -> tuple[int, ...]:
+  return cached_attention.lengths(cached_attention.regions_of(cached.layout))
 
 
 def entry_bytes(cached: CachedModel, dtype: str) -> int:
@@ -44,17 +65,15 @@ def branches(cached: CachedModel, lanes: int, dtype: str, is_block: bool) -> hlo
     is_block: the program is a pass of the block, with lanes at all recursions; else what is read is the largest region,
       but for what checks drafts, of which each recursion reads its own.
   """
-  regions = cached_attention.regions_of(cached.layout)
-  sizes = cached_attention.lengths(regions)
+  sizes = _lengths(cached)
   keys = sizes[-1] * cached.layout.width * jnp.dtype(cache_lib.DTYPES[dtype]).itemsize
   groups, each = cached_attention.groups_of(lanes, keys)
-  places = regions * len(cached.layout.places) if cached.layout.kv == 'shared' else cached.layout.places
 
-  def shares(seen: Sequence[int]) -> list[float]:
-    return (np.bincount(np.searchsorted(sizes, seen), minlength=len(sizes)) / len(seen)).tolist()
+  def shares(wanted: Sequence[int]) -> list[float]:
+    return (np.bincount(np.searchsorted(sizes, wanted), minlength=len(sizes)) / len(wanted)).tolist()
 
-  of_lanes = shares(reads(cached, lanes)[::each][:groups])
-  of_checks = shares(places[1:] or places)
+  of_lanes = shares(seen_by_lanes(cached, lanes)[::each][:groups])
+  of_checks = shares(seen(cached)[1:] or seen(cached))
 
   def taken(conditional: hlo.Instruction) -> Sequence[float] | None:
     path = conditional.attributes
