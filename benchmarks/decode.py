@@ -132,6 +132,7 @@ COLUMNS = (
   'lanes in use',
   'boundary in use',
   'tick, ms',
+  'host between calls',
 )
 
 
@@ -263,6 +264,7 @@ def _row(name: str, contender: Contender, measured: list[dict[str, float]]) -> l
     f'{found["lane_occupancy"]:.1%}',
     f'{found["boundary_occupancy"]:.1%}',
     f'{found["seconds"] / found["ticks"] * 1e3:.1f}',
+    f'{found["host_share"]:.1%}',
   ]
 
 
