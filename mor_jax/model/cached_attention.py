@@ -20,18 +20,17 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.experimental import layout
 
 from mor_jax.model.attention_xla import MASKED_SCORE
 from mor_jax.model.cache import TILE, Layout, Pool
 
 SMALLEST_EXTENT = 64
 READS = ('lanes', 'gather', 'groups')
-GROUP_BYTES = (
-  2**23
-)  # of keys that a group reads, values as many: well within the 64 to 128 MiB on a TPU's chip
-PARTS = (
-  12  # of the longest region, some of which a group may read: what two, three and four recursions share alike
-)
+# What a group reads at most: bytes of keys, and of values as many, well within the 64 to 128 MiB on a TPU's chip; lanes,
+# each of which is a slice of its own in the program.
+GROUP_BYTES, GROUP_LANES = 2**23, 8
+PARTS = 12  # of the longest region, some of which a group may read: what 2, 3 and 4 recursions share alike
 
 
 @struct.dataclass
@@ -138,17 +137,32 @@ def _lane_by_lane(q_BKGCE, pool, layer, view, sizes):
   return jax.lax.map(one, (index_B, (q_BKGCE, view)))
 
 
-def _all_lanes(q_BKGCE, pool, layer, view, region):
-  slices = jax.vmap(lambda slot, base: _slice(pool, layer, slot, base, region))
-  found, before_B = slices(view.slots_B, view.base_B)
+def _gathered(pool, layer, view, region):
+  return jax.vmap(lambda slot, base: _slice(pool, layer, slot, base, region))(view.slots_B, view.base_B)
+
+
+def _all_lanes(q_BKGCE, pool, layer, view, region, read=_gathered):
+  found, before_B = read(pool, layer, view, region)
   index_B1S = jnp.arange(region) - before_B[:, None, None]
   return _softmax_attention(q_BKGCE, found, view.sees(index_B1S) & (index_B1S >= 0))
 
 
 def groups_of(lanes: int, lane_bytes: int) -> tuple[int, int]:
   """How many groups so many lanes are read in, each of which may read so many bytes of keys; and lanes of a group."""
-  groups = -(-lanes // max(GROUP_BYTES // lane_bytes, 1))
+  groups = -(-lanes // min(max(GROUP_BYTES // lane_bytes, 1), GROUP_LANES))
   return groups, -(-lanes // groups)
+
+
+def _slices(pool, layer, view, region):
+  """As `_gathered`, a slice for each lane: for a gather of some a TPU brings the whole pool into another order."""
+  lanes = [_slice(pool, layer, *lane, region) for lane in zip(view.slots_B, view.base_B, strict=True)]
+  found, before_B = jax.tree.map(lambda *leaves: jnp.stack(leaves), *lanes)
+  return jax.tree.map(_as_it_lies, found), before_B
+
+
+def _as_it_lies(leaf):
+  """The same, of which a TPU brings what was read into another order if it wants one, not the pool."""
+  return layout.with_layout_constraint(leaf, layout.Layout(tuple(range(leaf.ndim))))
 
 
 def _in_groups(q_BKGCE, pool, layer, view, sizes):
@@ -161,7 +175,7 @@ def _in_groups(q_BKGCE, pool, layer, view, sizes):
     return filled.reshape(groups, each, *leaf.shape[1:])
 
   def branch(size: int):
-    return lambda q_BKGCE, view: _all_lanes(q_BKGCE, pool, layer, view, size)
+    return lambda q_BKGCE, view: _all_lanes(q_BKGCE, pool, layer, view, size, _slices)
 
   def one(group):
     q_BKGCE, view = group
