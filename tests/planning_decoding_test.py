@@ -23,7 +23,7 @@ if sys.argv[1] == 'no tiles':
   make = cache.make_layout
   cache.make_layout = lambda *arguments, tiled: make(*arguments)
 if sys.argv[1] == 'one length':
-  cached_attention.lengths = lambda regions: regions[-1:]
+  cached_attention.lengths = lambda region: (region,)
 model = dict(vocab_size=512, num_layers=8, d_model=320, num_heads=5, num_kv_heads=5, mlp_dim=512, num_recursions=3)
 config = with_changes(Config(), model=model | {'dtype': 'bfloat16'}).model
 plan = decoding.compile_decoding(config, device, decoding.Asked(1024, 'bfloat16', slots=32))

@@ -7,20 +7,19 @@ sizes. Three ways, which give the same:
   fastest on CPU;
 * 'gather': all lanes at once, as many entries as the longest region has. For GPUs, where lanes must
   not wait for each other;
-* 'groups': some lanes after the others, so many that what they read stays on the chip, and as many entries as the
-  longest of their regions has, or a part of it if they see no more. For TPUs, which would else write all of it to memory
-  and read it again. Lanes that see about as many should be neighbours (`order`).
+* 'groups': some lanes after the others, so many that what they read stays on the chip, and no larger a part of the
+  longest region than they see. For TPUs, which would else write what they read to memory and read it again. Lanes that see about as many should be neighbours (`order`).
 
 Where entries are scattered (kv='hybrid') they are gathered one by one, whichever of them is asked for.
 """
 
 import itertools
-from collections.abc import Sequence
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.experimental import layout
+from jax.experimental import layout as layouts
 
 from mor_jax.model.attention_xla import MASKED_SCORE
 from mor_jax.model.cache import TILE, Layout, Pool
@@ -30,7 +29,14 @@ READS = ('lanes', 'gather', 'groups')
 # What a group reads at most: bytes of keys, and of values as many, well within the 64 to 128 MiB on a TPU's chip; lanes,
 # each of which is a slice of its own in the program.
 GROUP_BYTES, GROUP_LANES = 2**23, 8
-PARTS = 12  # of the longest region, some of which a group may read: what 2, 3 and 4 recursions share alike
+PARTS = (
+  1 / 4,
+  1 / 3,
+  1 / 2,
+  2 / 3,
+  3 / 4,
+  1,
+)  # of the largest region, that a group may read: regions of 2, 3 and 4 recursions
 
 
 @struct.dataclass
@@ -69,7 +75,7 @@ def attend(
   layer: int | jax.Array,
   view: View,
   kv_heads: int,
-  regions: tuple[int, ...],
+  region: int,
   read: str,
   window: int | None = None,
 ) -> jax.Array:
@@ -78,7 +84,7 @@ def attend(
   Args:
     q_BCHE: rotated queries; head h reads key/value head h // (H / K).
     kv_heads: K.
-    regions: entries of the regions, rising (`regions_of`).
+    region: entries of the largest region.
     read: one of READS.
     window: positions that a token sees, as `view.first_BC` says; None: all.
   """
@@ -87,7 +93,7 @@ def attend(
   if view.entries_BS is not None:
     out_BKGCE = _scattered(q_BKGCE, pool, layer, view)
   else:
-    most = min(regions[-1], pool.keys.shape[2])
+    most = min(region, pool.keys.shape[2])
     if window is not None:
       view = view.from_first()
       most = min(most, window) if length == 1 else most  # several may stand far from each other
@@ -96,7 +102,7 @@ def attend(
     elif read == 'lanes':
       out_BKGCE = _lane_by_lane(q_BKGCE, pool, layer, view, extents(most))
     else:
-      out_BKGCE = _in_groups(q_BKGCE, pool, layer, view, lengths((*regions, most)))
+      out_BKGCE = _in_groups(q_BKGCE, pool, layer, view, lengths(most))
   return out_BKGCE.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
 
@@ -106,11 +112,10 @@ def extents(region: int) -> tuple[int, ...]:
   return (*powers, region)
 
 
-def lengths(regions: Sequence[int]) -> tuple[int, ...]:
-  """What a group of lanes may read, rising: each of the regions, and some parts of the last, which is the most."""
-  most = regions[-1]
-  parts = {-(-most * part // (PARTS * TILE)) * TILE for part in range(1, PARTS)}
-  return (*sorted(size for size in {*regions, *parts} if size < most), most)
+def lengths(region: int) -> tuple[int, ...]:
+  """What a group of lanes may read of a region, rising: PARTS of it in whole tiles, and all."""
+  whole_tiles = (math.ceil(region * part / TILE) * TILE for part in PARTS)
+  return tuple(sorted({min(size, region) for size in whole_tiles}))
 
 
 def order(seen_B: jax.Array) -> jax.Array:
@@ -162,7 +167,7 @@ def _slices(pool, layer, view, region):
 
 def _as_it_lies(leaf):
   """The same, of which a TPU brings what was read into another order if it wants one, not the pool."""
-  return layout.with_layout_constraint(leaf, layout.Layout(tuple(range(leaf.ndim))))
+  return layouts.with_layout_constraint(leaf, layouts.Layout(tuple(range(leaf.ndim))))
 
 
 def _in_groups(q_BKGCE, pool, layer, view, sizes):
@@ -233,6 +238,6 @@ def _by_head(scales_BSK: jax.Array) -> jax.Array:
   return scales_BSK.transpose(0, 2, 1)[:, :, None, :]
 
 
-def regions_of(layout: Layout) -> tuple[int, ...]:
-  """Entries of the regions that a token may read, rising."""
-  return (layout.max_len,) if layout.kv == 'shared' else tuple(sorted(set(layout.places)))
+def largest_region(layout: Layout) -> int:
+  """Entries of the longest region that a token may read."""
+  return layout.max_len if layout.kv == 'shared' else max(layout.places)

@@ -168,7 +168,7 @@ def apply_end(
   if config.sliding_window is not None:
     view = lanes.view.replace(first_BC=first_in_window(config, lanes.positions_BC))
     lanes = lanes.replace(view=view)
-  memory = SlotCache(lanes.view, lanes.entries_BC, (cached.layout.max_len,), cached.read)
+  memory = SlotCache(lanes.view, lanes.entries_BC, cached.layout.max_len, cached.read)
   turns = rotation(config, lanes.positions_BC)
   per_layer = PerLayer(jnp.zeros((), jnp.int32), pool, rotates=sharing.rotating(config, part))
   return _layer(cached, layer, x_BCD, per_layer, memory, turns)
@@ -193,7 +193,9 @@ def apply_block(
     x_BCD = relaxation.encode(x_BCD, {'encoding': {'embedding': encoding_BCD}})
   turns = rotation(config, lanes.positions_BC)
   rotates_N = sharing.rotating(config, 'block')
-  memory = SlotCache(lanes.view, lanes.entries_BC, cached_attention.regions_of(cached.layout), cached.read)
+  memory = SlotCache(
+    lanes.view, lanes.entries_BC, cached_attention.largest_region(cached.layout), cached.read
+  )
 
   def body(carry, use):
     x_BCD, pool = carry

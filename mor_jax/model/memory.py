@@ -124,13 +124,13 @@ class SlotCache:
   Attributes:
     view: what each token reads; has the lanes' slots.
     entries_BC: entries that the tokens write; one beyond the pool writes nothing.
-    regions: entries of the regions that are read, rising.
+    region: entries of the largest region that is read.
     read: how the cache is read (`cached_attention`).
   """
 
   view: View
   entries_BC: jax.Array
-  regions: tuple[int, ...] = struct.field(pytree_node=False)
+  region: int = struct.field(pytree_node=False)
   read: str = struct.field(pytree_node=False)
 
   def attend(self, q_BCHE, own, layer, backend, window=None):
@@ -141,6 +141,6 @@ class SlotCache:
       layer.kept, layer.index, self.view.slots_B, self.entries_BC, k_BCKE, v_BCKE, self.read != 'lanes'
     )
     out_BCHE = cached_attention.attend(
-      q_BCHE, pool, layer.index, self.view, k_BCKE.shape[2], self.regions, self.read, window
+      q_BCHE, pool, layer.index, self.view, k_BCKE.shape[2], self.region, self.read, window
     )
     return out_BCHE, pool

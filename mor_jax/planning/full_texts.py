@@ -48,7 +48,7 @@ def reads(cached: CachedModel, lanes: int) -> int:
 
 
 def _lengths(cached: CachedModel) -> tuple[int, ...]:
-  return cached_attention.lengths(cached_attention.regions_of(cached.layout))
+  return cached_attention.lengths(cached_attention.largest_region(cached.layout))
 
 
 def entry_bytes(cached: CachedModel, dtype: str) -> int:
