@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from mor_jax.config import ConfigError, ModelConfig
 from mor_jax.inference import balance
 from mor_jax.inference.balance import Costs
 from mor_jax.model import cache as cache_lib
@@ -21,14 +22,24 @@ SECONDS = 0.4  # that a layer, or the head, is measured, once it is compiled
 LEAST_RUNS = 5
 
 
-def measure(cached: CachedModel, params: DecodeParams, slots: int, dtype: str) -> Costs | None:
-  """Costs in seconds, of texts at half their length; None for models without layers around the block.
+def check(config: ModelConfig, batch_invariant: bool, has_mesh: bool) -> None:
+  """Raises ConfigError for an engine that cannot choose its batches by what it measures."""
+  why = {
+    'batch_invariant, whose bits shall not depend on what was measured': batch_invariant,
+    'a mesh, whose parts wait for each other': has_mesh,
+    f'model.sharing={config.sharing}, which has no layers around the block': not config.unique_ends,
+  }
+  for what, holds in why.items():
+    if holds:
+      raise ConfigError(f'measure_batches=True cannot be used with {what}; set lanes and boundary_lanes')
+
+
+def measure(cached: CachedModel, params: DecodeParams, slots: int, dtype: str) -> Costs:
+  """Costs in seconds, of texts at half their length; what `check` allows can be measured.
 
   Args:
     dtype: of keys and values.
   """
-  if params.last is None:
-    return None
   sizes = balance.fewest(slots), slots
   layer, layer_lane = _affine(sizes, [_layer(cached, params, dtype, lanes) for lanes in sizes])
   head, head_lane = _affine(sizes, [_head(cached, params, lanes) for lanes in sizes])

@@ -101,7 +101,7 @@ class Engine:
     config, on_cpu = model.config, jax.default_backend() == 'cpu'
     asked = lanes, boundary_lanes
     if measure:
-      self._check_measurable(config, batch_invariant, mesh)
+      costs.check(config, batch_invariant, mesh is not None)
     lanes = slots if lanes is None else lanes
     parts = shards.count(mesh)
     slots_each, lanes_each = shards.share(mesh, 'slots', slots), shards.share(mesh, 'lanes', lanes)
@@ -180,17 +180,6 @@ class Engine:
         f'layer repeats by itself; leave it out'
       )
     return max_recursions
-
-  @staticmethod
-  def _check_measurable(config, batch_invariant: bool, mesh: Mesh | None) -> None:
-    why = {
-      'batch_invariant, whose bits shall not depend on what was measured': batch_invariant,
-      'a mesh, whose parts wait for each other': mesh is not None,
-      f'model.sharing={config.sharing}, which has no layers around the block': not config.unique_ends,
-    }
-    for what, holds in why.items():
-      if holds:
-        raise ConfigError(f'measure_batches=True cannot be used with {what}; set lanes and boundary_lanes')
 
   # ---- what runs on the device ----
 
