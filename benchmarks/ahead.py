@@ -65,7 +65,8 @@ def compile_all(
 
 
 def _compile(flags: Sequence[str]) -> Compiled:
-  command = [sys.executable, '-m', 'mor_jax.compile', '--json', '--noremedies', *flags]
+  of_training = [] if '--program=decode' in flags else ['--noremedies']
+  command = [sys.executable, '-m', 'mor_jax.compile', '--json', *of_training, *flags]
   ended = subprocess.run(command, capture_output=True, text=True, check=False)
   if not ended.stdout.strip():
     raise RuntimeError(f'{" ".join(command)} ended with {ended.returncode}: {ended.stderr[-2000:]}')

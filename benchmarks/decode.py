@@ -101,10 +101,10 @@ def _shares() -> tuple[float, ...]:
 def _contenders(layers: int, recursions: tuple[int, ...]) -> dict[str, 'Contender']:
   """Vanilla, which comes first, and MoR with as many sequences or as large a cache."""
   slots = FLAGS.slots
-  made = {f'vanilla, {layers} layers': Contender(layers, 1, slots, slots)}
+  made = {f'vanilla, {layers} layers': Contender(layers, 1, slots)}
   for count in recursions:
     name = f'MoR R={count}, {layers} layers'
-    made[f'{name}, equal batch'] = Contender(layers, count, slots, max(1, slots // 4))
+    made[f'{name}, equal batch'] = Contender(layers, count, slots)
     made[f'{name}, equal memory'] = _equal_memory(layers, count)
   return made
 
@@ -113,7 +113,7 @@ def _equal_memory(layers: int, recursions: int, shares: tuple[float, ...] | None
   config = shape(layers, recursions)
   bytes_each = [flops.kv_cache_bytes(c, FLAGS.max_len, 4) for c in (flops.vanilla_of(config), config)]
   more = FLAGS.slots * bytes_each[0] // bytes_each[1]
-  return Contender(layers, recursions, more, max(1, FLAGS.slots // 4), shares)
+  return Contender(layers, recursions, more, shares)
 
 
 COLUMNS = (
@@ -132,6 +132,7 @@ COLUMNS = (
   'lanes in use',
   'boundary in use',
   'tick, ms',
+  'host between calls',
 )
 
 
@@ -176,10 +177,9 @@ class Contender:
     layers: int,
     recursions: int,
     slots: int,
-    boundary_lanes: int,
     shares: tuple[float, ...] | None = None,
   ):
-    """Draws depths with these shares (default: all alike), in --slots lanes of the block."""
+    """Draws depths with these shares (default: all alike). Lanes are measured; vanilla has as many as slots."""
     change = {} if recursions == 1 else {'random_router': True, 'causality': 'none'}
     self.config = shape(layers, recursions, **change)
     model = Transformer(self.config)
@@ -194,8 +194,9 @@ class Contender:
       variables,
       slots=slots,
       max_len=FLAGS.max_len,
-      lanes=FLAGS.slots,
-      boundary_lanes=boundary_lanes,
+      lanes=slots if recursions == 1 else None,
+      boundary_lanes=slots if recursions == 1 else None,
+      measure=recursions > 1,
       slack=1.0,
       cache_dtype='float32',
       unroll=FLAGS.unroll,
@@ -250,7 +251,7 @@ def _row(name: str, contender: Contender, measured: list[dict[str, float]]) -> l
   return [
     name,
     engine.slots,
-    engine.batches.block,
+    f'{engine.batches.block}, {engine.batches.boundary}',
     f'{engine.cache_bytes() / 1e6:.1f}',
     f'{found["tokens_per_second"]:,.0f}',
     f'{found["mean_depth"]:.2f}',
@@ -263,6 +264,7 @@ def _row(name: str, contender: Contender, measured: list[dict[str, float]]) -> l
     f'{found["lane_occupancy"]:.1%}',
     f'{found["boundary_occupancy"]:.1%}',
     f'{found["seconds"] / found["ticks"] * 1e3:.1f}',
+    f'{found["host_share"]:.1%}',
   ]
 
 

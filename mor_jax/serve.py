@@ -60,7 +60,9 @@ def define_flags() -> None:
   )
   flags.DEFINE_integer('ticks_per_call', 8, 'passes of the block between two pieces of a stream, at most')
   flags.DEFINE_float(
-    'call_seconds', 0.05, 'time between two pieces of a stream, for which passes are left out; 0: however long they take'
+    'call_seconds',
+    0.05,
+    'time between two pieces of a stream, for which passes are left out; 0: however long they take',
   )
   flags.DEFINE_float('drain_seconds', 30.0, 'time that running requests have to end after SIGTERM')
 
@@ -113,7 +115,7 @@ def prepare() -> tuple[LoadedRun, 'schemas.Served', Scheduler]:
   tokenizer = engines.tokenizer_of(run)
   conventions = run.folder.conventions(run.config, tokenizer)
   top = min(schemas.MOST_LOGPROBS, run.config.model.vocab_size)
-  engine, run = engines.make_engine(run, FLAGS.slots, mesh, top)
+  engine, run = engines.make_engine(run, FLAGS.slots, mesh, top, may_measure=True)
   model = run.config.model
   served = schemas.Served(
     FLAGS.name or run.folder.path.resolve().name,

@@ -13,6 +13,7 @@ import pytest
 
 from mor_jax.inference.requests import Result
 from mor_jax.model import router
+from mor_jax.model.cached_attention import READS
 from tests import tiny, tiny_engine
 
 MAX_LEN = 216
@@ -57,17 +58,17 @@ class Case:
   is_slow: bool = True
 
 
-LANES, GATHER, UNROLL = {'read': 'lanes'}, {'read': 'gather'}, {'unroll': True}
+LANES, GATHER, GROUPS, UNROLL = *({'read': read} for read in READS), {'unroll': True}
 
 CASES = {
   'vanilla': Case({'kind': 'vanilla'}, options=UNROLL | LANES, is_slow=False),
-  'vanilla adapted': Case({'kind': 'vanilla', 'kv': 'shared', **ADAPTED}, options=LANES),
+  'vanilla adapted': Case({'kind': 'vanilla', 'kv': 'shared', **ADAPTED}, options=GROUPS),
   'vanilla cycle': Case({'kind': 'vanilla', 'sharing': 'cycle'}, options=GATHER),
   'vanilla shared': Case({'kind': 'vanilla', 'kv': 'shared'}, options=LANES),
   'vanilla shared sequence': Case(
     {'kind': 'vanilla', 'kv': 'shared', 'sharing': 'middle_sequence'}, options=UNROLL
   ),
-  'recursive': Case({'kind': 'recursive'}, options=LANES),
+  'recursive': Case({'kind': 'recursive'}, options=GROUPS),
   'recursive relaxed': Case({'kind': 'recursive', **RELAXED, 'recursion_encoding': True}, options=UNROLL),
   'recursive shared': Case({'kind': 'recursive', 'kv': 'shared'}, options=GATHER),
   'recursive sequence': Case({'kind': 'recursive', 'sharing': 'sequence', **RELAXED}, options=GATHER),
@@ -82,29 +83,31 @@ CASES = {
   'expert adapted': Case({**EXPERT, **RELAXED, **ADAPTED}, 4, 1.0, UNROLL),
   'expert adapted ends': Case({**EXPERT, **RELAXED, 'lora_layers': 'all'}, 3, 1.0, LANES),
   'expert cycle additive': Case(
-    {'sharing': 'cycle', 'num_recursions': 3, 'gating': 'additive'}, 2, 0.8, GATHER
+    {'sharing': 'cycle', 'num_recursions': 3, 'gating': 'additive'}, 2, 0.8, GROUPS
   ),
   'expert untied': Case(
     {'num_layers': 8, 'num_recursions': 3, 'tie_embeddings': False, 'router_head': 'wide_mlp'}, 6, 0.8
   ),
   'expert shared': Case({**EXPERT, 'kv': 'shared'}, 6, 0.8, GATHER | UNROLL, is_slow=False),
   'expert hybrid': Case({**EXPERT, 'kv': 'hybrid'}, 6, 0.8, UNROLL),
-  'auxiliary': Case(AUXILIARY, 37, 0.8, LANES),
+  'auxiliary': Case(AUXILIARY, 37, 0.8, GROUPS),
   'auxiliary shared': Case({**AUXILIARY, 'kv': 'shared'}, 37, 0.8, GATHER),
   'auxiliary hybrid': Case({**AUXILIARY, 'kv': 'hybrid'}, 37, 0.8, is_slow=False),
-  'moving threshold': Case({**MOVING, **NOT_ALL_ENTER}, 14, 0.65, LANES),
+  'moving threshold': Case({**MOVING, **NOT_ALL_ENTER}, 14, 0.65, GROUPS),
   'moving threshold shared': Case({**MOVING, 'kv': 'shared'}, 1, 0.8, LANES),
   'moving threshold hybrid': Case({**MOVING, 'kv': 'hybrid'}, 1, 0.8),
-  'benefit': Case(BENEFIT, 36, 0.9, LANES, is_slow=False),
+  'benefit': Case(BENEFIT, 36, 0.9, GROUPS, is_slow=False),
   'benefit hybrid': Case({**BENEFIT, 'kv': 'hybrid', 'gating': 'additive'}, 2, 0.9, GATHER),
   'random': Case(RANDOM, 0, 0.55, GATHER),
-  'random shared': Case({**RANDOM, 'kv': 'shared'}, 0, 0.55, LANES),
+  'random shared': Case({**RANDOM, 'kv': 'shared'}, 0, 0.55, GROUPS),
   'random hybrid': Case({**RANDOM, 'kv': 'hybrid'}, 0, 0.55),
   'token': Case(TOKEN, 1, 1.0, UNROLL),
-  'token shared': Case({**TOKEN, 'kv': 'shared'}, 10, 1.0, GATHER),
+  'token shared': Case({**TOKEN, 'kv': 'shared'}, 10, 1.0, GROUPS),
   'token limited': Case(LIMITED, 1, 1.0, LANES, is_slow=False),
   'token limited shared': Case({**LIMITED, 'kv': 'shared'}, 3, 1.0, GATHER),
-  'token random': Case({**LIMITED, 'random_router': True, 'balancing': 'none'}, 1, 1.0, LANES, is_slow=False),
+  'token random': Case(
+    {**LIMITED, 'random_router': True, 'balancing': 'none'}, 1, 1.0, GROUPS, is_slow=False
+  ),
   'token every step': Case(
     {**LIMITED, 'token_gating': 'every_step', 'balancing': 'loss_free', **RELAXED}, 1, 1.0, LANES
   ),

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import random
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ from mor_jax.config import ConfigError
 from mor_jax.data import tokenizer as tokenizers
 from mor_jax.inference import engine as engine_lib
 from mor_jax.inference import prefill
+from mor_jax.inference import scheduler as scheduler_lib
 from mor_jax.inference import ticks as ticks_lib
 from mor_jax.inference.requests import Request, RequestError, Result
 from mor_jax.inference.scheduler import Scheduler
@@ -316,6 +318,32 @@ def test_stop_strings_end_a_text_before_them(bytes_tokenizer):
     assert result.finish == 'stop_string'
     assert result.text == text[: text.index(stop)]
     assert bytes_tokenizer.decode(result.tokens).startswith(result.text)
+
+
+def test_a_stop_string_ends_the_work_of_the_device_soon(bytes_tokenizer, monkeypatch):
+  """However long calls are: with one text resident, a tick is a token at most."""
+  monkeypatch.setattr(scheduler_lib, 'STOP_TICKS', 5)
+  request = Request(tuple(b'Go'), temperature=1.0, max_new_tokens=40, seed=1)
+  whole = Scheduler(text_engine(), bytes_tokenizer, 1000)
+  text = whole.run([request])[0].text
+  stopping = Scheduler(text_engine(), bytes_tokenizer, 1000)
+  result = stopping.run([dataclasses.replace(request, stop_strings=(text[12:14],))])[0]
+  assert result.finish == 'stop_string'
+  assert len(result.tokens) <= stopping.statistics.sampled <= len(result.tokens) + 2 + 5
+  assert whole.statistics.sampled == 40
+
+
+def test_time_of_the_host_is_what_is_left_between_the_calls(monkeypatch):
+  scheduler = Scheduler(engine(), ticks_per_call=8)
+  collect = scheduler._collect
+  monkeypatch.setattr(scheduler, '_collect', lambda: time.sleep(0.05) or collect())
+  results = scheduler.run(tiny_engine.requests((1, 1), max_new_tokens=16))
+  done = scheduler.statistics
+  calls = -(-done.ticks // 8)
+  assert done.host_share * done.call_seconds >= 0.05 * calls
+  assert [result.tokens for result in results] == answers(tiny_engine.requests((1, 1), max_new_tokens=16)), (
+    'tokens and depths are taken up where the last call left them'
+  )
 
 
 @pytest.mark.parametrize(

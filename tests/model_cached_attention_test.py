@@ -1,5 +1,7 @@
 """Attention to caches: every way to read them gives softmax attention to the entries that a token may see."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,10 +23,12 @@ SLOTS, LANES, CHUNK = 5, 3, 2
     ('lanes', True, 'int8'),
     ('gather', False, 'int8'),
     ('groups', True, 'float32'),
+    ('groups', False, 'int8'),
   ],
 )
 def test_reads_what_was_written(read, tiled, dtype, monkeypatch):
-  monkeypatch.setattr(cached_attention, 'GROUP_BYTES', 1)  # every lane by itself
+  # Every lane by itself, or two together and the third with a lane that is idle.
+  monkeypatch.setattr(cached_attention, 'GROUP_BYTES', 1 if tiled else 5 * MAX_LEN * 32)
   config = tiny.config(num_layers=8, num_recursions=3)
   heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_width
   layout = cache_lib.make_layout(config, MAX_LEN, 1.0, tiled=tiled)
@@ -56,3 +60,23 @@ def test_reads_what_was_written(read, tiled, dtype, monkeypatch):
         weights = jax.nn.softmax(keys @ q_BCHE[lane, column, head] / width**0.5)
         tolerance = 1e-5 if dtype == 'float32' else 0.05
         np.testing.assert_allclose(found[lane, column, head], weights @ values, atol=tolerance)
+
+
+def test_a_group_reads_no_further_than_its_lanes_see(monkeypatch):
+  """Each lane by itself, at recursions whose regions are shorter and shorter: all that is not of its region is NaN."""
+  monkeypatch.setattr(cached_attention, 'GROUP_BYTES', 1)
+  config = tiny.config(num_layers=8, num_recursions=3)
+  layout = cache_lib.make_layout(config, 144, 1.0)  # whose thirds are whole tiles
+  assert layout.places == (144, 96, 48)
+  pool = jax.tree.map(lambda leaf: leaf + np.nan, cache_lib.init_cache(config, layout, 3, 'float32').block)
+  steps_B = np.arange(3)
+  base_B, limit_B = np.array(layout.offsets), np.array(layout.places)
+  for step in steps_B:
+    own = slice(base_B[step], base_B[step] + limit_B[step])
+    pool = jax.tree.map(lambda leaf, step=step, own=own: leaf.at[:, step, own].set(1.0), pool)
+  view = View(jnp.array(steps_B), jnp.array(base_B), jnp.array(limit_B)[:, None])
+  q_BCHE = jnp.ones((3, 1, config.num_heads, config.head_width))
+  region = cached_attention.largest_region(layout)
+  attend = functools.partial(cached_attention.attend, q_BCHE, pool, 1, view, config.num_kv_heads, region)
+  np.testing.assert_allclose(attend('groups'), 1.0, rtol=1e-6)
+  assert np.isnan(attend('gather')).any(), 'the way of GPUs reads as much for all'

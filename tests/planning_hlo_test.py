@@ -88,3 +88,18 @@ def test_traffic_agrees_with_the_compiler():
   compiled = jax.jit(f).lower(jnp.zeros((128, 256)), jnp.zeros((256, 64))).compile()
   own = traffic.memory_traffic(hlo.parse(compiled.as_text()))
   assert own == pytest.approx(compiled.cost_analysis()['bytes accessed'], rel=0.05)
+
+
+def test_branches_count_as_often_as_they_are_taken():
+  def pick(index, x):
+    return jax.lax.switch(index, [lambda x: x @ x, lambda x: x @ x @ x, lambda x: x], x)
+
+  compiled = jax.jit(pick).lower(0, jnp.ones((64, 64))).compile()
+  program = hlo.parse(compiled.as_text())
+
+  def products(taken):
+    counted = program.executions(into_fusions=True, taken=taken)
+    return sum(times for _, one, times in counted if one.opcode in ('dot', 'custom-call'))
+
+  assert products(None) == products(lambda _: None) == 3
+  assert products(lambda _: (0.5, 0.25, 0.25)) == 1

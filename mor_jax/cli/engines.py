@@ -27,12 +27,27 @@ flags.disclaim_key_flags()  # what is defined here is a flag of the command that
 AUTO_DRAFT = 4  # tokens of a draft with --speculate=auto
 
 
+MEASURED_SLOTS = 16  # from which on a server measures what the batches of a tick cost
+
+
 def define_flags(slots: int | None, slots_help: str) -> None:
   """Defines the flags of an engine.
 
   Args:
     slots: the default of --slots; None: the command decides, as `slots_help` says.
   """
+  flags.DEFINE_integer('lanes', None, 'texts that a pass of the block takes; default: all slots')
+  flags.DEFINE_integer(
+    'boundary_lanes',
+    None,
+    'texts that pass the head together; default: all, or on CPU a quarter of the lanes',
+  )
+  flags.DEFINE_boolean(
+    'measure_batches',
+    None,
+    'choose --lanes and --boundary_lanes, where they are not given, by what passes cost here, measured at the start; '
+    f'default: only a server does, of {MEASURED_SLOTS} slots or more on one device',
+  )
   flags.DEFINE_integer('max_recursions', None, 'recursions a token takes at most; default: as trained')
   flags.DEFINE_list(
     'capacities', None, 'use the thresholds that mor_jax.calibrate stored for these capacities'
@@ -109,9 +124,12 @@ def tokenizer_of(run: LoadedRun) -> Tokenizer:
 
 
 def make_engine(
-  run: LoadedRun, slots: int, mesh: Mesh, top_logprobs: int | None = None
+  run: LoadedRun, slots: int, mesh: Mesh, top_logprobs: int | None = None, may_measure: bool = False
 ) -> tuple[Engine, LoadedRun]:
   """An engine with at least so many slots, as many on every part of the mesh; and the run as it runs it.
+
+  Args:
+    may_measure: --measure_batches holds, unless it is given, where it pays.
 
   Raises:
     ConfigError: a setting cannot work, or there is no memory for it.
@@ -120,10 +138,20 @@ def make_engine(
   if FLAGS.capacities:
     config, variables = calibrated(run)
     run = dataclasses.replace(run, config=config, model=Transformer(config.model), variables=variables)
+  slots = FLAGS.slots or -(-slots // parts) * parts
+  measure = FLAGS.measure_batches
+  if measure is None:
+    pays = (
+      slots >= MEASURED_SLOTS and cache.num_steps(run.config.model) > 1 and run.config.model.unique_ends > 0
+    )
+    measure = may_measure and pays and mesh.size == 1 and not FLAGS.batch_invariant
   engine = Engine(
     run.model,
     run.variables,
-    slots=FLAGS.slots or -(-slots // parts) * parts,
+    slots=slots,
+    lanes=FLAGS.lanes,
+    boundary_lanes=FLAGS.boundary_lanes,
+    measure=measure,
     max_len=run.config.data.seq_len if FLAGS.max_len is None else FLAGS.max_len,
     slack=FLAGS.slack,
     cache_dtype=FLAGS.cache_dtype,

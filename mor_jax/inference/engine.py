@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mor_jax.config import ConfigError
+from mor_jax.inference import balance, costs, shards, speculation, ticks
 from mor_jax.inference import prefill as prefill_lib
-from mor_jax.inference import shards, speculation, ticks
 from mor_jax.inference import state as state_lib
 from mor_jax.inference.limits import Limits
 from mor_jax.inference.prefill import Filling, Prefix
@@ -69,6 +69,7 @@ class Engine:
     speculate: int = 0,
     draft_recursions: int = 1,
     batch_invariant: bool = False,
+    measure: bool = False,
   ):
     """Lays out the caches and brings the variables into the form that decoding reads.
 
@@ -91,11 +92,16 @@ class Engine:
       draft_recursions: recursions that write it.
       batch_invariant: give the same bits whatever else is computed: prompts take one size of chunks, the middle one, and
         all lanes. Costs time where prompts are short or come one by one.
+      measure: choose those of `lanes` and `boundary_lanes` that are None by what passes cost on this device, which takes
+        some seconds (`balance`). Another start may choose others, and sums of floats then differ by rounding.
 
     Raises:
       ConfigError: a size that cannot work, or two settings that exclude each other.
     """
     config, on_cpu = model.config, jax.default_backend() == 'cpu'
+    asked = lanes, boundary_lanes
+    if measure:
+      costs.check(config, batch_invariant, mesh is not None)
     lanes = slots if lanes is None else lanes
     parts = shards.count(mesh)
     slots_each, lanes_each = shards.share(mesh, 'slots', slots), shards.share(mesh, 'lanes', lanes)
@@ -147,6 +153,10 @@ class Engine:
     self.parts, self._mesh = parts, mesh
     self._device = shards.device_of(self.params) if mesh is None else None
     self.batches = ticks.Batches(lanes_each, boundary_lanes // parts)
+    if measure and None in asked:
+      of = costs.measure(self.cached, self.params, slots, cache_dtype)
+      shares = config.step_capacities if config.kind == 'mor' else (1.0,) * steps
+      self.batches = balance.choose(of, slots, shares[:steps], *asked)
     self.prefill_lanes = prefill_lanes
     self.chunks = tuple(sorted({min(chunk, max_len) for chunk in chunks}))
     self.batch_invariant = batch_invariant

@@ -61,6 +61,7 @@ def default_rules(count: int) -> SamplingRules:
   )
 
 
+@jax.named_scope('sampling')
 def sample(
   logits_BV: jax.Array,
   rules: SamplingRules,

@@ -19,6 +19,8 @@ from mor_jax.inference.scores import Scores
 from mor_jax.inference.state import IDLE
 from mor_jax.inference.statistics import Statistics
 
+STOP_TICKS = 32  # at most, of a call with texts that a stop string may end
+
 
 class Scheduler:
   """Runs requests on an engine; first come, first served."""
@@ -147,10 +149,12 @@ class Scheduler:
       # not know of each other, would wait for the last of them.
       max_finished = 1 if self._queue and self.engine.parts == 1 else None
       drafts_for, called, resident = self._drafts_for(), time.perf_counter(), len(self._resident)
-      self._state, tally = self.engine.generate(self._state, self._length.ticks, max_finished, drafts_for)
+      self._state, tally = self.engine.generate(self._state, self._most_ticks(), max_finished, drafts_for)
       if meanwhile is not None:
         meanwhile()
-      ended, tally = self._collect(), jax.device_get(tally)
+      tally = jax.device_get(tally)
+      self.statistics.call_seconds += time.perf_counter() - called
+      ended = self._collect()
       self.statistics.count(tally)
       seconds = time.perf_counter() - called
       self._pace.learn(resident, drafts_for > 0, int(tally.sampled.sum()), seconds)
@@ -159,6 +163,11 @@ class Scheduler:
       meanwhile()
     self.statistics.seconds += time.perf_counter() - begin
     return ended
+
+  def _most_ticks(self) -> int:
+    """Ticks of the next call: fewer while a text may end by a stop string, which is looked for between two calls."""
+    may_stop = any(result.request.stop_strings for result in self._resident.values())
+    return min(self._length.ticks, STOP_TICKS) if may_stop else self._length.ticks
 
   def _drafts_for(self) -> int:
     """Sequences that the next call drafts; 0: none, it ticks."""
@@ -229,13 +238,13 @@ class Scheduler:
       start, known = len(result.request.prompt), int(known_N[slot])
       if known > start:  # the last one is still to be computed
         self._prefixes.keep(slot, result.request, tokens_NT[slot, : known - 1])
-      tokens = tokens_NT[slot, start:known].tolist()
+      tokens = [*result.tokens, *tokens_NT[slot, start + len(result.tokens) : known].tolist()]
       if tokens and not result.first_token:
         result.first_token = now
         self.statistics.first_token_seconds.append(now - result.submitted)
       stopped = bool(tokens) and tokens[-1] in result.request.stop_tokens
       result.tokens, result.end_token = (tokens[:-1], tokens[-1]) if stopped else (tokens, None)
-      result.depths = depths_NT[slot, : max(known - 1, 0)].tolist()
+      result.depths = [*result.depths, *depths_NT[slot, len(result.depths) : max(known - 1, 0)].tolist()]
       if said is not None and result.request.logprobs:
         _take_scores(result, said, slot, start + len(tokens))
       reason = ''

@@ -151,6 +151,7 @@ def round_of(cached, drafting, params, carry):
   """One draft of some sequences, and its check."""
   state, tally = carry
   slots_B, active_B = ticks.choose(state.phase_N == ENTRY, state.since_N, drafting.lanes)
+  slots_B, active_B = ticks.ordered(cached, slots_B, active_B, state.position_N)
   rules = jax.tree.map(lambda leaf: leaf[slots_B], state.rules)
   index_C = jnp.arange(drafting.length + 1)
   positions_BC = state.position_N[slots_B][:, None] + 1 + index_C
@@ -217,6 +218,7 @@ def _draft(cached, drafting, params, state, sequences):
 # ---- the check ----
 
 
+@jax.named_scope('check')
 def _check(cached, drafting, params, state, sequences, tokens_BT, passed):
   """The remaining recursions and the last layer for all C tokens of each lane together: the state, and `Checked`."""
   taken = chunks.take_steps(

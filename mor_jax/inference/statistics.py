@@ -13,7 +13,8 @@ class Statistics:
 
   Attributes:
     slots, lanes: sizes of the engine, summed over all parts of a mesh.
-    seconds: time in `Scheduler.step`, including `prefill_seconds`, the time spent on prompts.
+    seconds: time in `Scheduler.step`, including `prefill_seconds`, the time spent on prompts, and `call_seconds`, from the
+      start of the engine's calls to their end; the rest is the host's, between the calls.
     ticks, boundaries, block_lanes, boundary_lanes, resident, tokens, passes, sampled, overflow: as in
       `ticks.Tally`; overflow has one entry per recursion step and includes prompts.
     checks: drafts of sequences that were checked (`speculation`).
@@ -27,6 +28,7 @@ class Statistics:
   boundary_lanes_each: int
   seconds: float = 0.0
   prefill_seconds: float = 0.0
+  call_seconds: float = 0.0
   ticks: int = 0
   boundaries: int = 0
   block_lanes: int = 0
@@ -47,6 +49,11 @@ class Statistics:
   def tokens_per_second(self) -> float:
     """Sampled tokens per second of total time, prefill included."""
     return self.sampled / max(self.seconds, 1e-9)
+
+  @property
+  def host_share(self) -> float:
+    """Time of the host between the calls, prompts aside, as a share of the time of the calls."""
+    return max(self.seconds - self.prefill_seconds - self.call_seconds, 0.0) / max(self.call_seconds, 1e-9)
 
   @property
   def slot_occupancy(self) -> float:
@@ -101,6 +108,7 @@ class Statistics:
       'tokens': int(self.sampled),
       'seconds': self.seconds,
       'prefill_seconds': self.prefill_seconds,
+      'host_share': self.host_share,
       'slot_occupancy': self.slot_occupancy,
       'lane_occupancy': self.lane_occupancy,
       'boundary_occupancy': self.boundary_occupancy,

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from mor_jax.inference import scores, shards
 from mor_jax.inference.sampling import sample
 from mor_jax.inference.state import BLOCK, ENTRY, EXIT, IDLE, DecodeState, Rules
-from mor_jax.model import decode, lane_routing
+from mor_jax.model import cached_attention, decode, lane_routing
 from mor_jax.model.decode import CachedModel, DecodeParams
 from mor_jax.model.lane_routing import Offer
 
@@ -157,6 +157,16 @@ def choose(wants_N: jax.Array, since_N: jax.Array, count: int) -> tuple[jax.Arra
   return slots_B, wants_N[slots_B]
 
 
+def ordered(
+  cached: CachedModel, slots_B: jax.Array, active_B: jax.Array, seen_N: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The lanes that `choose` gives, in the order in which the cache is best read, by the entries that each slot sees."""
+  if cached.read != 'groups':
+    return slots_B, active_B
+  order_B = cached_attention.order(jnp.where(active_B, seen_N[slots_B] + 1, 0))
+  return slots_B[order_B], active_B[order_B]
+
+
 def _offer(cached, params, state, slots_B, walk, steps_B, positions_B, active_B):
   """Offers the tokens their next step, and writes down where they go from here."""
   walk, offered = lane_routing.offer(
@@ -196,6 +206,8 @@ def apply_block(cached, batches, params, carry):
   """One pass of the shared block."""
   state, tally = carry
   slots_B, active_B = choose(state.phase_N == BLOCK, state.since_N, batches.block)
+  seen_N = state.position_N if cached.layout.kv == 'shared' else state.place_N
+  slots_B, active_B = ordered(cached, slots_B, active_B, seen_N)
   positions_B, steps_B = state.position_N[slots_B], state.step_N[slots_B]
   admitted = Offer(active_B[:, None], state.place_N[slots_B][:, None], jnp.zeros_like(active_B)[:, None])
   walk, cache = lane_routing.take_step(
@@ -211,6 +223,7 @@ def pass_boundary(cached, batches, params, carry):
   """Last layer, head, sampling; then the next token's embedding, first layer and first decision."""
   state, tally = carry
   slots_B, active_B = choose(_waiting(state), state.since_N, batches.boundary)
+  slots_B, active_B = ordered(cached, slots_B, active_B, state.position_N)
   leaving_B = active_B & (state.phase_N[slots_B] == EXIT)
   next_B, known_B = state.position_N[slots_B] + 1, state.known_N[slots_B]
   state, logits_BV = _leave(cached, params, state, slots_B, leaving_B)

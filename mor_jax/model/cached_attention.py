@@ -7,26 +7,36 @@ sizes. Three ways, which give the same:
   fastest on CPU;
 * 'gather': all lanes at once, as many entries as the longest region has. For GPUs, where lanes must
   not wait for each other;
-* 'groups': the same for some lanes after the others, so many that what they read stays on the chip. For
-  TPUs, which would else write it to memory and read it again.
+* 'groups': some lanes after the others, so many that what they read stays on the chip, and no larger a part of the
+  longest region than they see. For TPUs, which would else write what they read to memory and read it again. Lanes that see about as many should be neighbours (`order`).
 
 Where entries are scattered (kv='hybrid') they are gathered one by one, whichever of them is asked for.
 """
 
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.experimental import layout as layouts
 
 from mor_jax.model.attention_xla import MASKED_SCORE
-from mor_jax.model.cache import Layout, Pool
+from mor_jax.model.cache import TILE, Layout, Pool
 
 SMALLEST_EXTENT = 64
 READS = ('lanes', 'gather', 'groups')
-GROUP_BYTES = (
-  2**24
-)  # of the keys that a group reads, and of the values as many; a TPU has 64 to 128 MiB on its chip
+# What a group reads at most: bytes of keys, and of values as many, well within the 64 to 128 MiB on a TPU's chip; lanes,
+# each of which is a slice of its own in the program.
+GROUP_BYTES, GROUP_LANES = 2**23, 8
+PARTS = (
+  1 / 4,
+  1 / 3,
+  1 / 2,
+  2 / 3,
+  3 / 4,
+  1,
+)  # of the largest region, that a group may read: regions of 2, 3 and 4 recursions
 
 
 @struct.dataclass
@@ -83,11 +93,16 @@ def attend(
   if view.entries_BS is not None:
     out_BKGCE = _scattered(q_BKGCE, pool, layer, view)
   else:
+    most = min(region, pool.keys.shape[2])
     if window is not None:
       view = view.from_first()
-      region = min(region, window) if length == 1 else region  # several may stand far from each other
-    way = {'lanes': _lane_by_lane, 'gather': _all_lanes, 'groups': _in_groups}[read]
-    out_BKGCE = way(q_BKGCE, pool, layer, view, min(region, pool.keys.shape[2]))
+      most = min(most, window) if length == 1 else most  # several may stand far from each other
+    if read == 'gather':
+      out_BKGCE = _all_lanes(q_BKGCE, pool, layer, view, most)
+    elif read == 'lanes':
+      out_BKGCE = _lane_by_lane(q_BKGCE, pool, layer, view, extents(most))
+    else:
+      out_BKGCE = _in_groups(q_BKGCE, pool, layer, view, lengths(most))
   return out_BKGCE.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
 
@@ -97,8 +112,18 @@ def extents(region: int) -> tuple[int, ...]:
   return (*powers, region)
 
 
-def _lane_by_lane(q_BKGCE, pool, layer, view, region):
-  sizes = extents(region)
+def lengths(region: int) -> tuple[int, ...]:
+  """What a group of lanes may read of a region, rising: PARTS of it in whole tiles, and all."""
+  whole_tiles = (math.ceil(region * part / TILE) * TILE for part in PARTS)
+  return tuple(sorted({min(size, region) for size in whole_tiles}))
+
+
+def order(seen_B: jax.Array) -> jax.Array:
+  """Numbers of lanes (B,) in the order in which groups of them read least, by the entries that each sees."""
+  return jnp.argsort(-seen_B, stable=True)
+
+
+def _lane_by_lane(q_BKGCE, pool, layer, view, sizes):
   index_B = jnp.searchsorted(jnp.array(sizes), view.limit_BC.max(axis=1))
 
   def branch(size: int):
@@ -117,24 +142,53 @@ def _lane_by_lane(q_BKGCE, pool, layer, view, region):
   return jax.lax.map(one, (index_B, (q_BKGCE, view)))
 
 
-def _all_lanes(q_BKGCE, pool, layer, view, region):
-  slices = jax.vmap(lambda slot, base: _slice(pool, layer, slot, base, region))
-  found, before_B = slices(view.slots_B, view.base_B)
+def _gathered(pool, layer, view, region):
+  return jax.vmap(lambda slot, base: _slice(pool, layer, slot, base, region))(view.slots_B, view.base_B)
+
+
+def _all_lanes(q_BKGCE, pool, layer, view, region, read=_gathered):
+  found, before_B = read(pool, layer, view, region)
   index_B1S = jnp.arange(region) - before_B[:, None, None]
   return _softmax_attention(q_BKGCE, found, view.sees(index_B1S) & (index_B1S >= 0))
 
 
-def _in_groups(q_BKGCE, pool, layer, view, region):
-  lane_bytes = region * pool.keys.shape[3] * pool.keys.dtype.itemsize
-  size = max(GROUP_BYTES // lane_bytes, 1)
-  if size >= q_BKGCE.shape[0]:
-    return _all_lanes(q_BKGCE, pool, layer, view, region)
+def groups_of(lanes: int, lane_bytes: int) -> tuple[int, int]:
+  """How many groups so many lanes are read in, each of which may read so many bytes of keys; and lanes of a group."""
+  groups = -(-lanes // min(max(GROUP_BYTES // lane_bytes, 1), GROUP_LANES))
+  return groups, -(-lanes // groups)
 
-  def one(lane):
-    q_KGCE, view = jax.tree.map(lambda leaf: leaf[None], lane)
-    return _all_lanes(q_KGCE, pool, layer, view, region)[0]
 
-  return jax.lax.map(one, (q_BKGCE, view), batch_size=size)
+def _slices(pool, layer, view, region):
+  """As `_gathered`, a slice for each lane: for a gather of some a TPU brings the whole pool into another order."""
+  lanes = [_slice(pool, layer, *lane, region) for lane in zip(view.slots_B, view.base_B, strict=True)]
+  found, before_B = jax.tree.map(lambda *leaves: jnp.stack(leaves), *lanes)
+  return jax.tree.map(_as_it_lies, found), before_B
+
+
+def _as_it_lies(leaf):
+  """The same, of which a TPU brings what was read into another order if it wants one, not the pool."""
+  return layouts.with_layout_constraint(leaf, layouts.Layout(tuple(range(leaf.ndim))))
+
+
+def _in_groups(q_BKGCE, pool, layer, view, sizes):
+  batch = q_BKGCE.shape[0]
+  groups, each = groups_of(batch, sizes[-1] * pool.keys.shape[3] * pool.keys.dtype.itemsize)
+  idle = groups * each - batch  # lanes that see nothing
+
+  def split(leaf):
+    filled = jnp.pad(leaf, ((0, idle), *((0, 0),) * (leaf.ndim - 1)))
+    return filled.reshape(groups, each, *leaf.shape[1:])
+
+  def branch(size: int):
+    return lambda q_BKGCE, view: _all_lanes(q_BKGCE, pool, layer, view, size, _slices)
+
+  def one(group):
+    q_BKGCE, view = group
+    index = jnp.searchsorted(jnp.array(sizes), view.limit_BC.max())
+    return jax.lax.switch(index, [branch(size) for size in sizes], q_BKGCE, view)
+
+  out = jax.lax.map(one, jax.tree.map(split, (q_BKGCE, view)))
+  return out.reshape(groups * each, *q_BKGCE.shape[1:])[:batch]
 
 
 def _slice(pool, layer, slot, base, size):

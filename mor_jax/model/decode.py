@@ -153,6 +153,7 @@ def block_uses(config: ModelConfig) -> list[LayerUse]:
   return uses
 
 
+@jax.named_scope('end')
 def apply_end(
   cached: CachedModel, params: DecodeParams, part: str, pool: Pool, x_BCD: jax.Array, lanes: Lanes
 ) -> tuple[jax.Array, Pool]:

@@ -141,7 +141,7 @@ def finish(cached: CachedModel, walk: Walk) -> jax.Array:
 def at_ends(positions_BC: jax.Array, slots_B: jax.Array, real_BC: jax.Array) -> Lanes:
   """Lanes for the layers before and after the recursions, which every real token takes."""
   base_B = jnp.zeros_like(slots_B)
-  view = View(slots_B, base_B, positions_BC + 1)
+  view = View(slots_B, base_B, jnp.where(real_BC, positions_BC + 1, 0))
   nowhere = jnp.iinfo(jnp.int32).max
   return Lanes(view, positions_BC, jnp.where(real_BC, positions_BC, nowhere), base_B)
 
@@ -152,11 +152,12 @@ def _place(cached, cache, slots_B, steps_B, positions_BC, offered) -> tuple[Lane
   base_B = jnp.array(layout.offsets)[steps_B]
   entries_BC = base_B[:, None] + offered.places_BC
   writes_BC = offered.selected_BC
-  view = View(slots_B, base_B, offered.places_BC + 1)
+  seen_BC = offered.places_BC + 1
   if layout.kv == 'shared':
-    entries_BC, view = positions_BC, view.replace(limit_BC=positions_BC + 1)
+    entries_BC, seen_BC = positions_BC, positions_BC + 1
     writes_BC &= (steps_B == 0)[:, None]
   entries_BC = jnp.where(writes_BC, entries_BC, layout.entries)
+  view = View(slots_B, base_B, jnp.where(offered.selected_BC, seen_BC, 0))
   if cached.config.sliding_window is not None:
     cache, first_BC = _first_seen(cached, cache, view, entries_BC, positions_BC)
     view = view.replace(first_BC=first_BC)

@@ -56,6 +56,7 @@ def of(
   devices: int,
   is_tpu: bool,
   fast: bool = False,
+  taken: hlo.Taken | None = None,
 ) -> Cost:
   """Compiles a program.
 
@@ -66,6 +67,7 @@ def of(
     devices: that the program is for.
     fast: reduce the compiler's optimisation effort. Compiling then takes at most a third of the time, but TPU
       programs have up to 15% more temporaries, and more memory traffic.
+    taken: shares of the branches of conditionals, for the traffic (`hlo.Program.executions`).
   """
   begin, cpu_begin = time.perf_counter(), time.process_time()
   traced = trace()
@@ -100,7 +102,7 @@ def of(
     memory.argument_size_in_bytes,
     peak - memory.argument_size_in_bytes - outputs,
     peak,
-    traffic.memory_traffic(program),
+    traffic.memory_traffic(program, taken),
     collectives.collectives(program),
     seconds,
     cpu_seconds,

@@ -19,7 +19,7 @@ from jax.sharding import SingleDeviceSharding
 
 from mor_jax.config import ConfigError, ModelConfig
 from mor_jax.console import Row
-from mor_jax.inference import prefill, speculation, ticks
+from mor_jax.inference import balance, prefill, speculation, ticks
 from mor_jax.inference import state as state_lib
 from mor_jax.inference.speculation import Drafting
 from mor_jax.inference.ticks import Batches
@@ -28,7 +28,7 @@ from mor_jax.model import decode, flops
 from mor_jax.model.decode import CachedModel
 from mor_jax.model.transformer import abstract_variables
 from mor_jax.parallel import device_memory
-from mor_jax.planning import chips, cost, roofline
+from mor_jax.planning import chips, cost, full_texts, roofline
 from mor_jax.planning.cost import Cost
 from mor_jax.units import megabytes, quantity
 
@@ -50,6 +50,7 @@ class Asked:
     speculate, draft_recursions: tokens of a draft, 0 for none, and recursions that write it.
     slack: places of a recursion per token expected.
     fast: let the compiler optimise little.
+    batches: lanes of block and boundary; None: those with which a token moves least bytes.
   """
 
   max_len: int
@@ -60,6 +61,7 @@ class Asked:
   draft_recursions: int = 1
   slack: float = 1.0
   fast: bool = False
+  batches: Batches | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Plan:
     programs: by name; `round` only with drafts.
     parameter_bytes, cache_bytes: of all slots.
     depth: passes of the block per token.
+    flow: how often block and boundary run for a token.
+    parts: of what a pass of them reads, the bytes of weights, of keys and values, and of the head.
   """
 
   asked: Asked
@@ -83,6 +87,8 @@ class Plan:
   parameter_bytes: int
   cache_bytes: int
   depth: float
+  flow: balance.Flow
+  parts: dict[str, dict[str, int]]
 
   @property
   def fits(self) -> bool:
@@ -101,11 +107,11 @@ class Plan:
 
   @property
   def tokens_per_second(self) -> float | None:
-    """The most tokens that a second can give, with every lane in use."""
+    """The most tokens that a second can give: passes as often as a token needs them, lanes out of use included."""
     block, boundary = self.seconds('block'), self.seconds('boundary')
     if block is None or boundary is None:
       return None
-    return 1 / (self.depth * block / self.lanes.block + boundary / self.lanes.boundary)
+    return 1 / (self.flow.ticks * block + self.flow.boundaries * boundary)
 
 
 def compile_decoding(config: ModelConfig, device: jax.Device, asked: Asked) -> Plan:
@@ -121,31 +127,35 @@ def compile_decoding(config: ModelConfig, device: jax.Device, asked: Asked) -> P
   if memory is None:
     raise ConfigError(f'--slots: the memory of {device.device_kind} is unknown; say how many sequences')
   parameters = flops.count_parameters(config).total * jnp.dtype(config.dtype).itemsize
-  each = flops.kv_cache_bytes(config, asked.max_len, jnp.dtype(cache_lib.DTYPES[asked.cache_dtype]).itemsize)
-  slots = int((0.9 * memory - parameters) // each) // LANES * LANES
+  layout = _cached(config, device, asked).layout
+  pools = jax.eval_shape(lambda: cache_lib.init_cache(config, layout, 1, asked.cache_dtype))
+  slots = _rounded((SHARE * memory - parameters) / device_memory.bytes_on_a_device(pools))
   for _ in range(ATTEMPTS):
-    if slots < LANES:
+    if slots < 1:
       raise ConfigError(
-        f'--max_len={asked.max_len}: {device.device_kind} has no room for {LANES} such texts beside the weights'
+        f'--max_len={asked.max_len}: {device.device_kind} has no room for such a text beside the weights'
       )
     plan = _compile(config, device, memory, dataclasses.replace(asked, slots=slots))
     if plan.fits:
       return plan
     most = max(one.peak_bytes for one in plan.programs.values())
-    slots = (
-      min(int(slots * (SHARE * memory - parameters) / (most - parameters)), slots - LANES) // LANES * LANES
-    )
+    slots = min(_rounded(slots * (SHARE * memory - parameters) / (most - parameters)), _rounded(slots - 1))
   raise ConfigError(f'--max_len={asked.max_len}: no number of slots was found that fits; give --slots')
 
 
-def _compile(config, device, memory, asked) -> Plan:
+def _rounded(slots: float) -> int:
+  """At most so many, whole lanes of a TPU's tiles where there are some."""
+  return int(slots) // LANES * LANES or int(slots)
+
+
+def _cached(config, device, asked) -> CachedModel:
   is_tpu = device.platform == 'tpu'
   layout = cache_lib.make_layout(config, asked.max_len, asked.slack, tiled=is_tpu)
-  cached = CachedModel(config, layout, unroll=False, read='groups' if is_tpu else 'gather')
-  depth = sum(config.step_capacities) if config.kind == 'mor' else cache_lib.num_steps(config)
-  # In a steady state so many of the slots wait for the block, and the others for the boundary.
-  block = max(int(asked.slots * depth / (depth + 1)) // LANES * LANES, min(LANES, asked.slots))
-  batches = Batches(block, max(asked.slots - block, min(LANES, asked.slots)))
+  return CachedModel(config, layout, unroll=False, read='groups' if is_tpu else 'gather')
+
+
+def _compile(config, device, memory, asked) -> Plan:
+  cached, is_tpu = _cached(config, device, asked), device.platform == 'tpu'
 
   def on_device(tree: Any) -> Any:
     where = SingleDeviceSharding(device)
@@ -154,6 +164,8 @@ def _compile(config, device, memory, asked) -> Plan:
   variables = nn.unbox(abstract_variables(config))
   params = on_device(jax.eval_shape(functools.partial(decode.prepare, cached), variables))
   state = on_device(jax.eval_shape(lambda: state_lib.init_state(cached, asked.slots, asked.cache_dtype)))
+
+  batches = asked.batches or _balanced(cached, params, chips.of_kind(device.device_kind), asked)
 
   def block_of(params, state):
     return ticks.apply_block(cached, batches, params, (state, _tally(cached)))
@@ -183,7 +195,9 @@ def _compile(config, device, memory, asked) -> Plan:
 
   def cost_of(function: Callable, arguments: tuple) -> Cost:
     jitted = jax.jit(function, donate_argnums=1)
-    return cost.of(lambda: jitted.trace(*arguments), arguments, function.__name__, 1, is_tpu, asked.fast)
+    name, is_block = function.__name__, function is block_of
+    taken = full_texts.branches(cached, batches.block, asked.cache_dtype, is_block)
+    return cost.of(lambda: jitted.trace(*arguments), arguments, name, 1, is_tpu, asked.fast, taken)
 
   costs = {name: cost_of(*program) for name, program in programs.items()}
   return Plan(
@@ -194,8 +208,43 @@ def _compile(config, device, memory, asked) -> Plan:
     costs,
     device_memory.bytes_on_a_device(params),
     device_memory.bytes_on_a_device((state.cache.first, state.cache.block, state.cache.last)),
-    depth,
+    sum(full_texts.entering(cached)),
+    balance.flow(batches, asked.slots, full_texts.entering(cached)),
+    _parts(cached, params, batches, asked),
   )
+
+
+def _parts(cached, params, batches, asked) -> dict[str, dict[str, int]]:
+  """Bytes that block and boundary cannot but read, by what they are."""
+  entry, layers = full_texts.entry_bytes(cached, asked.cache_dtype), len(decode.block_uses(cached.config))
+  size = device_memory.bytes_on_a_device
+  head = params.embed if params.head is None else params.head
+  ends = 2 * cached.config.unique_ends * cached.layout.max_len
+  return {
+    'block': {
+      'weights': size((params.block, params.own, params.router)),
+      'caches': layers * entry * full_texts.reads(cached, batches.block),
+    },
+    'boundary': {
+      'weights': size((params.first, params.last)),
+      'caches': ends * entry * batches.boundary,
+      'head': size(head),
+    },
+  }
+
+
+def _balanced(cached, params, chip, asked) -> Batches:
+  """The sizes of the batches with which a token moves least bytes."""
+  sample = Batches(asked.slots, asked.slots)
+  parts = _parts(cached, params, sample, asked)
+  costs = []
+  for name in ('block', 'boundary'):
+    caches = parts[name].pop('caches') / asked.slots
+    logits = 4 * cached.config.vocab_size if name == 'boundary' else 0
+    costs += [sum(parts[name].values()), caches + logits]
+  bandwidth = chip.hbm_bandwidth if chip else 1.0
+  of = balance.Costs(*(one / bandwidth for one in costs))
+  return balance.choose(of, asked.slots, full_texts.entering(cached), multiple=min(LANES, asked.slots))
 
 
 def _tally(cached: CachedModel) -> ticks.Tally:
@@ -239,6 +288,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
       'traffic_bytes': one.traffic,
       'peak_bytes': one.peak_bytes,
       'temp_bytes': one.temp_bytes,
+      'parts': plan.parts.get(name),
       'seconds': plan.seconds(name),
       'compile_seconds': one.compile_seconds,
       'problem': one.problem,
@@ -256,6 +306,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
     'parameter_bytes': plan.parameter_bytes,
     'cache_bytes': plan.cache_bytes,
     'depth': plan.depth,
+    'ticks_per_token': plan.flow.ticks,
+    'boundaries_per_token': plan.flow.boundaries,
     'tokens_per_second': plan.tokens_per_second,
     'programs': programs,
   }

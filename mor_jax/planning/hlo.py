@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 _HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$')
 _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$')
@@ -48,7 +48,7 @@ class Instruction:
 
   @functools.cached_property
   def called(self) -> list[str]:
-    """Computations that it runs, except the scalar ones of reductions and sorts."""
+    """Computations that it runs, except the scalar ones of reductions and sorts; branches by their number."""
     if self.opcode not in _CALLERS:
       return []
     branches = _BRANCHES.search(self.attributes)
@@ -56,6 +56,7 @@ class Instruction:
 
 
 Computation = dict[str, Instruction]
+Taken = Callable[[Instruction], Sequence[float] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,22 +66,27 @@ class Program:
   computations: dict[str, Computation]
   entry: str
 
-  def executions(self, into_fusions: bool = False) -> Iterator[tuple[Computation, Instruction, int]]:
-    """Yields (computation, instruction, number of executions); all branches of a conditional count.
+  def executions(
+    self, into_fusions: bool = False, taken: Taken | None = None
+  ) -> Iterator[tuple[Computation, Instruction, float]]:
+    """Yields (computation, instruction, number of executions).
 
     Args:
       into_fusions: also yield the instructions inside fusions.
+      taken: how often each branch of a conditional is taken; None, for it or from it: all of them count.
     """
 
-    def visit(name: str, times: int) -> Iterator[tuple[Computation, Instruction, int]]:
+    def visit(name: str, times: float) -> Iterator[tuple[Computation, Instruction, float]]:
       computation = self.computations.get(name, {})
       for instruction in computation.values():
         yield computation, instruction, times
         if instruction.opcode == 'fusion' and not into_fusions:
           continue
         inner = times * (self._trip_count(computation, instruction) if instruction.opcode == 'while' else 1)
-        for callee in instruction.called:
-          yield from visit(callee, inner)
+        shares = taken(instruction) if taken and instruction.opcode == 'conditional' else None
+        for callee, share in zip(instruction.called, shares or [1] * len(instruction.called), strict=True):
+          if share:
+            yield from visit(callee, inner * share)
 
     return visit(self.entry, 1)
 

@@ -28,18 +28,22 @@ _RENAMES = {'bitcast', 'copy', 'reshape', 'transpose', 'convert'}
 _BOOKKEEPING = ('AllocateBuffer', 'AssumeGatherIndicesInBound')
 
 
-def memory_traffic(program: hlo.Program) -> int:
+def memory_traffic(program: hlo.Program, taken: hlo.Taken | None = None) -> int:
   """Bytes read from and written to a device's main memory in one run of the program.
 
   As in XLA's cost model, every kernel reads its operands and writes its results once. If an array is only
   sliced, only the slice is read; if it is updated in place, only the update is written. Arrays in on-chip
   memory are free, so a copy to or from it counts once.
+
+  Args:
+    taken: shares of the branches of conditionals (`hlo.Program.executions`); None: all of them count.
   """
-  return sum(
+  moved = sum(
     times * _moved(program, computation, instruction)
-    for computation, instruction, times in program.executions()
+    for computation, instruction, times in program.executions(taken=taken)
     if instruction.opcode not in _FREE and not any(name in instruction.attributes for name in _BOOKKEEPING)
   )
+  return round(moved)
 
 
 def _moved(program: hlo.Program, computation: hlo.Computation, instruction: hlo.Instruction) -> int:
