@@ -3,6 +3,7 @@
 import atexit
 import dataclasses
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import jax
 from absl import flags
 from jax.sharding import Mesh
 
+from mor_jax.cli import weights
 from mor_jax.cli.flags import load_config, numbers, overrides
 from mor_jax.config import Config, ConfigError
+from mor_jax.console import open_console, print_line
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.evaluation import calibration
-from mor_jax.inference.engine import Engine
+from mor_jax.inference.engine import Engine, recursions_of
 from mor_jax.interop import imported, published, sources
 from mor_jax.model import cache
 from mor_jax.model.transformer import Transformer
@@ -59,6 +62,7 @@ def define_flags(slots: int | None, slots_help: str) -> None:
     'the same bits of scores, whatever else is computed at the time; costs speed where prompts are short',
   )
   flags.DEFINE_integer('draft_recursions', 1, 'recursions that write the drafts')
+  weights.define_flags()
 
 
 def make_mesh() -> Mesh:
@@ -108,18 +112,28 @@ def tokenizer_of(run: LoadedRun) -> Tokenizer:
     raise ConfigError(f'--checkpoint={FLAGS.checkpoint}: {error}') from None
 
 
-def make_engine(
-  run: LoadedRun, slots: int, mesh: Mesh, top_logprobs: int | None = None
-) -> tuple[Engine, LoadedRun]:
-  """An engine with at least so many slots, as many on every part of the mesh; and the run as it runs it.
+def load_as_asked(mesh: Mesh) -> LoadedRun:
+  """The run of --checkpoint with the thresholds of --capacities, and weights as --weights says.
+
+  Raises:
+    ConfigError: as `load`, or one of the flags cannot be followed.
+  """
+  weights.check_flags()
+  run = load(mesh)
+  if FLAGS.capacities:
+    config, variables = calibrated(run)
+    run = dataclasses.replace(run, config=config, model=Transformer(config.model), variables=variables)
+  recursions_of(run.config.model, FLAGS.max_recursions)
+  return weights.quantised(run, mesh, FLAGS.max_recursions, partial(print_line, open_console(stderr=True)))
+
+
+def make_engine(run: LoadedRun, slots: int, mesh: Mesh, top_logprobs: int | None = None) -> Engine:
+  """An engine with at least so many slots, as many on every part of the mesh.
 
   Raises:
     ConfigError: a setting cannot work, or there is no memory for it.
   """
   parts = mesh_lib.row_shards(mesh)
-  if FLAGS.capacities:
-    config, variables = calibrated(run)
-    run = dataclasses.replace(run, config=config, model=Transformer(config.model), variables=variables)
   engine = Engine(
     run.model,
     run.variables,
@@ -135,7 +149,7 @@ def make_engine(
     batch_invariant=FLAGS.batch_invariant,
   )
   _check_memory(engine, mesh)
-  return engine, run
+  return engine
 
 
 def _check_memory(engine: Engine, mesh: Mesh) -> None:
