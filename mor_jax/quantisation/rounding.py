@@ -1,7 +1,11 @@
-"""Matrices as small integers: qwix rounds them, and of several scales the one is taken that costs the loss least."""
+"""Matrices as small integers: scales and rounding by qwix, and errors made good where the inputs of a kernel are known.
+
+With the second moments of its inputs a kernel is rounded row by row, and what rounding a row cost is taken back by the rows
+that follow, as far as inputs go together (GPTQ, Frantar et al. 2023, arXiv 2210.17323). Scales are then those that cost
+least of several. qwix has GPTQ too, as a loop in Python: it takes minutes to compile for each shape, and seconds a kernel.
+"""
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +14,9 @@ from mor_jax.config import ConfigError
 from mor_jax.model.kernels import Quantised, pack
 
 GROUP = 32  # rows of a kernel of 4 bits with a scale of their own, in each column
-# Largest integers stand for so much of the largest value; below 1 larger ones are cut off.
-SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
+# The largest integer stands for so much of the largest value; below 1, larger ones are cut off.
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+DAMPING = 0.01  # of the mean second moment, added to each (GPTQ)
 
 
 def group_rows(inputs: int) -> int:
@@ -19,7 +24,8 @@ def group_rows(inputs: int) -> int:
   sizes = [size for size in range(2, GROUP + 1, 2) if inputs % size == 0]
   if not sizes:
     raise ConfigError(
-      f'--weights=int4 keeps two rows of a kernel in a byte, and one of {inputs} rows has none over; use --weights=int8'
+      f'--weights=int4 keeps two rows of a kernel in a byte, and one of {inputs} rows has one left over; use '
+      f'--weights=int8'
     )
   return sizes[-1]
 
@@ -30,48 +36,102 @@ def by_row(table_VD: jax.Array) -> Quantised:
   return by_column.T
 
 
-def quantise(
-  kernel: jax.Array, bits: int, sensitivity: jax.Array | None = None, shares: Sequence[float] = SHARES
-) -> Quantised:
+def quantise(kernel: jax.Array, bits: int, moments: jax.Array | None = None) -> Quantised:
   """A kernel (..., I, O) of 8 bits with a scale for each column, or of 4 bits with one for `group_rows` of it.
 
   Args:
-    sensitivity: of the loss to each value (`sensitivity.measure`), which the squares of errors are weighted with to
-      choose among the shares; None: the first.
+    moments: second moments (..., I, I) of the inputs, each token weighted by what errors cost there (`sensitivity`);
+      None: every value is rounded by itself.
 
   Raises:
     ConfigError: 4 bits, and a number of rows that is odd.
   """
-  size = group_rows(kernel.shape[-2]) if bits == 4 else kernel.shape[-2]
-  return _rounded(kernel, sensitivity, bits, size, tuple(shares if sensitivity is not None else shares[:1]))
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _rounded(kernel, sensitivity, bits, size, shares):
-  import qwix  # an optional extra, and only for those who quantise
-
-  last = kernel.ndim - 1
-  how = {'channelwise_axes': [*range(last - 1), last], 'tiled_axes': {last - 1: size}}
-  kind = jnp.int4 if bits == 4 else jnp.int8
-  best = None
-  for share in shares:
-    found = qwix.quantize(kernel.astype(jnp.float32), kind, calibration_method=f'absmax,{share}', **how)
-    cost = jnp.zeros(())
-    if sensitivity is not None:
-      squares = sensitivity * jnp.square(qwix.dequantize(found) - kernel)
-      cost = squares.reshape(*found.scale.shape[:-1], size, -1).sum(axis=-2)
-    new = cost, found.qvalue.astype(jnp.int8), found.scale
-    best = new if best is None else _better(best, new, size)
-  _, values, scales = best
+  inputs = kernel.shape[-2]
+  size = group_rows(inputs) if bits == 4 else inputs
+  kernel = jnp.asarray(kernel, jnp.float32)
+  if moments is None:
+    values, scales = _plain(kernel, bits, size)
+  else:
+    stacked = kernel.reshape(-1, *kernel.shape[-2:]), jnp.asarray(moments).reshape(-1, inputs, inputs)
+    values, scales = _all_made_good(*stacked, bits, size)
+    values, scales = values.reshape(kernel.shape), scales.reshape(*kernel.shape[:-2], *scales.shape[-2:])
+  # float16 has enough digits for 4 bits, and half of the bytes.
   return Quantised(pack(values), scales.astype(jnp.float16)) if bits == 4 else Quantised(values, scales)
 
 
-def _better(one, other, size):
-  """Of two candidates (cost, values, scales) the cheaper in each group."""
-  wins = other[0] < one[0]
-  each = jnp.repeat(wins, size, axis=-2)
-  return (
-    jnp.where(wins, other[0], one[0]),
-    jnp.where(each, other[1], one[1]),
-    jnp.where(wins, other[2], one[2]),
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _plain(kernel, bits, size, share=1.0):
+  """Integers (..., I, O) and scales (..., I / size, O)."""
+  import qwix  # an optional extra, for those who quantise
+
+  last = kernel.ndim - 1
+  found = qwix.quantize(
+    kernel,
+    jnp.int4 if bits == 4 else jnp.int8,
+    channelwise_axes=[*range(last - 1), last],
+    tiled_axes={last - 1: size},
+    calibration_method=f'absmax,{share}',
   )
+  # Rounded again: compiled together with what reads them, qwix's integers are not kept to their range (XLA 0.10).
+  scales = found.scale
+  return _number(kernel, jnp.repeat(scales, size, axis=-2), bits), scales
+
+
+def _number(values, scales, bits):
+  largest = 2 ** (bits - 1) - 1
+  return jnp.clip(jnp.round(values / scales), -largest - 1.0, float(largest)).astype(jnp.int8)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _all_made_good(kernel_NIO, moments_NII, bits, size):
+  return jax.lax.map(lambda one: _made_good(*one, bits, size), (kernel_NIO, moments_NII))
+
+
+def _made_good(kernel_IO, moments_II, bits, size):
+  """Rounds a kernel in blocks of rows; every row hands its error to those after it."""
+  inputs = len(kernel_IO)
+  cost_I = jnp.diagonal(moments_II)
+  damped_II = moments_II + jnp.eye(inputs) * (DAMPING * cost_I.mean() + jnp.finfo(jnp.float32).tiny)
+  # Row i of it, over its diagonal, is how row i hands its error on.
+  factor_II = jnp.linalg.cholesky(jnp.linalg.inv(damped_II), upper=True)
+  scale_1O = _cheapest_scales(kernel_IO, cost_I, bits, size) if size == inputs else None
+  block = size if scale_1O is None else _block_rows(inputs)
+
+  def round_block(kernel_IO, first):
+    rows = jax.lax.dynamic_slice_in_dim(kernel_IO, first, block)
+    square = jax.lax.dynamic_slice(factor_II, (first, first), (block, block))
+    cost = jax.lax.dynamic_slice_in_dim(cost_I, first, block)
+    scale_O = (_cheapest_scales(rows, cost, bits, block) if scale_1O is None else scale_1O)[0]
+
+    def round_row(rows, row):
+      number = _number(rows[row], scale_O, bits)
+      error_O = (rows[row] - number * scale_O) / square[row, row]
+      after = jnp.arange(block) > row
+      rows = rows - jnp.where(after, square[row], 0.0)[:, None] * error_O
+      return rows, (number, error_O)
+
+    _, (values, errors) = jax.lax.scan(round_row, rows, jnp.arange(block))
+    handed_on = jax.lax.dynamic_slice_in_dim(factor_II, first, block).T @ errors
+    later = (jnp.arange(inputs) >= first + block)[:, None]
+    return kernel_IO - jnp.where(later, handed_on, 0.0), (values, scale_O)
+
+  _, (values, scales) = jax.lax.scan(round_block, kernel_IO, jnp.arange(0, inputs, block))
+  return values.reshape(kernel_IO.shape), scales if scale_1O is None else scale_1O
+
+
+def _block_rows(inputs):
+  """Rows that are rounded before the others learn of it, where all have the same scales; for speed only."""
+  return next(size for size in range(min(64, inputs), 0, -1) if inputs % size == 0)
+
+
+def _cheapest_scales(rows, cost_I, bits, size):
+  """Of the scales that SHARES give a group of rows, those (1, O) whose rounding costs the least."""
+  best = None
+  for share in SHARES:
+    values, scales = _plain(rows, bits, size, share)
+    found = (cost_I[:, None] * jnp.square(values * scales - rows)).sum(axis=0), scales
+    if best is not None:
+      wins = found[0] < best[0]
+      found = jnp.where(wins, found[0], best[0]), jnp.where(wins, found[1], best[1])
+    best = found
+  return best[1]

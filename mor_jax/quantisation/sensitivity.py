@@ -1,11 +1,12 @@
-"""How much the loss of a model depends on every weight, added up over all recursions that use it.
+"""Which inputs the kernels of a model meet, and how much errors cost there, added up over all recursions.
 
-A weight that is off by d changes the product for a token by d times its input, and the loss by this times the gradient
-of the product. The sum of the squares over tokens is the diagonal of the empirical Fisher information, which stands for
-the second derivative of the loss (LeCun et al. 1990, Optimal Brain Damage; Kim et al. 2024, SqueezeLLM, arXiv 2306.07629).
-A token counts in each recursion that it takes, with the inputs that it has there, and nowhere else: the gradient of a
-recursion that it does not take is zero. Reverse differentiation adds up the recursions by itself, whichever way layers
-share their parameters: a product is given a derivative with respect to a second kernel, which is this sum.
+A kernel that is off by D changes its product for a token by x D, x its input, and the loss by this times the gradient g
+of the product. Taken for independent of x, |g|^2 weighs the token, and the second moments sum |g|^2 x x^T over all
+tokens say what an error costs (the Hessian of GPTQ, arXiv 2210.17323, where every token weighs the same).
+A token counts in each recursion that it takes, with the inputs that it has there, and in no other: of a recursion that
+it does not take the gradient is zero. Reverse differentiation adds up the recursions by itself, however layers share
+their parameters, as it does the gradients of shared kernels: a product gets a derivative with respect to a second
+argument, which is this sum.
 """
 
 from collections.abc import Iterable
@@ -31,7 +32,7 @@ PARTS = ('first', 'block', 'last')
 
 @struct.dataclass
 class Measured:
-  """A kernel (..., I, O) whose products have a derivative with respect to `sums`: those of squares, see above."""
+  """A kernel (..., I, O) whose products have a derivative with respect to `sums` (..., I, I): the moments, see above."""
 
   kernel: jax.Array
   sums: jax.Array
@@ -55,21 +56,26 @@ class Measured:
 
 
 @jax.custom_vjp
-def _measured_product(x_NI, kernel_IO, sums_IO):
+def _measured_product(x_NI, kernel_IO, sums_II):
   return x_NI @ kernel_IO
 
 
-def _forward(x_NI, kernel_IO, sums_IO):
+def _forward(x_NI, kernel_IO, sums_II):
   return x_NI @ kernel_IO, (x_NI, kernel_IO)
 
 
 def _backward(kept, gradient_NO):
   x_NI, kernel_IO = kept
-  squares_IO = jnp.square(x_NI).T @ jnp.square(gradient_NO)
-  return gradient_NO @ kernel_IO.T, jnp.zeros_like(kernel_IO), squares_IO
+  weight_N1 = jnp.square(gradient_NO).sum(axis=1, keepdims=True)
+  return gradient_NO @ kernel_IO.T, jnp.zeros_like(kernel_IO), (x_NI * weight_N1).T @ x_NI
 
 
 _measured_product.defvjp(_forward, _backward)
+
+
+def _zeros(kernel):
+  *stacked, inputs, _ = kernel.shape
+  return jnp.zeros((*stacked, inputs, inputs))
 
 
 def kernel_paths(params: dict) -> list[str]:
@@ -88,7 +94,7 @@ def measure(
   mesh: Mesh,
   max_recursions: int | None = None,
 ) -> dict[str, np.ndarray]:
-  """The sensitivity (..., I, O) of every kernel of the layers by its path, in nats squared, summed over all tokens.
+  """The moments (..., I, I) of every kernel of the layers by its path, summed over all tokens and recursions.
 
   Args:
     config: of the model, which is computed in float32.

@@ -99,7 +99,8 @@ def quantised(
   """The variables with kernels, embedding and head quantised.
 
   Args:
-    measured: sensitivity of the loss to each kernel by its path; None: scales are those of the largest values.
+    measured: moments of the inputs of each kernel by its path (`sensitivity.measure`); None: every value is rounded by itself,
+      with scales of the largest values.
     mesh: where they shall lie, as parameters do in training; None: where they lie.
   """
   layers = set(sensitivity.kernel_paths(variables['params']))
