@@ -52,28 +52,25 @@ def quantise(kernel: jax.Array, bits: int, moments: jax.Array | None = None) -> 
   if moments is None:
     values, scales = _plain(kernel, bits, size)
   else:
-    stacked = kernel.reshape(-1, *kernel.shape[-2:]), jnp.asarray(moments).reshape(-1, inputs, inputs)
-    values, scales = _all_made_good(*stacked, bits, size)
-    values, scales = values.reshape(kernel.shape), scales.reshape(*kernel.shape[:-2], *scales.shape[-2:])
+    layers = kernel.reshape(-1, *kernel.shape[-2:]), jnp.asarray(moments).reshape(-1, inputs, inputs)
+    made = [_made_good(*layer, bits, size) for layer in zip(*layers, strict=True)]
+    values, scales = (
+      jnp.stack(found).reshape(*kernel.shape[:-2], *found[0].shape) for found in zip(*made, strict=True)
+    )
   # float16 has enough digits for 4 bits, and half of the bytes.
   return Quantised(pack(values), scales.astype(jnp.float16)) if bits == 4 else Quantised(values, scales)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _plain(kernel, bits, size, share=1.0):
-  """Integers (..., I, O) and scales (..., I / size, O)."""
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _plain(kernel, bits, size):
+  """Integers (..., I, O) and scales (..., I / size, O), by which the largest integer is the largest value."""
   import qwix  # an optional extra, for those who quantise
 
   last = kernel.ndim - 1
-  found = qwix.quantize(
-    kernel,
-    jnp.int4 if bits == 4 else jnp.int8,
-    channelwise_axes=[*range(last - 1), last],
-    tiled_axes={last - 1: size},
-    calibration_method=f'absmax,{share}',
-  )
-  # Rounded again: compiled together with what reads them, qwix's integers are not kept to their range (XLA 0.10).
-  scales = found.scale
+  kind = jnp.int4 if bits == 4 else jnp.int8
+  groups = {'channelwise_axes': [*range(last - 1), last], 'tiled_axes': {last - 1: size}}
+  scales = qwix.quantize(kernel, kind, **groups).scale
+  # Rounded here: compiled together with what reads them, XLA does not keep qwix's integers to their range.
   return _number(kernel, jnp.repeat(scales, size, axis=-2), bits), scales
 
 
@@ -83,10 +80,6 @@ def _number(values, scales, bits):
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _all_made_good(kernel_NIO, moments_NII, bits, size):
-  return jax.lax.map(lambda one: _made_good(*one, bits, size), (kernel_NIO, moments_NII))
-
-
 def _made_good(kernel_IO, moments_II, bits, size):
   """Rounds a kernel in blocks of rows; every row hands its error to those after it."""
   inputs = len(kernel_IO)
@@ -126,12 +119,10 @@ def _block_rows(inputs):
 
 def _cheapest_scales(rows, cost_I, bits, size):
   """Of the scales that SHARES give a group of rows, those (1, O) whose rounding costs the least."""
-  best = None
-  for share in SHARES:
-    values, scales = _plain(rows, bits, size, share)
-    found = (cost_I[:, None] * jnp.square(values * scales - rows)).sum(axis=0), scales
-    if best is not None:
-      wins = found[0] < best[0]
-      found = jnp.where(wins, found[0], best[0]), jnp.where(wins, found[1], best[1])
-    best = found
-  return best[1]
+  scales_SO = jnp.array(SHARES)[:, None] * _plain(rows, bits, size)[1]
+
+  def cost_of(scale_O):
+    return (cost_I[:, None] * jnp.square(_number(rows, scale_O, bits) * scale_O - rows)).sum(axis=0)
+
+  best_O = jax.lax.map(cost_of, scales_SO).argmin(axis=0)
+  return jnp.take_along_axis(scales_SO, best_O[None], axis=0)

@@ -124,10 +124,9 @@ def measure(
 
   def step(variables, batch):
     batch = targets_lib.visible_batch(batch, config.data.segment_mask)
-    zeros = {}
+    zeros: dict[str, jax.Array] = {}
     kernels.map_paths(
-      lambda path, leaf: zeros.update({path: jnp.zeros(leaf.shape)}) if path in paths else None,
-      variables['params'],
+      lambda path, leaf: zeros.update({path: _zeros(leaf)} if path in paths else {}), variables['params']
     )
     return jax.grad(loss)(zeros, variables, batch)
 
