@@ -9,7 +9,7 @@ medians of --repeats measurements of each side.
   peer   against `transformers serve`, with and without continuous batching, of the same vanilla weights:
          --huggingface is a Llama checkpoint, which both read; needs pip install 'transformers[serving]'
 
-Writes benchmarks/results/serve_PART.*. `benchmarks.serve_faults` has what must hold under faults.
+Writes benchmarks/results/serve_PART.* (--suffix). `benchmarks.serve_faults` has what must hold under faults.
 """
 
 import statistics
@@ -41,6 +41,7 @@ SERVER_FLAGS = (
   'max_recursions',
   'prefill_tokens',
   'ticks_per_call',
+  'call_seconds',
   'batch_invariant',
 )
 LATENCIES = ['first piece p50, ms', 'p99, ms', 'between pieces p50, ms', 'p99, ms ']
@@ -56,6 +57,9 @@ def define_flags() -> None:
   flags.DEFINE_integer('characters', 400, 'length of a prompt')
   flags.DEFINE_integer('each', 4, 'requests of each client')
   flags.DEFINE_integer('repeats', 3, 'measurements of each side')
+  flags.DEFINE_string(
+    'suffix', '', 'of the files of results, such as _smollm2 for the figures of another model'
+  )
   flags.DEFINE_bool('side', False, 'internal: be the engine without a server')
 
 
@@ -111,7 +115,7 @@ def load(client: sides.Side, folder: Path) -> bool:
       print(rows[-1], flush=True)
   engine.close()
   columns = ['at a time', 'requests/s', 'tokens/s', 'engine alone, tokens/s', 'ratio', *LATENCIES]
-  print(results.keep('serve_load', columns, rows, _settings(), measurements=_rounded(raw)))
+  print(results.keep(f'serve_load{FLAGS.suffix}', columns, rows, _settings(), measurements=_rounded(raw)))
   return met
 
 
@@ -144,7 +148,9 @@ def stall(client: sides.Side, folder: Path) -> bool:
   ]
   rows.append(['ratio', '', '', '', '', f'{ratio:.2f}', ''])
   columns = ['', 'tokens/s', *LATENCIES, 'long prompts']
-  print(results.keep('serve_stall', columns, rows, _settings(), measurements=_rounded([found])))
+  print(
+    results.keep(f'serve_stall{FLAGS.suffix}', columns, rows, _settings(), measurements=_rounded([found]))
+  )
   return ratio <= STALL_GOAL
 
 
@@ -180,7 +186,7 @@ def peer(client: sides.Side, folder: Path) -> bool:
     raw.append({'server': name, 'measured': measured})
   print(
     results.keep(
-      'serve_peer',
+      f'serve_peer{FLAGS.suffix}',
       [f'{BUSY} at a time', 'tokens/s', 'ours, times', *LATENCIES],
       rows,
       _settings(),

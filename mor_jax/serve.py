@@ -58,7 +58,10 @@ def define_flags() -> None:
     'tokens of prompts that are computed between two pieces of the streams, so that a long prompt does not stall them; '
     '0: whole prompts',
   )
-  flags.DEFINE_integer('ticks_per_call', 8, 'passes of the block between two pieces of a stream')
+  flags.DEFINE_integer('ticks_per_call', 8, 'passes of the block between two pieces of a stream, at most')
+  flags.DEFINE_float(
+    'call_seconds', 0.05, 'time between two pieces of a stream, for which passes are left out; 0: however long they take'
+  )
   flags.DEFINE_float('drain_seconds', 30.0, 'time that running requests have to end after SIGTERM')
 
 
@@ -71,6 +74,7 @@ def main() -> int:
     slots=1,
     max_len=2,
     ticks_per_call=1,
+    call_seconds=0,
     prefill_tokens=0,
     port=0,
     drain_seconds=0,
@@ -123,7 +127,12 @@ def prepare() -> tuple[LoadedRun, 'schemas.Served', Scheduler]:
     drafts=engine.speculate,
   )
   scheduler = Scheduler(
-    engine, tokenizer, FLAGS.ticks_per_call, FLAGS.prefill_tokens or None, engines.drafting()
+    engine,
+    tokenizer,
+    FLAGS.ticks_per_call,
+    FLAGS.prefill_tokens or None,
+    engines.drafting(),
+    FLAGS.call_seconds or None,
   )
   return run, served, scheduler
 

@@ -168,7 +168,9 @@ def test_a_client_that_leaves_frees_its_slots(server, monkeypatch):
   address, app = server
   scheduler = app.worker.scheduler
   step = scheduler.step
-  monkeypatch.setattr(scheduler, 'step', lambda: time.sleep(0.05) or step())  # long enough to leave
+  monkeypatch.setattr(
+    scheduler, 'step', lambda **options: time.sleep(0.05) or step(**options)
+  )  # long enough to leave
   body = {'model': 'tiny', 'prompt': 'a', 'max_tokens': 60, 'ignore_eos': True, 'n': 2}
   for stream in (True, False):
     before = app.metrics.cancelled._value.get()
@@ -188,7 +190,7 @@ def test_a_client_that_leaves_frees_its_slots(server, monkeypatch):
 def test_a_full_queue_and_a_draining_server_say_so():
   with serving.running(max_queue=2) as (address, app):
     gate, step = threading.Event(), app.worker.scheduler.step
-    app.worker.scheduler.step = lambda: gate.wait(120) and step()
+    app.worker.scheduler.step = lambda **options: gate.wait(120) and step(**options)
     body = {'model': 'tiny', 'prompt': 'a', 'max_tokens': 60, 'ignore_eos': True, 'n': 4, 'stream': True}
     with httpx.stream('POST', f'{address}{COMPLETIONS}', json=body, timeout=120) as answer:
       assert app.worker.waiting == 4

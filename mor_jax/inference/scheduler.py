@@ -2,12 +2,13 @@
 
 import collections
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
 
 from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.inference.calls import CallLength
 from mor_jax.inference.continuation import Continuation
 from mor_jax.inference.engine import Engine
 from mor_jax.inference.pace import Pace
@@ -29,6 +30,7 @@ class Scheduler:
     ticks_per_call: int = 64,
     prefill_tokens: int | None = None,
     drafting: bool | None = None,
+    call_seconds: float | None = None,
   ):
     """Starts with all slots free.
 
@@ -40,12 +42,13 @@ class Scheduler:
         long prompt does not stall those who are being answered; None: all there are.
       drafting: whether calls draft (`speculation`), if the engine is made for it; None: those which are faster so
         (`pace`).
+      call_seconds: fewer ticks are made in a call where so many would take longer than this; None: never.
     """
     self.engine = engine
     batches = engine.batches
     self.statistics = Statistics(engine.slots, batches.block * engine.parts, batches.boundary)
     self._tokenizer = tokenizer
-    self._ticks = ticks_per_call
+    self._length = CallLength(ticks_per_call, call_seconds)
     self._state = engine.init_state()
     self._queue: collections.deque[Result] = collections.deque()
     self._resident: dict[int, Result] = {}
@@ -130,8 +133,12 @@ class Scheduler:
       self.step()
       yield result
 
-  def step(self) -> list[Result]:
-    """Admits queued requests, runs one engine call and returns the results that have finished."""
+  def step(self, meanwhile: Callable[[], None] | None = None) -> list[Result]:
+    """Admits queued requests, runs one engine call and returns the results that have finished.
+
+    Args:
+      meanwhile: called while the device works, or would work: results are still as the last call left them.
+    """
     begin = time.perf_counter()
     self._admit()
     ended = []
@@ -140,10 +147,16 @@ class Scheduler:
       # not know of each other, would wait for the last of them.
       max_finished = 1 if self._queue and self.engine.parts == 1 else None
       drafts_for, called, resident = self._drafts_for(), time.perf_counter(), len(self._resident)
-      self._state, tally = self.engine.generate(self._state, self._ticks, max_finished, drafts_for)
+      self._state, tally = self.engine.generate(self._state, self._length.ticks, max_finished, drafts_for)
+      if meanwhile is not None:
+        meanwhile()
       ended, tally = self._collect(), jax.device_get(tally)
       self.statistics.count(tally)
-      self._pace.learn(resident, drafts_for > 0, int(tally.sampled.sum()), time.perf_counter() - called)
+      seconds = time.perf_counter() - called
+      self._pace.learn(resident, drafts_for > 0, int(tally.sampled.sum()), seconds)
+      self._length.learn(int(tally.ticks.max()), seconds)
+    elif meanwhile is not None:
+      meanwhile()
     self.statistics.seconds += time.perf_counter() - begin
     return ended
 

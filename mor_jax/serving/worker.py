@@ -140,16 +140,20 @@ class Worker(threading.Thread):
   # ---- in the thread ----
 
   def run(self) -> None:
-    """Takes jobs and runs the engine, until `stop`."""
+    """Takes jobs and runs the engine, until `stop`.
+
+    What is new is told while the next call runs: whoever is told has work at once, and the thread that has it and this
+    one cannot run together.
+    """
     while self._take(wait=not self.scheduler.busy):
+      if self.scheduler.busy:
+        try:
+          self.scheduler.step(meanwhile=self._tell)
+        except Exception as error:
+          logging.exception('the engine failed')
+          self._fail(error)
       if not self.scheduler.busy:
-        continue
-      try:
-        self.scheduler.step()
-      except Exception as error:
-        logging.exception('the engine failed')
-        self._fail(error)
-      self._tell()
+        self._tell()
 
   def _take(self, wait: bool) -> bool:
     """Does what the inbox asks for; False: stop.
