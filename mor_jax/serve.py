@@ -60,7 +60,9 @@ def define_flags() -> None:
   )
   flags.DEFINE_integer('ticks_per_call', 8, 'passes of the block between two pieces of a stream, at most')
   flags.DEFINE_float(
-    'call_seconds', 0.05, 'time between two pieces of a stream, for which passes are left out; 0: however long they take'
+    'call_seconds',
+    0.05,
+    'time between two pieces of a stream, for which passes are left out; 0: however long they take',
   )
   flags.DEFINE_float('drain_seconds', 30.0, 'time that running requests have to end after SIGTERM')
 

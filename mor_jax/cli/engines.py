@@ -158,7 +158,7 @@ def _check_memory(engine: Engine, mesh: Mesh) -> None:
     raise ConfigError(
       f'--slots={engine.slots} texts of --max_len={engine.max_len} tokens need {needed / 1e9:,.2f} GB for keys and values '
       f'on each device, where {left / 1e9:,.2f} GB are free: use fewer or shorter ones'
-      + ('' if FLAGS.cache_dtype == 'int8' else ', or --cache_dtype=int8')
+      + ('' if FLAGS.cache_dtype in cache.LARGEST else ', or --cache_dtype=int8')
     )
 
 

@@ -77,7 +77,7 @@ class Engine:
       boundary_lanes: sequences that pass the last and first layer together; default: a quarter of the lanes
         on CPU, else as many.
       slack: places of a recursion step per token it takes on average; default: model.threshold_slack.
-      cache_dtype: 'float32', 'bfloat16' or 'int8'; default: the model's dtype.
+      cache_dtype: 'float32', 'bfloat16', 'int8' or 'int4'; default: the model's dtype.
       max_recursions: fewer recursions than the model was trained with; saves their caches too.
       prefill_lanes: prompts computed together; default: 4, or fewer if there are fewer slots.
       chunks: numbers of tokens in which prompts are computed, each compiled once.

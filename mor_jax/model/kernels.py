@@ -169,9 +169,9 @@ def joined(tree: Any) -> Any:
 
 
 def pack(values: jax.Array) -> jax.Array:
-  """Integers (..., I, O) from -8 to 7 as bytes (..., I / 2, O)."""
-  low, high = (values[..., start::2, :].astype(PACKED) for start in range(2))
-  return (low & 15) | (high << 4)
+  """Whole numbers (..., I, O) from -8 to 7, of any dtype, as bytes (..., I / 2, O)."""
+  low, high = (values[..., start::2, :].astype(jnp.int32) & 15 for start in range(2))
+  return (low | (high << 4)).astype(PACKED)
 
 
 def unpack(packed: jax.Array) -> jax.Array:

@@ -121,7 +121,7 @@ def compile_decoding(config: ModelConfig, device: jax.Device, asked: Asked) -> P
   if memory is None:
     raise ConfigError(f'--slots: the memory of {device.device_kind} is unknown; say how many sequences')
   parameters = flops.count_parameters(config).total * jnp.dtype(config.dtype).itemsize
-  each = flops.kv_cache_bytes(config, asked.max_len, jnp.dtype(cache_lib.DTYPES[asked.cache_dtype]).itemsize)
+  each = flops.kv_cache_bytes(config, asked.max_len, cache_lib.element_bytes(asked.cache_dtype))
   slots = int((0.9 * memory - parameters) // each) // LANES * LANES
   for _ in range(ATTEMPTS):
     if slots < LANES:
