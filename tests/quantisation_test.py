@@ -14,7 +14,7 @@ from mor_jax.interop import sources
 from mor_jax.model import kernels
 from mor_jax.model.transformer import Transformer
 from mor_jax.quantisation import rounding, sensitivity, weights
-from mor_jax.runs.restore import load_run
+from mor_jax.runs.restore import LoadedRun, load_run
 from tests import decoding_cases, tiny, tiny_engine
 
 pytest.importorskip('qwix')
@@ -182,6 +182,21 @@ def test_routers_norms_and_gates_stay_as_they_are(kind):
     'embed/embedding': False,
     'head/kernel': False,
   }
+
+
+def test_low_rank_changes_of_all_recursions_are_merged_first():
+  """The merged model computes the same to 1e-4, and has no changes left; those of single recursions stay in float32."""
+  config = config_of(num_recursions=2, lora_rank=2, lora_sharing='one', lora_layers='all')
+  variables = variables_of(config)
+  run = LoadedRun(None, config, Transformer(config.model), variables, 0, 0)
+  merged = weights.without_adapters(run)
+  assert 'lora' not in merged.variables['params']
+  tokens_BT = batches()[0]['tokens'][:1]
+  found, exact = (tiny.apply(one.model)(one.variables, tokens_BT).logits for one in (merged, run))
+  np.testing.assert_allclose(found, exact, atol=1e-4)
+  own = config_of(num_recursions=2, lora_rank=2)
+  quantised = weights.quantised(own.model, variables_of(own), 'int8')
+  assert 'lora' in quantised['params']['steps']
 
 
 # ---- folders ----
