@@ -190,7 +190,7 @@ def test_what_no_engine_can_do_is_refused():
   for options, message in (
     ({'slots': 0}, 'slots=0'),
     ({'lanes': 9}, 'at most slots=3'),
-    ({'cache_dtype': 'int4'}, 'cache_dtype=int4'),
+    ({'cache_dtype': 'int2'}, 'cache_dtype=int2'),
     ({'max_recursions': 4}, 'from 1 to the 3'),
     ({'max_len': 1}, 'max_len=1'),
     ({'read': 'all'}, 'read=all'),
