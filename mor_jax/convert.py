@@ -14,6 +14,10 @@ What PATH is decides what FOLDER, which must not exist, will be:
                          recursive model, described by --settings unless mor_jax wrote it: a run folder
   a published folder     made with --to=transformers: a run folder, equal to the one it came from
 
+--weights=int8 and --weights=int4 make a run folder whose kernels are kept in 8 or 4 bits (docs/inference.md), of
+a run, a published folder or a checkpoint of Hugging Face; with --to=transformers, llama or authors a folder of
+safetensors with the numbers that such a model computes with. A run folder of such weights becomes safetensors too.
+
 --to=transformers makes a folder to publish of any run: safetensors, tokenizer, a model card, and PyTorch modules,
 which AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) runs (docs/hub.md). --to=llama and
 --to=authors are the two forms above, --to=mor a run folder; what PATH cannot become is refused.
@@ -23,11 +27,16 @@ becomes a folder of safetensors. Tensors are read and written one at a time, and
 """
 
 import dataclasses
+import tempfile
+from functools import partial
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from mor_jax import cli
+from mor_jax.cli import engines
+from mor_jax.cli import weights as weight_flags
 from mor_jax.config import ConfigError
 from mor_jax.console import open_console, print_line
 from mor_jax.evaluation import calibration
@@ -45,6 +54,8 @@ from mor_jax.interop import (
 )
 from mor_jax.interop.checked import checked
 from mor_jax.interop.old_format import OldWeights
+from mor_jax.interop.weights import HeldWeights
+from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.runs import stored
 from mor_jax.runs.run_folder import FORMAT, OLDEST_FORMAT, RunFolder
 
@@ -74,17 +85,21 @@ def define_flags() -> None:
   flags.DEFINE_boolean(
     'merge_lora', False, 'write a run folder whose low-rank changes are merged into the kernels, in float32'
   )
+  weight_flags.define_flags()
   flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'dtype to write; default: as it is')
 
 
 def main() -> None:
   """Reads, converts and writes. Raises ConfigError, with nothing written."""
   cli.require('checkpoint', 'output')
+  weight_flags.check_flags()
   source, output = Path(FLAGS.checkpoint), Path(FLAGS.output)
   require_new(output)
   if not source.exists():
     raise ConfigError(f'--checkpoint={source} does not exist')
-  if FLAGS.merge_lora:
+  if FLAGS.weights:
+    what = quantise(source, output)
+  elif FLAGS.merge_lora:
     _require('mor', 'becomes a run folder by --merge_lora')
     what = merge(source, output, FLAGS.dtype)
   elif not sources.is_run(source):
@@ -117,6 +132,37 @@ def export(source: Path, output: Path, dtype: str | None = None, to: str | None 
     return f'the model of step {run.step}, as a checkpoint of Hugging Face,'
   official.write(output, weights, run.tokenizer(), run.conventions())
   return f"the model of step {run.step}, under the authors' names,"
+
+
+def quantise(source: Path, output: Path) -> str:
+  """A model with weights as --weights says: a run folder, or with --to its numbers elsewhere; returns what it wrote.
+
+  Raises:
+    ConfigError: it is a model of a form that must become a run folder first, or a flag does not go with --weights.
+  """
+  for name in ('merge_lora', 'settings', 'tokenizer', 'separator', 'dtype'):
+    if FLAGS[name].value:
+      raise ConfigError(
+        f'--{name}={FLAGS[name].value} does not go with --weights={FLAGS.weights}; convert without --weights first, and '
+        f'then what that wrote'
+      )
+  mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+  run = engines.load(mesh)
+  tokenizer = engines.tokenizer_of(run)
+  run = weight_flags.quantised(run, mesh, None, partial(print_line, open_console()))
+  conventions, extras = run.folder.conventions(run.config, tokenizer), (run.folder.calibrations,)
+  if FLAGS.to in (None, 'mor'):
+    weights = HeldWeights(run.config.model, run.variables)
+    stored.write_model(output, run.config, weights, tokenizer, str(source), conventions, run.step, extras)
+    return f'the model of step {run.step} in {FLAGS.weights}, as a run folder (without the state of the optimiser),'
+  with tempfile.TemporaryDirectory(prefix='mor_jax-') as folder:
+    quantised = Path(folder) / run.folder.path.resolve().name
+    weights = HeldWeights(run.config.model, run.variables)
+    stored.write_model(quantised, run.config, weights, tokenizer, str(source), conventions, run.step, extras)
+    what = (
+      publish(quantised, output) if FLAGS.to == 'transformers' else export(quantised, output, to=FLAGS.to)
+    )
+  return f'{what.removesuffix(",")}, with the numbers of {FLAGS.weights},'
 
 
 def merge(source: Path, output: Path, dtype: str | None = None) -> str:

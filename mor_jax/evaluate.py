@@ -26,6 +26,7 @@ from absl import flags
 from rich.console import Console
 
 from mor_jax import cli
+from mor_jax.cli import weights as weight_flags
 from mor_jax.config import ConfigError, with_changes
 from mor_jax.console import open_console, print_line
 from mor_jax.data import loader
@@ -61,6 +62,7 @@ def define_flags() -> None:
   flags.DEFINE_enum(
     'dtype', None, ['float32', 'bfloat16'], 'of activations and matrix products; default: as trained'
   )
+  weight_flags.define_flags()
   flags.DEFINE_boolean('exits', None, 'look at the recursions one by one')
   flags.DEFINE_list('contrast', None, '--exits: weights w of contrast decoding, z_R + w (z_R - z_1)')
   flags.DEFINE_enum(
@@ -107,9 +109,8 @@ def main() -> None:
   if FLAGS.tasks:
     few_shot.prepare()
     tasks = few_shot.load(FLAGS.tasks, FLAGS.include_path)  # before the checkpoint, which may be large
-  run = _load()
-  cli.use_compilation_cache(run.config)
   console = open_console(stderr=FLAGS.json)
+  run = _load(console)
   result = _few_shot(run, tasks) if FLAGS.tasks else _held_out(console, run)
   output = Path(FLAGS.output) if FLAGS.output else run.folder.path / _name()
   _write(output, result)
@@ -132,6 +133,7 @@ def _name() -> str:
 
 def _check_flags() -> None:
   cli.require_checkpoint()
+  weight_flags.check_flags()
   cli.check_least(rows=0, batch_size=1, step=0, num_fewshot=0, max_len=2)
   if FLAGS.mean_depth is not None and (FLAGS.router != 'confidence' or FLAGS.mean_depth < 1):
     raise ConfigError(f'--mean_depth={FLAGS.mean_depth:g} is for --router=confidence, and at least 1')
@@ -154,8 +156,10 @@ def _check_flags() -> None:
     raise ConfigError(f'--output={FLAGS.output}: there is no folder {Path(FLAGS.output).absolute().parent}')
 
 
-def _load() -> LoadedRun:
+def _load(console: Console) -> LoadedRun:
   run = load_run(FLAGS.checkpoint, FLAGS.step)
+  cli.use_compilation_cache(run.config)
+  run = weight_flags.quantised(run, mesh_lib.make_mesh(), None, partial(print_line, console))
   if FLAGS.dtype is None:
     return run
   config = with_changes(run.config, model={'dtype': FLAGS.dtype})

@@ -85,7 +85,7 @@ def main() -> int:
   """Generates, and returns the exit code. Raises ConfigError for flags that cannot work."""
   _check_flags()
   mesh = engines.make_mesh()
-  run = engines.load(mesh)
+  run = engines.load_as_asked(mesh)
   tokenizer = engines.tokenizer_of(run)
   template = _template(tokenizer, run.folder.conventions(run.config, tokenizer))
   try:
@@ -171,7 +171,7 @@ def _template(tokenizer: Tokenizer, conventions: Conventions) -> Request:
 def _stream(run: LoadedRun, tokenizer: Tokenizer, template: Request, mesh: Mesh) -> int:
   _check_depths(run)
   requests = batch.samples(template, tuple(tokenizer.encode_text(_prompt())), FLAGS.num_samples)
-  engine, _ = engines.make_engine(run, FLAGS.num_samples, mesh)
+  engine = engines.make_engine(run, FLAGS.num_samples, mesh)
   scheduler = Scheduler(engine, tokenizer, ticks_per_call=STREAMING_TICKS, drafting=engines.drafting())
   try:
     results = [scheduler.submit(request) for request in requests]
@@ -225,7 +225,7 @@ def _chat(run: LoadedRun, tokenizer: Tokenizer, template: Request, mesh: Mesh) -
       f'tuned to conversations (docs/instruction_tuning.md)'
     )
   ends = tuple(dict.fromkeys((*chats.ends(), *conventions.ends)))[:STOP_TOKENS]
-  engine, _ = engines.make_engine(run, 1, mesh)
+  engine = engines.make_engine(run, 1, mesh)
   scheduler = Scheduler(engine, tokenizer, ticks_per_call=STREAMING_TICKS, drafting=engines.drafting())
   console, notes = open_console(), open_console(stderr=True)
   say = partial(print_line, notes)
@@ -253,7 +253,7 @@ def _answer_file(run: LoadedRun, tokenizer: Tokenizer, template: Request, mesh: 
     print(f'all {len(lines)} lines have been answered', file=sys.stderr)
     return 0
   slots = min(DEFAULT_SLOTS, len(lines) - before.lines)
-  engine, _ = engines.make_engine(run, slots, mesh, FLAGS.logprobs)
+  engine = engines.make_engine(run, slots, mesh, FLAGS.logprobs)
   scheduler = Scheduler(engine, tokenizer, drafting=engines.drafting())
   with batch.open_output(
     FLAGS.output, before

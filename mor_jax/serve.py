@@ -110,12 +110,12 @@ def prepare() -> tuple[LoadedRun, 'schemas.Served', Scheduler]:
   from mor_jax.serving import schemas
 
   mesh = engines.make_mesh()
-  run = engines.load(mesh)
+  run = engines.load_as_asked(mesh)
   cli.use_compilation_cache(run.config)
   tokenizer = engines.tokenizer_of(run)
   conventions = run.folder.conventions(run.config, tokenizer)
   top = min(schemas.MOST_LOGPROBS, run.config.model.vocab_size)
-  engine, run = engines.make_engine(run, FLAGS.slots, mesh, top, may_measure=True)
+  engine = engines.make_engine(run, FLAGS.slots, mesh, top, may_measure=True)
   model = run.config.model
   served = schemas.Served(
     FLAGS.name or run.folder.path.resolve().name,

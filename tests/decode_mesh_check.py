@@ -5,7 +5,8 @@
 For each case it prints a line of JSON: 'tokens' and 'depths' of every request, 'occupancy' of the slots, 'devices' that
 hold a part of the caches, 'collectives': of the programs that ran ('ticks', 'drafts', 'prefill', 'insert', 'release'),
 pairs of kind and bytes of each, and 'slot', bytes of the smallest part of one slot's keys that a device holds. A mesh is (replica, fsdp,
-tensor), or null for an engine without one, which never drafts; with a mesh it does if its options say so. 'left': collectives of 'insert' if it were left to the compiler.
+tensor), or null for an engine without one, which never drafts; with a mesh it does if its options say so. With 'weights' those of
+the model are quantised. 'left': collectives of 'insert' if it were left to the compiler.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import rules
 from mor_jax.planning import hlo
 from mor_jax.planning.collectives import collectives
+from mor_jax.quantisation import weights
 
 LENGTHS = (1, 9, 4, 20, 1, 33, 2, 7, 8, 3)
 PROGRAMS = {
@@ -88,6 +90,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
   """What one case prints."""
   mesh = case['mesh'] and mesh_lib.make_mesh(ParallelConfig(*case['mesh']))
   made, variables = tiny.model(seed=9, **{'vocab_size': 64, **case['model']})
+  if 'weights' in case:
+    variables = weights.quantised(made.config, variables, case['weights'])
   engine = tiny_engine.engine(made, variables, slots=8, mesh=mesh, **case.get('options', {}))
   requests = tiny_engine.requests(LENGTHS, max_new_tokens=case.get('new_tokens', 15))
   scheduler = Scheduler(engine, ticks_per_call=16, drafting=mesh is not None)

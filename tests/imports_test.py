@@ -39,6 +39,7 @@ ROOMS = (
   'inference',
   'evaluation',
   'interop',
+  'quantisation',
   'planning',
   'recipes',
   'cli',

@@ -106,3 +106,15 @@ def test_lanes_of_another_part_are_refused():
 
 def test_one_device_needs_no_division():
   assert shards.share(None, 'slots', 7) == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['int8', 'int4'])
+def test_quantised_weights_give_the_tokens_of_one_device(kind):
+  """Scales lie with their channels, and so do groups of rows where devices share them equally."""
+  model = {**STRICT, 'tie_embeddings': False, 'd_model': 64, 'mlp_dim': 128}
+  cases = [{'model': model, 'mesh': mesh, 'weights': kind} for mesh in (ONE, PARTS, TENSOR, ALL_AXES)]
+  one, *others = programs.measure('decode_mesh_check', cases)
+  for found in others:
+    assert (found['tokens'], found['depths']) == (one['tokens'], one['depths'])
+    assert found['devices'] == 8

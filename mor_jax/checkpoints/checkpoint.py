@@ -349,6 +349,10 @@ class Checkpoints:
     with context:
       return ocp.load(self.path(step), abstract_parts)
 
+  def stored_shapes(self, step: int, part: str) -> dict[str, Any]:
+    """Shapes and dtypes of a part of the state of a step, such as 'params', as nested dicts."""
+    return ocp.metadata(self.path(step)).metadata[part]
+
   def manifest(self, step: int) -> dict[str, Any]:
     """What a checkpoint says about itself: step, processes, validation_loss, `about`."""
     return integrity.read_manifest(self.path(step))

@@ -3,6 +3,7 @@
 import atexit
 import dataclasses
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import jax
 from absl import flags
 from jax.sharding import Mesh
 
+from mor_jax.cli import weights
 from mor_jax.cli.flags import load_config, numbers, overrides
 from mor_jax.config import Config, ConfigError
+from mor_jax.console import open_console, print_line
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.evaluation import calibration
-from mor_jax.inference.engine import Engine
+from mor_jax.inference.engine import Engine, recursions_of
 from mor_jax.interop import imported, published, sources
 from mor_jax.model import cache
 from mor_jax.model.transformer import Transformer
@@ -74,6 +77,7 @@ def define_flags(slots: int | None, slots_help: str) -> None:
     'the same bits of scores, whatever else is computed at the time; costs speed where prompts are short',
   )
   flags.DEFINE_integer('draft_recursions', 1, 'recursions that write the drafts')
+  weights.define_flags()
 
 
 def make_mesh() -> Mesh:
@@ -123,10 +127,25 @@ def tokenizer_of(run: LoadedRun) -> Tokenizer:
     raise ConfigError(f'--checkpoint={FLAGS.checkpoint}: {error}') from None
 
 
+def load_as_asked(mesh: Mesh) -> LoadedRun:
+  """The run of --checkpoint with the thresholds of --capacities, and weights as --weights says.
+
+  Raises:
+    ConfigError: as `load`, or one of the flags cannot be followed.
+  """
+  weights.check_flags()
+  run = load(mesh)
+  if FLAGS.capacities:
+    config, variables = calibrated(run)
+    run = dataclasses.replace(run, config=config, model=Transformer(config.model), variables=variables)
+  recursions_of(run.config.model, FLAGS.max_recursions)
+  return weights.quantised(run, mesh, FLAGS.max_recursions, partial(print_line, open_console(stderr=True)))
+
+
 def make_engine(
   run: LoadedRun, slots: int, mesh: Mesh, top_logprobs: int | None = None, may_measure: bool = False
-) -> tuple[Engine, LoadedRun]:
-  """An engine with at least so many slots, as many on every part of the mesh; and the run as it runs it.
+) -> Engine:
+  """An engine with at least so many slots, as many on every part of the mesh.
 
   Args:
     may_measure: --measure_batches holds, unless it is given, where it pays.
@@ -135,9 +154,6 @@ def make_engine(
     ConfigError: a setting cannot work, or there is no memory for it.
   """
   parts = mesh_lib.row_shards(mesh)
-  if FLAGS.capacities:
-    config, variables = calibrated(run)
-    run = dataclasses.replace(run, config=config, model=Transformer(config.model), variables=variables)
   slots = FLAGS.slots or -(-slots // parts) * parts
   measure = FLAGS.measure_batches
   if measure is None:
@@ -163,7 +179,7 @@ def make_engine(
     batch_invariant=FLAGS.batch_invariant,
   )
   _check_memory(engine, mesh)
-  return engine, run
+  return engine
 
 
 def _check_memory(engine: Engine, mesh: Mesh) -> None:
@@ -172,7 +188,7 @@ def _check_memory(engine: Engine, mesh: Mesh) -> None:
     raise ConfigError(
       f'--slots={engine.slots} texts of --max_len={engine.max_len} tokens need {needed / 1e9:,.2f} GB for keys and values '
       f'on each device, where {left / 1e9:,.2f} GB are free: use fewer or shorter ones'
-      + ('' if FLAGS.cache_dtype == 'int8' else ', or --cache_dtype=int8')
+      + ('' if FLAGS.cache_dtype in cache.LARGEST else ', or --cache_dtype=int8')
     )
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mor_jax.config import ConfigError
+from mor_jax.config import ConfigError, ModelConfig
 from mor_jax.inference import balance, costs, shards, speculation, ticks
 from mor_jax.inference import prefill as prefill_lib
 from mor_jax.inference import state as state_lib
@@ -78,7 +78,7 @@ class Engine:
       boundary_lanes: sequences that pass the last and first layer together; default: a quarter of the lanes
         on CPU, else as many.
       slack: places of a recursion step per token it takes on average; default: model.threshold_slack.
-      cache_dtype: 'float32', 'bfloat16' or 'int8'; default: the model's dtype.
+      cache_dtype: 'float32', 'bfloat16', 'int8' or 'int4'; default: the model's dtype.
       max_recursions: fewer recursions than the model was trained with; saves their caches too.
       prefill_lanes: prompts computed together; default: 4, or fewer if there are fewer slots.
       chunks: numbers of tokens in which prompts are computed, each compiled once.
@@ -136,7 +136,7 @@ class Engine:
         f'batch_invariant cannot be used with speculate={speculate}: how many are drafted together depends on who is there'
       )
     slack = config.threshold_slack if slack is None else slack
-    steps = self._steps(config, max_recursions)
+    steps = recursions_of(config, max_recursions)
     tiled = jax.default_backend() == 'tpu' and (mesh is None or mesh.shape['tensor'] == 1)
     layout = cache_lib.make_layout(config, max_len, slack, steps, tiled)
     self.cached = decode.CachedModel(config, layout, on_cpu if unroll is None else unroll, read)
@@ -163,23 +163,6 @@ class Engine:
     if batch_invariant:
       self.chunks = (self.chunks[len(self.chunks) // 2],)
     self._dtype, self._keep_logits, self.top_logprobs = cache_dtype, keep_logits, top_logprobs
-
-  @staticmethod
-  def _steps(config, max_recursions: int | None) -> int:
-    most = cache_lib.num_steps(config)
-    if max_recursions is None:
-      return most
-    if not 1 <= max_recursions <= config.recursions:
-      raise ConfigError(
-        f'max_recursions={max_recursions} is not allowed: must be from 1 to the {config.recursions} that the '
-        f'model was trained with'
-      )
-    if most != config.recursions:
-      raise ConfigError(
-        f'max_recursions={max_recursions} cannot be used with model.sharing={config.sharing}, in which every '
-        f'layer repeats by itself; leave it out'
-      )
-    return max_recursions
 
   # ---- what runs on the device ----
 
@@ -355,6 +338,24 @@ class Engine:
     shapes = jax.eval_shape(lambda: cache_lib.init_cache(config, layout, self.slots, self._dtype))
     shapes = shapes.replace(versions=None, positions=None)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+
+def recursions_of(config: ModelConfig, max_recursions: int | None) -> int:
+  """Most recursions of a token. Raises ConfigError for a limit that the model cannot have."""
+  most = cache_lib.num_steps(config)
+  if max_recursions is None:
+    return most
+  if not 1 <= max_recursions <= config.recursions:
+    raise ConfigError(
+      f'max_recursions={max_recursions} is not allowed: must be from 1 to the {config.recursions} that the '
+      f'model was trained with'
+    )
+  if most != config.recursions:
+    raise ConfigError(
+      f'max_recursions={max_recursions} cannot be used with model.sharing={config.sharing}, in which every '
+      f'layer repeats by itself; leave it out'
+    )
+  return max_recursions
 
 
 def _filled(rows: Sequence[Sequence[int]], size: int) -> np.ndarray:

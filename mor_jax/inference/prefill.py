@@ -104,7 +104,7 @@ def _extend(cached, with_logits, params, prefix, tokens_BC, lengths_B, rules, ne
   positions_BC = jnp.minimum(prefix.lengths_B[:, None] + columns_1C, cached.layout.max_len - 1)
   slots_B = jnp.arange(tokens_BC.shape[0])
   ends = lane_routing.at_ends(positions_BC, slots_B, real_BC)
-  x_BCD = decode.embed(params, tokens_BC)
+  x_BCD = decode.embed(cached, params, tokens_BC)
   x_BCD, first = decode.apply_end(cached, params, 'first', prefix.cache.first, x_BCD, ends)
   walk = lane_routing.begin(cached, params, x_BCD, positions_BC)
   cache = prefix.cache.replace(first=first)

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mor_jax.config import ConfigError
-from mor_jax.model import axes, cache
+from mor_jax.model import axes, cache, kernels
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import rules
 
@@ -121,10 +121,14 @@ def prepare(
 
   def place(path, leaf):
     field, *rest = (getattr(entry, 'name', getattr(entry, 'key', None)) for entry in path)
+    is_part = bool(rest) and rest[-1] in kernels.LEAVES
+    rest = rest[:-1] if is_part else rest
     parameter = '/'.join((_FIELDS.get(field, field), *(name for name in rest if name is not None)))
     whole = names.get(parameter, ())
     of_leaf = whole[len(whole) - leaf.ndim :]  # a layer that was cut out of its stack has no axis of layers
-    return NamedSharding(mesh, _spec(mesh, of_leaf))
+    split = _split(mesh, of_leaf)
+    # The scales of a quantised kernel are fewer than its values along one axis.
+    return NamedSharding(mesh, PartitionSpec(*(rules.even(mesh, leaf.shape, split) if is_part else split)))
 
   placed = jax.tree_util.tree_map_with_path(place, jax.eval_shape(function, variables))
   return jax.jit(function, out_shardings=placed)(variables)
@@ -141,6 +145,10 @@ def _over_batch(names: axes.Names) -> PartitionSpec:
 
 
 def _spec(mesh: Mesh, names: axes.Names) -> PartitionSpec:
+  return PartitionSpec(*_split(mesh, names))
+
+
+def _split(mesh: Mesh, names: axes.Names) -> list[tuple[str, ...] | None]:
   table = {name: over for name, over in rules.RULES.items() if name not in WHOLE}
   parts = [tuple(axis for axis in table.get(name, ()) if mesh.shape[axis] > 1) for name in names]
-  return PartitionSpec(*(over or None for over in parts))
+  return [over or None for over in parts]

@@ -180,7 +180,7 @@ def _draft(cached, drafting, params, state, sequences):
     cache, tokens_BT, counts_BP = carry
     position_B, real_B1 = sequences.positions_BC[:, index], sequences.real_BC[:, index, None]
     ends = lane_routing.at_ends(position_B[:, None], sequences.slots_B, real_B1)
-    x_BCD = decode.embed(params, tokens_BT[rows_B, position_B])[:, None]
+    x_BCD = decode.embed(cached, params, tokens_BT[rows_B, position_B])[:, None]
     x_BCD, first = decode.apply_end(cached, params, 'first', cache.first, x_BCD, ends)
     taken = chunks.take_steps(
       cached,

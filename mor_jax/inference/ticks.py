@@ -281,7 +281,7 @@ def _enter(cached, params, state, slots_B, token_B, positions_B, going_B):
   """Embedding, first layer and the decision on the first recursion of new tokens."""
   positions_B = jnp.minimum(positions_B, cached.layout.max_len - 1)
   lanes = lane_routing.at_ends(positions_B[:, None], slots_B, going_B[:, None])
-  x_BCD = decode.embed(params, token_B)[:, None]
+  x_BCD = decode.embed(cached, params, token_B)[:, None]
   x_BCD, first = decode.apply_end(cached, params, 'first', state.cache.first, x_BCD, lanes)
   state = state.replace(cache=state.cache.replace(first=first))
   walk = lane_routing.begin(cached, params, x_BCD, positions_B[:, None])

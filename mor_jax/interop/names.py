@@ -143,9 +143,9 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def leaves(tree: dict) -> Iterator[tuple[str, jax.Array]]:
-  """(path, leaf) of nested dicts."""
+  """(path, leaf) of nested dicts; of a quantised matrix its values and scales."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    yield '/'.join(str(entry.key) for entry in path), leaf
+    yield '/'.join(str(getattr(entry, 'key', None) or entry.name) for entry in path), leaf
 
 
 def nest(flat: dict[str, np.ndarray]) -> dict:

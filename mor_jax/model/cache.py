@@ -15,10 +15,11 @@ import numpy as np
 from flax import struct
 
 from mor_jax.config import ModelConfig
-from mor_jax.model import axes
+from mor_jax.model import axes, kernels
 
-DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'int8': jnp.int8}
-LARGEST_INT8 = 127
+# int4 has two numbers in a byte.
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'int8': jnp.int8, 'int4': kernels.PACKED}
+LARGEST = {'int8': 127, 'int4': 7}
 TILE, LANES = 8, 128  # rows and columns of a tile of a TPU
 POOL_AXES = ('layers', 'batch', None, 'kv_heads')  # logical names of the axes of a pool's leaves
 POOL_LEAVES = ('keys', 'values', 'key_scales', 'value_scales')
@@ -92,8 +93,8 @@ class Pool:
   other (a TPU would copy the whole pool from one to the other and back in every layer), and fills its tiles.
 
   Attributes:
-    keys, values: (layers, slots, entries, K x E, or `Layout.width`) in the cache's dtype.
-    key_scales, value_scales: (layers, slots, entries, K) of an int8 cache, one for each head of
+    keys, values: (layers, slots, entries, K x E, or `Layout.width`) in the cache's dtype; of int4 half as wide.
+    key_scales, value_scales: (layers, slots, entries, K) of an int8 or int4 cache, one for each head of
       each entry; else None.
   """
 
@@ -127,8 +128,9 @@ def init_cache(config: ModelConfig, layout: Layout, slots: int, dtype: str) -> C
 
   def pool(layers: int, entries: int) -> Pool:
     heads, shape = config.num_kv_heads, (layers, slots, _whole_tiles(entries))
-    scales = [jnp.zeros((*shape, heads)) if dtype == 'int8' else None for _ in range(2)]
-    return Pool(*(jnp.zeros((*shape, layout.width), DTYPES[dtype]) for _ in range(2)), *scales)
+    scales = [jnp.zeros((*shape, heads)) if dtype in LARGEST else None for _ in range(2)]
+    width = layout.width // 2 if dtype == 'int4' else layout.width
+    return Pool(*(jnp.zeros((*shape, width), DTYPES[dtype]) for _ in range(2)), *scales)
 
   ends, versions, positions = config.unique_ends, None, None
   if config.sliding_window is not None and config.kind == 'mor' and layout.kv == 'recursion_wise':
@@ -142,6 +144,11 @@ def init_cache(config: ModelConfig, layout: Layout, slots: int, dtype: str) -> C
     versions,
     positions,
   )
+
+
+def element_bytes(dtype: str) -> float:
+  """Bytes of a number of keys or values."""
+  return 0.5 if dtype == 'int4' else jnp.dtype(DTYPES[dtype]).itemsize
 
 
 def block_caches(config: ModelConfig) -> int:
@@ -187,8 +194,12 @@ def write(
 
   if pool.key_scales is None:
     return pool.replace(keys=put(pool.keys, k_BCKE), values=put(pool.values, v_BCKE))
-  k_BCKE, key_scales_BCK = quantize(k_BCKE)
-  v_BCKE, value_scales_BCK = quantize(v_BCKE)
+  is_packed = pool.keys.dtype == kernels.PACKED
+  largest = LARGEST['int4' if is_packed else 'int8']
+  k_BCKE, key_scales_BCK = quantize(k_BCKE, largest)
+  v_BCKE, value_scales_BCK = quantize(v_BCKE, largest)
+  if is_packed:
+    k_BCKE, v_BCKE = (kernels.pack(a_BCKE[..., None])[..., 0] for a_BCKE in (k_BCKE, v_BCKE))
   return Pool(
     put(pool.keys, k_BCKE),
     put(pool.values, v_BCKE),
@@ -197,10 +208,15 @@ def write(
   )
 
 
-def quantize(x_BCKE: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Integers from -127 to 127 and the factor of each head, (B, C, K), that gives the values back."""
+def numbers(stored: jax.Array) -> jax.Array:
+  """Keys or values (..., K x E) as they are stored, one by one."""
+  return kernels.unpack(stored[..., None])[..., 0] if stored.dtype == kernels.PACKED else stored
+
+
+def quantize(x_BCKE: jax.Array, largest: int = LARGEST['int8']) -> tuple[jax.Array, jax.Array]:
+  """Integers from -largest to largest and the factor of each head, (B, C, K), that gives the values back."""
   x_BCKE = x_BCKE.astype(jnp.float32)
-  scale_BCK = jnp.maximum(jnp.abs(x_BCKE).max(axis=-1), 1e-12) / LARGEST_INT8
+  scale_BCK = jnp.maximum(jnp.abs(x_BCKE).max(axis=-1), 1e-12) / largest
   return jnp.round(x_BCKE / scale_BCK[..., None]), scale_BCK
 
 

@@ -22,7 +22,7 @@ from flax import struct
 from jax.experimental import layout as layouts
 
 from mor_jax.model.attention_xla import MASKED_SCORE
-from mor_jax.model.cache import TILE, Layout, Pool
+from mor_jax.model.cache import TILE, Layout, Pool, numbers
 
 SMALLEST_EXTENT = 64
 READS = ('lanes', 'gather', 'groups')
@@ -214,12 +214,12 @@ def _scattered(q_BKGCE, pool, layer, view):
 
 
 def _softmax_attention(q_BKGCE, cached: Pool, visible_BCS):
-  """Attention to keys and values (B, S, K x E) as they are stored; scales of int8 go to scores and weights."""
+  """Attention to keys and values (B, S, K x E) as they are stored; scales of integers go to scores and weights."""
   batch, kv_heads, groups, length, width = q_BKGCE.shape
   dtype = q_BKGCE.dtype
   q_BKME = q_BKGCE.reshape(batch, kv_heads, groups * length, width)
   k_BSKE, v_BSKE = (
-    leaf[..., : kv_heads * width].astype(dtype).reshape(*leaf.shape[:2], kv_heads, width)
+    numbers(leaf)[..., : kv_heads * width].astype(dtype).reshape(*leaf.shape[:2], kv_heads, width)
     for leaf in (cached.keys, cached.values)
   )
   scores_BKMS = jnp.einsum('bkme,bske->bkms', q_BKME, k_BSKE, preferred_element_type=jnp.float32)

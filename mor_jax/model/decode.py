@@ -13,7 +13,7 @@ import numpy as np
 from flax import struct
 
 from mor_jax.config import ModelConfig
-from mor_jax.model import cached_attention, embedding, relaxation, sharing
+from mor_jax.model import cached_attention, embedding, kernels, relaxation, sharing
 from mor_jax.model.cache import Layout, Pool, num_steps
 from mor_jax.model.cached_attention import View
 from mor_jax.model.layers import DecoderLayer, PerLayer, RMSNorm
@@ -48,7 +48,7 @@ class DecodeParams:
   """Variables of the model as decoding reads them.
 
   Attributes:
-    embed, head: (V, D) and (D, V), the latter None for tied embeddings.
+    embed, head: (V, D) and (D, V), arrays or quantised (`kernels`), the latter None for tied embeddings.
     final_norm: parameters of the last norm.
     first, last: parameters of the layers around the block; None where there are none.
     block: parameters of the N layers of the block: a tuple with one tree each (`unroll`), or one tree of
@@ -57,8 +57,8 @@ class DecodeParams:
     router: variables of the routers, the leaves of expert-choice with a leading R axis.
   """
 
-  embed: jax.Array
-  head: jax.Array | None
+  embed: Any
+  head: Any
   final_norm: dict
   first: dict | None
   block: Any
@@ -111,10 +111,10 @@ def prepare(cached: CachedModel, variables: dict) -> DecodeParams:
   dtype = jnp.dtype(config.dtype)
 
   def cast(path, leaf):
-    return leaf if path[-1].key == 'scale' else leaf.astype(dtype)
+    return leaf if path.endswith('scale') else kernels.cast(leaf, dtype)
 
   layers = {name: params[name] for name in ('first', 'block', 'last') if name in params}
-  layers = jax.tree_util.tree_map_with_path(cast, layers)
+  layers = kernels.map_paths(cast, layers)
   if cached.unroll:
     depth = config.shared_depth
     layers['block'] = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers['block']) for i in range(depth))
@@ -122,8 +122,8 @@ def prepare(cached: CachedModel, variables: dict) -> DecodeParams:
   router |= variables.get('routing', {})
   if config.kind == 'mor' and config.random_router:
     router['noise'] = router_noise(config, cached.layout.max_len)
-  head = None if config.tie_embeddings else params['head']['kernel'].astype(dtype)
-  embed = embedding.table(config, params['embed']).astype(dtype)
+  head = None if config.tie_embeddings else kernels.cast(params['head']['kernel'], dtype)
+  embed = kernels.cast(embedding.table(config, params['embed']), dtype)
   first, block, last = layers.get('first'), layers['block'], layers.get('last')
   return DecodeParams(embed, head, params['final_norm'], first, block, last, params.get('steps', {}), router)
 
@@ -221,9 +221,9 @@ def _layer(cached, params, x_BCD, per_layer, memory, turns):
   return layer.apply({'params': params}, x_BCD, per_layer, memory, turns)
 
 
-def embed(params: DecodeParams, tokens: jax.Array) -> jax.Array:
+def embed(cached: CachedModel, params: DecodeParams, tokens: jax.Array) -> jax.Array:
   """Embeddings (..., D) of token ids."""
-  return params.embed[tokens]
+  return kernels.rows(params.embed, tokens).astype(cached.config.dtype)
 
 
 def logits(cached: CachedModel, params: DecodeParams, x_BD: jax.Array) -> jax.Array:

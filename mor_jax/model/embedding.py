@@ -4,25 +4,25 @@ With a factor f token i is quotient[i // f] + remainder[i % f] (Shi et al. 2020,
 such as a node and its successor, then knows from the beginning which tokens have a part in common.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from mor_jax.config import ModelConfig
+from mor_jax.model import kernels
 
 
 class Embedding(nn.Module):
-  """Makes the table (V, D) of embeddings, float32."""
+  """Makes the table (V, D) of embeddings, float32 or quantised."""
 
   config: ModelConfig
 
   @nn.compact
-  def __call__(self) -> jax.Array:
+  def __call__(self) -> kernels.Kernel:
     cfg = self.config
     init = nn.with_logical_partitioning(nn.initializers.normal(cfg.embedding_std), ('vocab', 'embed'))
 
     def rows(name, count):
-      return self.param(name, init, (count, cfg.d_model), jnp.float32)
+      return kernels.parameter(self, name, init, (count, cfg.d_model))
 
     return table(cfg, {name: rows(name, count) for name, count in rows_of(cfg).items()})
 
@@ -34,10 +34,12 @@ def rows_of(config: ModelConfig) -> dict[str, int]:
   return {'quotient': -(-config.vocab_size // config.embed_factor), 'remainder': config.embed_factor}
 
 
-def table(config: ModelConfig, params: dict) -> jax.Array:
-  """Embeddings (V, D) of all tokens."""
+def table(config: ModelConfig, params: dict) -> kernels.Kernel:
+  """Embeddings (V, D) of all tokens; those that are sums of two are an array."""
   if config.embed_factor is None:
     return params['embedding']
   tokens_V = jnp.arange(config.vocab_size)
   factor = config.embed_factor
-  return params['quotient'][tokens_V // factor] + params['remainder'][tokens_V % factor]
+  return kernels.rows(params['quotient'], tokens_V // factor) + kernels.rows(
+    params['remainder'], tokens_V % factor
+  )

@@ -180,7 +180,7 @@ def vanilla_of(config: ModelConfig) -> ModelConfig:
 
 
 def kv_cache_bytes(
-  config: ModelConfig, max_len: int, bytes_per_element: int = 2, scale_bytes: int = 0, slack: float = 1.0
+  config: ModelConfig, max_len: int, bytes_per_element: float = 2, scale_bytes: int = 0, slack: float = 1.0
 ) -> int:
   """Bytes of keys and values cached for one sequence of `max_len` tokens (paper, Table 2).
 
@@ -198,7 +198,7 @@ def kv_cache_bytes(
     always = (capacity == 1.0 for capacity in config.step_capacities)
     shared_entries = sum(max_len if full else size for full, size in zip(always, places, strict=True))
   entries = 2 * config.unique_ends * max_len + _pass_depth(config) * shared_entries
-  return 2 * entries * config.num_kv_heads * (config.head_width * bytes_per_element + scale_bytes)
+  return int(2 * entries * config.num_kv_heads * (config.head_width * bytes_per_element + scale_bytes))
 
 
 def _pass_depth(config: ModelConfig) -> int:

@@ -14,7 +14,7 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from mor_jax.config import ModelConfig
-from mor_jax.model import axes
+from mor_jax.model import axes, kernels
 from mor_jax.model.memory import Memory
 from mor_jax.model.rotary import Rotation, only_where, rotate
 
@@ -95,10 +95,10 @@ class Linear(nn.Module):
     cfg, names = self.config, self.projection.axes
     chex.assert_axis_dimension(x, -1, self.projection.inputs)
     init = nn.with_logical_partitioning(nn.initializers.normal(self.std), names)
-    kernel_IO = self.param('kernel', init, (self.projection.inputs, self.projection.outputs), jnp.float32)
-    dtype = jnp.dtype(cfg.dtype)
-    kernel_IO = axes.gather_parameter(kernel_IO.astype(dtype), names)
-    y = x.reshape(-1, x.shape[-1]).astype(dtype) @ kernel_IO
+    shape, dtype = (self.projection.inputs, self.projection.outputs), jnp.dtype(cfg.dtype)
+    kernel_IO = kernels.parameter(self, 'kernel', init, shape)
+    kernel_IO = kernels.gather(kernels.cast(kernel_IO, dtype), names)
+    y = kernels.product(x.reshape(-1, x.shape[-1]).astype(dtype), kernel_IO)
     if self.projection.has_bias:
       init = nn.with_logical_partitioning(nn.initializers.zeros, names[1:])
       bias_O = self.param('bias', init, (self.projection.outputs,), jnp.float32)
@@ -122,12 +122,12 @@ class Attention(nn.Module):
   ) -> tuple[jax.Array, Any]:
     cfg = self.config
     batch, length, _ = x_BCD.shape
-    kernels, lora = projections(cfg), layer.own.get('lora', {})
+    linears, lora = projections(cfg), layer.own.get('lora', {})
     turns = only_where(layer.rotates, rotation)
 
     def linear(name, x):
       std = cfg.output_std(self.uses) if name == 'output' else cfg.weight_std
-      made = Linear(cfg, kernels[f'attention/{name}'], std, name=name)
+      made = Linear(cfg, linears[f'attention/{name}'], std, name=name)
       return made(x, lora.get(f'attention_{name}'))
 
     def heads(name, count):
@@ -157,11 +157,11 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x_BCD: jax.Array, layer: PerLayer) -> jax.Array:
     cfg = self.config
-    kernels, lora = projections(cfg), layer.own.get('lora', {})
+    linears, lora = projections(cfg), layer.own.get('lora', {})
 
     def linear(name):
       std = cfg.output_std(self.uses) if name == 'down' else cfg.weight_std
-      return Linear(cfg, kernels[f'mlp/{name}'], std, name=name)
+      return Linear(cfg, linears[f'mlp/{name}'], std, name=name)
 
     gate_BCF = linear('gate')(x_BCD, lora.get('mlp_gate'))
     up_BCF = linear('up')(x_BCD, lora.get('mlp_up'))

@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from mor_jax.config import ModelConfig
-from mor_jax.model import axes
+from mor_jax.model import axes, kernels
 from mor_jax.model.layers import projections
 
 LORA_TARGETS = {
@@ -76,10 +76,10 @@ class _LowRank(nn.Module):
 
   @nn.compact
   def __call__(self) -> dict:
-    cfg, kernels = self.config, projections(self.config)
+    cfg, linear = self.config, projections(self.config)
     return {
       name.replace('/', '_'): _Factors(
-        kernels[name], cfg.lora_rank, self.stacked, self.stacked_on, name=name.replace('/', '_')
+        linear[name], cfg.lora_rank, self.stacked, self.stacked_on, name=name.replace('/', '_')
       )()
       for name in LORA_TARGETS[cfg.lora_targets]
     }
@@ -129,13 +129,13 @@ def relax(config: ModelConfig, layers: dict, changes: dict) -> dict:
   """
   if 'lora' not in changes and 'norms' not in changes:
     return layers
-  flat, kernels = traverse_util.flatten_dict(layers, sep='/'), projections(config)
+  flat, linear = traverse_util.flatten_dict(layers, sep='/'), projections(config)
   for name in LORA_TARGETS[config.lora_targets] if 'lora' in changes else ():
     factors = changes['lora'][name.replace('/', '_')]
     change = jnp.einsum('...Ir,...rO->...IO', factors['down'], factors['up'])
-    names = ('layers', *kernels[name].axes)[-change.ndim :]
+    names = ('layers', *linear[name].axes)[-change.ndim :]
     change = axes.constrain(config.lora_alpha / config.lora_rank * change, *names)
-    flat[f'{name}/kernel'] = flat[f'{name}/kernel'] + change
+    flat[f'{name}/kernel'] = kernels.plus(flat[f'{name}/kernel'], change)
   for name in NORMS if 'norms' in changes else ():
     flat[f'{name}/scale'] = flat[f'{name}/scale'] + changes['norms'][name]['scale']
   return traverse_util.unflatten_dict(flat, sep='/')

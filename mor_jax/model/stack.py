@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mor_jax.config import ModelConfig
-from mor_jax.model import relaxation
+from mor_jax.model import kernels, relaxation
 from mor_jax.model.layers import LAYER_INPUT, DecoderLayer, PerLayer
 from mor_jax.model.memory import Memory, Row
 from mor_jax.model.rotary import Rotation, rotation
@@ -128,6 +128,6 @@ def relaxed(
 
 def _cast(config: ModelConfig, params: dict) -> dict:
   def cast(path, leaf):
-    return leaf.astype(config.dtype) if path[-1].key == 'kernel' else leaf
+    return kernels.cast(leaf, config.dtype) if path.endswith('kernel') else leaf
 
-  return jax.tree_util.tree_map_with_path(cast, params)
+  return kernels.map_paths(cast, params)

@@ -9,7 +9,17 @@ from flax import linen as nn
 from flax import struct
 
 from mor_jax.config import ModelConfig
-from mor_jax.model import axes, expert_choice, recursion, relaxation, router, sharing, stack, token_choice
+from mor_jax.model import (
+  axes,
+  expert_choice,
+  kernels,
+  recursion,
+  relaxation,
+  router,
+  sharing,
+  stack,
+  token_choice,
+)
 from mor_jax.model.context import TokenContext
 from mor_jax.model.embedding import Embedding
 from mor_jax.model.layers import RMSNorm
@@ -69,7 +79,7 @@ class Transformer(nn.Module):
     }
     self.final_norm = RMSNorm(cfg)
     if not cfg.tie_embeddings:
-      self.head = axes.Leaf('kernel', (cfg.d_model, cfg.vocab_size), ('embed', 'vocab'), init)
+      self.head = kernels.Matrix((cfg.d_model, cfg.vocab_size), ('embed', 'vocab'), init)
 
   def __call__(
     self,
@@ -175,7 +185,7 @@ class Transformer(nn.Module):
     would stop counting if they were added up in bfloat16.
     """
     dtype = jnp.dtype(self.config.dtype)
-    embedding_VD = axes.gather_parameter(self.embed(), ('vocab', 'embed'), dtype)
+    embedding_VD = axes.gather_parameter(kernels.whole(self.embed()), ('vocab', 'embed'), dtype)
 
     def look_up(embedding_VD, tokens_BT):
       return jnp.take(embedding_VD, tokens_BT, axis=0).astype(dtype)
@@ -185,7 +195,8 @@ class Transformer(nn.Module):
 
   def head_kernel(self) -> jax.Array:
     """Kernel (D, V) of the output head, float32; from other devices it travels in the model's dtype."""
-    kernel_DV = self.embed().T if self.config.tie_embeddings else self.head()['kernel']
+    table = self.embed() if self.config.tie_embeddings else self.head()
+    kernel_DV = kernels.whole(table).T if self.config.tie_embeddings else kernels.whole(table)
     return axes.gather_parameter(kernel_DV, ('embed', 'vocab'), jnp.dtype(self.config.dtype))
 
   def logits(self, x_BTD: jax.Array) -> jax.Array:
@@ -278,9 +289,11 @@ class Transformer(nn.Module):
       self.head_kernel()
 
 
-def head_product(config: ModelConfig, x_ND: jax.Array, kernel_DV: jax.Array) -> jax.Array:
+def head_product(config: ModelConfig, x_ND: jax.Array, kernel_DV: kernels.Kernel) -> jax.Array:
   """Logits (N, V): operands in the model's dtype, sums in float32."""
   dtype = jnp.dtype(config.dtype)
+  if isinstance(kernel_DV, kernels.Quantised):
+    return kernel_DV.product(x_ND.astype(dtype).astype(jnp.float32))
   return jnp.dot(x_ND.astype(dtype), kernel_DV.astype(dtype), preferred_element_type=jnp.float32)
 
 

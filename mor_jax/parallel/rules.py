@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mor_jax.config import ConfigError
-from mor_jax.model import axes
+from mor_jax.model import axes, kernels
 from mor_jax.parallel.mesh import BATCH_AXES
 
 RULES = {
@@ -68,16 +68,21 @@ def _sharding(mesh: Mesh, names: Mapping[str, axes.Names], path: tuple, leaf: An
   of_leaf = names.get(_parameter_path(path), ())
   if len(of_leaf) != leaf.ndim:  # no parameter, or what an optimiser that keeps nothing has in its place
     return NamedSharding(mesh, PartitionSpec())
-  parts = axes.mesh_axes(of_leaf)
-  even = [
+  return NamedSharding(mesh, PartitionSpec(*even(mesh, leaf.shape, axes.mesh_axes(of_leaf))))
+
+
+def even(mesh: Mesh, shape: Sequence[int], parts: Sequence[tuple[str, ...]]) -> list[tuple[str, ...] | None]:
+  """The mesh axes that each axis of an array is split over; None where they do not divide it."""
+  return [
     over if over and size % math.prod(mesh.shape[axis] for axis in over) == 0 else None
-    for size, over in zip(leaf.shape, parts, strict=True)
+    for size, over in zip(shape, parts, strict=True)
   ]
-  return NamedSharding(mesh, PartitionSpec(*even))
 
 
 def _parameter_path(path: tuple) -> str:
   """The dictionary keys at the end of a path, which name a parameter: 'block/mlp/up/kernel'."""
+  if path and (getattr(path[-1], 'name', None) or getattr(path[-1], 'key', None)) in kernels.LEAVES:
+    path = path[:-1]
   names = [entry.key if isinstance(entry, jax.tree_util.DictKey) else None for entry in path]
   last = len(names) - names[::-1].index(None) if None in names else 0
   return '/'.join(name for name in names[last:] if name != 'params')

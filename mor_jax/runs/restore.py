@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from mor_jax.config import Config, ConfigError, ModelConfig
 from mor_jax.data import schedule
+from mor_jax.model import kernels
 from mor_jax.model.transformer import Transformer, abstract_variables, parameter_axes
 from mor_jax.parallel import mesh as mesh_lib
 from mor_jax.parallel import rules
@@ -43,17 +44,27 @@ def load_run(path: str | os.PathLike, step: int | None = None, mesh: Mesh | None
     step = checkpoints.newest_good() if step is None else checkpoints.good(step)
     if step is None:
       raise ConfigError(f'the run {path} has no checkpoint yet')
-    variables = checkpoints.restore_parts(step, _abstract(config.model, mesh))
+    stored = checkpoints.stored_shapes(step, 'params')
+    variables = kernels.joined(checkpoints.restore_parts(step, _abstract(config.model, mesh, stored)))
     rows_read = checkpoints.manifest(step).get('rows_read')
   order = schedule.of(config.train).resumed(step, rows_read)
   return LoadedRun(folder, config, model, variables, step, order.rows_before(step))
 
 
-def _abstract(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
-  """Shapes, dtypes and shardings of a model's variables."""
+def _abstract(config: ModelConfig, mesh: Mesh, stored: dict[str, Any]) -> dict[str, Any]:
+  """Shapes, dtypes and shardings of a model's variables; of matrices that are stored quantised, those of their parts."""
   shapes = nn.unbox(abstract_variables(config))
+  shapes['params'] = _as_stored(shapes['params'], stored)
   return jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     shapes,
     rules.shardings(mesh, shapes, parameter_axes(config)),
   )
+
+
+def _as_stored(shapes: Any, stored: Any) -> Any:
+  if isinstance(shapes, dict):
+    return {name: _as_stored(shapes[name], stored.get(name)) for name in shapes}
+  if not isinstance(stored, dict):
+    return shapes
+  return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in stored.items()}

@@ -5,12 +5,15 @@ It can be evaluated, generate text and initialise training (`--init_from`), but 
 """
 
 import dataclasses
+import functools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import traverse_util
@@ -21,6 +24,7 @@ from mor_jax.config import Config, ConfigError, ModelConfig, with_changes
 from mor_jax.data.conventions import Conventions
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.files import new_folder
+from mor_jax.model import kernels
 from mor_jax.runs.run_folder import FORMAT, RunFolder, describe_checkpoints
 
 _PARTS = ('params', 'routing')
@@ -34,7 +38,7 @@ class StoredWeights:
     folder: of the run.
     run_config: settings of the run.
     step: of the checkpoint.
-    shapes, dtypes: of all leaves by path, 'params/block/mlp/up/kernel', as stored.
+    shapes, dtypes: of all leaves by path, 'params/block/mlp/up/kernel', as stored; a quantised matrix is float32.
   """
 
   folder: RunFolder
@@ -43,6 +47,12 @@ class StoredWeights:
   shapes: dict[str, tuple[int, ...]]
   dtypes: dict[str, np.dtype]
   _path: epath.Path
+  _stored: dict[str, tuple[tuple[int, ...], np.dtype]]
+
+  @functools.cached_property
+  def _parts(self) -> dict[str, tuple[str, ...]]:
+    """Paths of values and scales by that of their quantised matrix."""
+    return {path: _leaves_of(path) for path in self.shapes if path not in self._stored}
 
   @property
   def config(self) -> ModelConfig:
@@ -51,11 +61,18 @@ class StoredWeights:
 
   def leaf(self, path: str) -> np.ndarray:
     """One leaf, on the host."""
-    abstract = np.empty(self.shapes[path], self.dtypes[path])  # its pages are never touched
-    keys = tuple(path.split('/'))
-    with _partial_loading():
-      loaded = ocp.load(self._path, traverse_util.unflatten_dict({keys: abstract}))
-    return np.asarray(traverse_util.flatten_dict(loaded)[keys])
+    names = self._parts.get(path, (path,))
+    found = {}
+    for name in names:
+      # The pages of an empty array are never touched.
+      abstract = np.empty(*self._stored[name])
+      keys = tuple(name.split('/'))
+      with _partial_loading():
+        loaded = ocp.load(self._path, traverse_util.unflatten_dict({keys: abstract}))
+      found[name] = np.asarray(traverse_util.flatten_dict(loaded)[keys])
+    if path not in self._parts:
+      return found[path]
+    return np.asarray(kernels.Quantised(*(jnp.asarray(found[name]) for name in names)).whole())
 
   def leaves(self) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (path, leaf) for every leaf, one at a time."""
@@ -91,9 +108,19 @@ def open_run(path: str | os.PathLike, of_format: int = FORMAT) -> StoredWeights:
     where = checkpoints.path(step)
   stored = {name: part for name, part in ocp.metadata(where).metadata.items() if name in _PARTS and part}
   leaves = traverse_util.flatten_dict(stored, sep='/')
-  shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
-  dtypes = {name: np.dtype(leaf.dtype) for name, leaf in leaves.items()}
-  return StoredWeights(folder, config, step, shapes, dtypes, where)
+  as_stored = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in leaves.items()}
+  described = dict(as_stored)
+  for path in {name.rpartition('/')[0] for name in as_stored}:
+    names = _leaves_of(path)
+    if as_stored.keys() >= set(names):
+      pair = (jax.ShapeDtypeStruct(*described.pop(name)) for name in names)
+      described[path] = kernels.Quantised(*pair).shape, np.dtype(np.float32)
+  shapes, dtypes = ({name: entry[index] for name, entry in described.items()} for index in range(2))
+  return StoredWeights(folder, config, step, shapes, dtypes, where, as_stored)
+
+
+def _leaves_of(path: str) -> tuple[str, ...]:
+  return tuple(f'{path}/{name}' for name in kernels.LEAVES)
 
 
 def write_model(
