@@ -40,7 +40,7 @@ def test_a_product_is_that_with_the_numbers_it_stands_for(bits, dtype):
   assert kernel.shape == (2, 96, 40)
   one = jax.tree.map(lambda leaf: leaf[1], kernel)
   tolerance = {'float32': 1e-5, 'bfloat16': 2e-2}[dtype]
-  for rows in (1, 5, kernels.FEW_ROWS + 1):
+  for rows in (1, 3, kernels.FEW_ROWS + 1):
     x = jnp.asarray(rng.normal(size=(rows, 96)), dtype)
     exact = np.asarray(x, np.float64) @ np.asarray(one.whole(), np.float64)
     y = jax.jit(kernels.product)(x, one)
