@@ -48,6 +48,17 @@ def test_a_product_is_that_with_the_numbers_it_stands_for(bits, dtype):
     np.testing.assert_allclose(np.asarray(y, np.float64), exact, atol=tolerance * np.abs(exact).max())
 
 
+@pytest.mark.parametrize('rows', [1, 4, kernels.FEW_ROWS + 1])
+def test_a_tied_head_reads_the_rows_of_the_embedding(rows):
+  """To 1e-4 of the largest logit, with inputs that are rounded to 15 bits where they are few."""
+  rng = np.random.default_rng(0)
+  table = rounding.by_row(jnp.asarray(rng.normal(size=(61, 32)), jnp.float32))
+  x = rng.normal(size=(rows, 32)).astype(np.float32) * 10.0 ** np.arange(-1, 1)[rng.integers(0, 2, (rows, 1))]
+  exact = x @ np.asarray(table.whole()).T
+  found = jax.jit(kernels.Quantised.product_with_rows)(table, x)
+  assert (np.abs(found - exact).max(1) < 1e-4 * np.abs(exact).max(1)).all()
+
+
 @pytest.mark.parametrize('bits', [8, 4])
 def test_integers_are_kept_to_their_range(bits):
   """With inputs that are independent each value is rounded to the nearest, and no scale is taken that costs more."""

@@ -75,6 +75,12 @@ class Quantised:
     y_NO = jnp.dot(x_NI, self.integers().astype(x_NI.dtype), preferred_element_type=jnp.float32)
     return (y_NO * self.scales).astype(x_NI.dtype)
 
+  def product_with_rows(self, x_NO: jax.Array) -> jax.Array:
+    """x @ the transposed matrix, of 8 bits with a scale for each row, in the dtype of x."""
+    if axes.platform() == 'cpu' and len(x_NO) <= FEW_ROWS:
+      return _in_integers(x_NO, self)
+    return self.T.product(x_NO)
+
   def plus(self, change: jax.Array) -> jax.Array:
     """The sum, which has no few integers any more."""
     return self.whole() + change
@@ -185,6 +191,21 @@ def _halves(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The lower and the upper integers of bytes, int8 of the same shape."""
   signed = packed.astype(jnp.int8)
   return jnp.right_shift(jnp.left_shift(signed, 4), 4), jnp.right_shift(signed, 4)
+
+
+def _in_integers(x_NO: jax.Array, kernel: Quantised) -> jax.Array:
+  """x @ the transposed kernel with products of integers: x becomes two of 8 bits, the second for what the first leaves.
+
+  So x has 15 bits, and every row is read once, from its beginning to its end.
+  """
+  x = x_NO.astype(jnp.float32)
+  step_N1 = jnp.maximum(jnp.abs(x).max(axis=1, keepdims=True), jnp.finfo(jnp.float32).tiny) / 127
+  first = jnp.round(x / step_N1)
+  second = jnp.round((x / step_N1 - first) * 254)  # what is left is at most half a step
+  both = jnp.concatenate([first, second]).astype(jnp.int8)
+  sums = jax.lax.dot_general(both, kernel.values, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+  first, second = jnp.split(sums.astype(jnp.float32), 2)
+  return ((first + second / 254) * step_N1 * kernel.scales.T).astype(x_NO.dtype)
 
 
 def _few_rows(x_NI: jax.Array, kernel: Quantised) -> jax.Array:
