@@ -152,6 +152,14 @@ def test_rounding_looks_at_all_recursions(bits):
   assert costs['none'] > 1.1 * costs['all']
 
 
+@pytest.mark.parametrize('moments', [np.zeros((64, 64)), np.full((64, 64), 1e30), np.full((64, 64), -1.0)])
+def test_moments_without_an_inverse_do_no_harm(moments):
+  """Of kernels that no token met, or inputs that repeat one another: no value is further off than the range is wide."""
+  kernel = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+  found = rounding.quantise(kernel, 4, moments.astype(np.float32))
+  assert np.abs(np.asarray(found.whole()) - kernel).max() < np.abs(kernel).max()
+
+
 def test_a_kernel_of_odd_size_has_no_4_bits():
   with pytest.raises(ConfigError, match='one of 33 rows has one left over; use --weights=int8'):
     rounding.quantise(np.zeros((33, 4), np.float32), 4)
