@@ -8,10 +8,13 @@ For each run, in float32: the weights as they are, rounded by themselves (int8, 
 float32; the bytes of all variables. --tasks with --include_path adds accuracies of lm-evaluation-harness, of --limit
 documents each. --speed adds tokens per second of the engine with 1 and 16 texts, --repeats calls of each kind in
 alternation, and --products single products of a kernel of the shape of the model's MLP in several forms, with what XLA
-says that they read and write. Writes benchmarks/results/quantise.* or --name.*.
+says that they read and write. What was measured is kept in --keep and not measured again; --only leaves the others for
+another call, as speed wants a machine to itself. Writes benchmarks/results/quantise.*.
 """
 
 import dataclasses
+import functools
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -51,7 +54,8 @@ flags.DEFINE_boolean('speed', False, 'measure tokens per second')
 flags.DEFINE_boolean('products', False, 'measure single products')
 flags.DEFINE_integer('repeats', 5, 'calls that are timed')
 flags.DEFINE_list('kinds', 'int8 plain,int4 plain,int8,int4,int4 first', 'besides float32')
-flags.DEFINE_string('name', 'quantise', 'of the files of results')
+flags.DEFINE_string('keep', None, 'folder for measurements')
+flags.DEFINE_enum('only', None, ['losses', 'speed', 'products'], 'measure nothing else')
 
 BATCHES = (1, 16)
 NEW_TOKENS = 48
@@ -62,15 +66,19 @@ def main() -> None:
   for name in ('runs', 'text', 'held_out'):
     if not FLAGS[name].value:
       raise ConfigError(f'--{name} is missing (--help says what it is)')
-  mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
-  rows, raw = [], {}
+  mesh, rows, raw = mesh_lib.make_mesh(devices=jax.devices()[:1]), [], {}
   for named in FLAGS.runs:
     name, _, folder = named.partition('=')
-    found = measure(load(folder, mesh), mesh)
-    raw[name] = found
-    rows += [[name, kind, *cells(one, found['float32'])] for kind, one in found.items()]
+    run = load(folder, mesh)
+    found = kept(f'{name}-losses', 'losses', functools.partial(measure, run, mesh))
+    speeds = kept(f'{name}-speed', 'speed', functools.partial(speed, run, mesh)) if FLAGS.speed else {}
+    raw[name] = {'losses': found, 'speed': speeds}
+    for kind, one in found.items():
+      rows.append([name, kind, *cells(one, found['float32'], speeds.get(kind))])
   if FLAGS.products:
-    raw['products'] = {count: products(count) for count in BATCHES}
+    raw['products'] = kept('products', 'products', lambda: {str(count): products(count) for count in BATCHES})
+  if FLAGS.only:
+    return
   columns = [
     'model',
     'weights',
@@ -88,7 +96,20 @@ def main() -> None:
     'speed': f'median of {FLAGS.repeats} calls in alternation, {NEW_TOKENS} new tokens a text, float32',
     'tasks': f'{FLAGS.limit} documents each' if FLAGS.tasks else 'not measured',
   }
-  print(results.keep(FLAGS.name, columns, rows, settings, measurements=raw))
+  print(results.keep('quantise', columns, rows, settings, measurements=raw))
+
+
+def kept(name: str, part: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+  """The measurement in the file of this name, else a new one, unless --only names another part."""
+  path = Path(FLAGS.keep or '.') / f'{name}.json'
+  if FLAGS.keep and path.exists():
+    return json.loads(path.read_text())
+  if FLAGS.only not in (None, part):
+    return {}
+  made = json.dumps(make(), indent=2)
+  if FLAGS.keep:
+    path.write_text(made + '\n')
+  return json.loads(made)
 
 
 def load(folder: str, mesh: Any) -> LoadedRun:
@@ -131,11 +152,6 @@ def measure(run: LoadedRun, mesh: Any) -> dict[str, dict[str, Any]]:
   for one in found.values():
     theirs = one.pop('depths')
     one['same_depth'] = None if own is None else float((theirs == own).mean())
-  if FLAGS.speed:
-    timed = {kind: one for kind, one in made.items() if kind in ('float32', 'int8', 'int4')}
-    for count in BATCHES:
-      for kind, speeds in speed(timed, count).items():
-        found[kind].setdefault('tokens_per_second', {})[count] = speeds
   return found
 
 
@@ -180,20 +196,25 @@ def tasks(run: LoadedRun) -> dict[str, float]:
 # ---- speed ----
 
 
-def speed(made: dict[str, LoadedRun], count: int) -> dict[str, list[float]]:
-  """Tokens per second of engines with so many texts, calls in alternation."""
-  schedulers = {
-    kind: Scheduler(Engine(run.model, run.variables, slots=count, max_len=FLAGS.seq_len), ticks_per_call=1000)
-    for kind, run in made.items()
-  }
-  requests = [Request(tuple(range(5 + n, 13 + n)), max_new_tokens=NEW_TOKENS) for n in range(count)]
-  found: dict[str, list[float]] = {kind: [] for kind in made}
-  for number in range(FLAGS.repeats + 1):
-    for kind, scheduler in schedulers.items():
-      begin = time.perf_counter()
-      scheduler.run(requests)
-      if number:  # the first compiles
-        found[kind].append(count * NEW_TOKENS / (time.perf_counter() - begin))
+def speed(run: LoadedRun, mesh: Any) -> dict[str, dict[int, list[float]]]:
+  """Tokens per second by kind and number of texts, calls in alternation; how scales were chosen makes no difference."""
+  made = {'float32': run} | {kind: weights.quantise_run(run, kind, mesh, rows=0) for kind in weights.BITS}
+  found: dict[str, dict[int, list[float]]] = {kind: {} for kind in made}
+  for count in BATCHES:
+    schedulers = {
+      kind: Scheduler(
+        Engine(one.model, one.variables, slots=count, max_len=FLAGS.seq_len), ticks_per_call=1000
+      )
+      for kind, one in made.items()
+    }
+    requests = [Request(tuple(range(5 + n, 13 + n)), max_new_tokens=NEW_TOKENS) for n in range(count)]
+    for number in range(FLAGS.repeats + 1):
+      for kind, scheduler in schedulers.items():
+        begin = time.perf_counter()
+        scheduler.run(requests)
+        if number:  # the first compiles
+          found[kind].setdefault(count, []).append(count * NEW_TOKENS / (time.perf_counter() - begin))
+    print(count, {kind: statistics.median(one[count]) for kind, one in found.items()}, flush=True)
   return found
 
 
@@ -249,14 +270,10 @@ def _timed(x, function, layers):
   }
 
 
-def cells(one: dict[str, Any], exact: dict[str, Any]) -> list[str]:
+def cells(one: dict[str, Any], exact: dict[str, Any], speeds: dict[str, list[float]] | None) -> list[str]:
   """A row of the table."""
   changes = [loss - exact['losses'][limit] for limit, loss in one['losses'].items()]
   last = list(one['losses'].values())[-1]
-  speeds = [
-    f'{statistics.median(one["tokens_per_second"][count]):.1f}' if 'tokens_per_second' in one else '-'
-    for count in BATCHES
-  ]
   return [
     f'{last:.4f}',
     f'{changes[-1]:+.4f}',
@@ -264,7 +281,7 @@ def cells(one: dict[str, Any], exact: dict[str, Any]) -> list[str]:
     '-' if one['same_depth'] is None else f'{one["same_depth"]:.4f}',
     f'{one["bytes"] / exact["bytes"]:.4f}',
     ', '.join(f'{Path(task).name} {value:.3f}' for task, value in one.get('tasks', {}).items()) or '-',
-    *speeds,
+    *(f'{statistics.median(speeds[str(count)]):.1f}' if speeds else '-' for count in BATCHES),
   ]
 
 

@@ -229,4 +229,6 @@ def embed(cached: CachedModel, params: DecodeParams, tokens: jax.Array) -> jax.A
 def logits(cached: CachedModel, params: DecodeParams, x_BD: jax.Array) -> jax.Array:
   """Logits (B, V) in float32 of the last layer's output."""
   x_BD = RMSNorm(cached.config, parent=None).apply({'params': params.final_norm}, x_BD)
+  if params.head is None and isinstance(params.embed, kernels.Quantised):
+    return params.embed.product_with_rows(x_BD.astype(jnp.float32))
   return head_product(cached.config, x_BD, params.embed.T if params.head is None else params.head)

@@ -14,7 +14,8 @@ from flax import struct
 
 from mor_jax.model import axes
 
-FEW_ROWS = 32  # up to which a CPU multiplies and adds up the integers themselves
+# Rows up to which a CPU multiplies and adds up the integers themselves, of 8 and of 4 bits.
+FEW_ROWS, FEW_ROWS_PACKED = 32, 4
 PACKED = jnp.uint8  # two rows in a byte
 LEAVES = ('values', 'scales')
 
@@ -67,12 +68,18 @@ class Quantised:
 
   def product(self, x_NI: jax.Array) -> jax.Array:
     """x @ the matrix, in the dtype of x."""
-    if axes.platform() == 'cpu' and len(x_NI) <= FEW_ROWS:
+    if axes.platform() == 'cpu' and len(x_NI) <= (FEW_ROWS_PACKED if self.is_packed else FEW_ROWS):
       return _few_rows(x_NI, self)
     if self.scales.shape[-2] > 1:
       return x_NI @ self.whole().astype(x_NI.dtype)
     y_NO = jnp.dot(x_NI, self.integers().astype(x_NI.dtype), preferred_element_type=jnp.float32)
     return (y_NO * self.scales).astype(x_NI.dtype)
+
+  def product_with_rows(self, x_NO: jax.Array) -> jax.Array:
+    """x @ the transposed matrix, of 8 bits with a scale for each row, in the dtype of x."""
+    if axes.platform() == 'cpu' and len(x_NO) <= FEW_ROWS:
+      return _in_integers(x_NO, self)
+    return self.T.product(x_NO)
 
   def plus(self, change: jax.Array) -> jax.Array:
     """The sum, which has no few integers any more."""
@@ -186,24 +193,36 @@ def _halves(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.right_shift(jnp.left_shift(signed, 4), 4), jnp.right_shift(signed, 4)
 
 
+def _in_integers(x_NO: jax.Array, kernel: Quantised) -> jax.Array:
+  """x @ the transposed kernel with products of integers: x becomes two of 8 bits, the second for what the first leaves.
+
+  So x has 15 bits, and every row is read once, from its beginning to its end.
+  """
+  x = x_NO.astype(jnp.float32)
+  step_N1 = jnp.maximum(jnp.abs(x).max(axis=1, keepdims=True), jnp.finfo(jnp.float32).tiny) / 127
+  first = jnp.round(x / step_N1)
+  second = jnp.round((x / step_N1 - first) * 254)  # what is left is at most half a step
+  both = jnp.concatenate([first, second]).astype(jnp.int8)
+  sums = jax.lax.dot_general(both, kernel.values, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+  first, second = jnp.split(sums.astype(jnp.float32), 2)
+  return ((first + second / 254) * step_N1 * kernel.scales.T).astype(x_NO.dtype)
+
+
 def _few_rows(x_NI: jax.Array, kernel: Quantised) -> jax.Array:
   """The product as one loop over the integers, which a CPU reads from memory as they are.
 
-  XLA would write the whole kernel to memory in float32 first if it were an operand of a matrix product. A single row
-  gets another, of zeros: a product with one row it takes for such a product.
+  XLA would write the whole kernel to memory in float32 first if it were an operand of a matrix product.
   """
-  rows_count, inputs = x_NI.shape
+  groups, inputs = kernel.scales.shape[-2], x_NI.shape[-1]
   x = x_NI.astype(jnp.float32)
-  if rows_count == 1:
-    x = jnp.concatenate([x, jnp.zeros_like(x)])
-  groups = kernel.scales.shape[-2]
-  if kernel.is_packed:
-    # Row 2i and row 2i + 1 meet in a byte.
+  if kernel.is_packed:  # row 2i and row 2i + 1 meet in a byte
     x = x.reshape(len(x), groups, -1, 2)
     low, high = (half.reshape(groups, -1, half.shape[-1]) for half in _halves(kernel.values))
     terms = x[..., 0, None] * low.astype(jnp.float32) + x[..., 1, None] * high.astype(jnp.float32)
   else:
     values = kernel.values.reshape(groups, inputs // groups, -1).astype(jnp.float32)
     terms = x.reshape(len(x), groups, -1, 1) * values
+  if len(x) == 1:  # else XLA sees that the sum of such terms is a matrix product; this changes no number
+    terms = jax.lax.reduce_precision(terms, exponent_bits=8, mantissa_bits=23)
   y_NGO = terms.sum(axis=2) * kernel.scales.astype(jnp.float32)
-  return y_NGO.sum(axis=1)[:rows_count].astype(x_NI.dtype)
+  return y_NGO.sum(axis=1).astype(x_NI.dtype)

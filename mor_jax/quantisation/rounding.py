@@ -87,6 +87,8 @@ def _made_good(kernel_IO, moments_II, bits, size):
   damped_II = moments_II + jnp.eye(inputs) * (DAMPING * cost_I.mean() + jnp.finfo(jnp.float32).tiny)
   # Row i of it, over its diagonal, is how row i hands its error on.
   factor_II = jnp.linalg.cholesky(jnp.linalg.inv(damped_II), upper=True)
+  # In float32 inputs that all but repeat one another may have no inverse; then every row keeps its error.
+  factor_II = jnp.where(jnp.isfinite(factor_II).all(), factor_II, jnp.eye(inputs))
   scale_1O = _cheapest_scales(kernel_IO, cost_I, bits, size) if size == inputs else None
   block = size if scale_1O is None else _block_rows(inputs)
 
