@@ -19,9 +19,9 @@ class KeepingScheduler(Scheduler):
     super().__init__(*args, **options)
     self.logits: dict[Result, np.ndarray] = {}
 
-  def _free(self, slot: int) -> None:
+  def _free(self, slot: int, is_running: bool = True) -> None:
     self.logits[self._resident[slot]] = np.asarray(self._state.logits_NTV[slot])
-    super()._free(slot)
+    super()._free(slot, is_running)
 
 
 def engine(made, variables, **options) -> Engine:

@@ -253,7 +253,7 @@ class Scheduler:
       if self._tokenizer is not None and self._update_text(result):
         reason = 'stop_string'
       if reason:
-        self._free(slot)
+        self._free(slot, is_running=bool(phase_N[slot] != IDLE))
         self._finish(result, reason)
         ended.append(result)
     return ended
@@ -276,8 +276,9 @@ class Scheduler:
       del of_tokens[len(prompt) + len(result.tokens) :]
     return True
 
-  def _free(self, slot: int) -> None:
-    self._state = self.engine.release(self._state, slot)
+  def _free(self, slot: int, is_running: bool = True) -> None:
+    if is_running:
+      self._state = self.engine.release(self._state, slot)
     del self._resident[slot]
 
   def _finish(self, result: Result, reason: str) -> None:
