@@ -44,12 +44,8 @@ def ever_finished(folder: epath.Path, mirror: Mirror | None = None) -> bool:
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
   """Shape of every leaf by its path, 'opt_state/1/0/mu/embed/embedding', whatever the containers are."""
-
-  def name(entry: Any) -> str:
-    return str(next(getattr(entry, kind) for kind in ('key', 'name', 'idx') if hasattr(entry, kind)))
-
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {'/'.join(map(name, path)): tuple(leaf.shape) for path, leaf in leaves}
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape) for path, leaf in leaves}
 
 
 class Checkpoints:
@@ -364,7 +360,7 @@ class Checkpoints:
 
   def has_shapes(self, step: int, part: str, abstract: Any) -> bool:
     """Whether a part of the state of a step, such as 'opt_state', has these shapes."""
-    return _shapes(ocp.metadata(self.path(step)).metadata[part]) == _shapes(abstract)
+    return _shapes(self.stored_shapes(step, part)) == _shapes(abstract)
 
   def check_shapes(self, step: int, abstract_state: Any, leave_out: str | None = None) -> None:
     """Raises ConfigError, naming the first leaf, unless the state of a step has these shapes, but for one part."""

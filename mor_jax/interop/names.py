@@ -145,7 +145,7 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def leaves(tree: dict) -> Iterator[tuple[str, jax.Array]]:
   """(path, leaf) of nested dicts; of a quantised matrix its values and scales."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    yield '/'.join(str(getattr(entry, 'key', None) or entry.name) for entry in path), leaf
+    yield jax.tree_util.keystr(path, simple=True, separator='/'), leaf
 
 
 def nest(flat: dict[str, np.ndarray]) -> dict:

@@ -158,7 +158,7 @@ def map_paths(function: Callable[[str, Any], Any], params: dict) -> dict:
   """Every matrix and other leaf changed by `function(path, leaf)`; paths are like 'block/mlp/up/kernel'."""
 
   def call(path, leaf):
-    return function('/'.join(str(entry.key) for entry in path), leaf)
+    return function(jax.tree_util.keystr(path, simple=True, separator='/'), leaf)
 
   return jax.tree_util.tree_map_with_path(call, params, is_leaf=is_kernel)
 
