@@ -151,14 +151,17 @@ def quantise(source: Path, output: Path) -> str:
   tokenizer = engines.tokenizer_of(run)
   run = weight_flags.quantised(run, mesh, None, partial(print_line, open_console()))
   conventions, extras = run.folder.conventions(run.config, tokenizer), (run.folder.calibrations,)
-  if FLAGS.to in (None, 'mor'):
+
+  def write(folder: Path) -> None:
     weights = HeldWeights(run.config.model, run.variables)
-    stored.write_model(output, run.config, weights, tokenizer, str(source), conventions, run.step, extras)
+    stored.write_model(folder, run.config, weights, tokenizer, str(source), conventions, run.step, extras)
+
+  if FLAGS.to in (None, 'mor'):
+    write(output)
     return f'the model of step {run.step} in {FLAGS.weights}, as a run folder (without the state of the optimiser),'
   with tempfile.TemporaryDirectory(prefix='mor_jax-') as folder:
     quantised = Path(folder) / run.folder.path.resolve().name
-    weights = HeldWeights(run.config.model, run.variables)
-    stored.write_model(quantised, run.config, weights, tokenizer, str(source), conventions, run.step, extras)
+    write(quantised)
     what = (
       publish(quantised, output) if FLAGS.to == 'transformers' else export(quantised, output, to=FLAGS.to)
     )

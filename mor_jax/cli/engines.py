@@ -28,8 +28,6 @@ from mor_jax.runs.restore import LoadedRun, load_run
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # what is defined here is a flag of the command that calls for it
 AUTO_DRAFT = 4  # tokens of a draft with --speculate=auto
-
-
 MEASURED_SLOTS = 16  # from which on a server measures what the batches of a tick cost
 
 

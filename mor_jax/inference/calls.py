@@ -2,7 +2,7 @@
 
 import dataclasses
 
-WEIGHT = 0.3  # of the latest call in the mean
+from mor_jax.inference.means import MovingMean
 
 
 @dataclasses.dataclass
@@ -12,26 +12,21 @@ class CallLength:
   Attributes:
     most: ticks, and the number of them until a call was timed.
     seconds: that a call should take at most; None: a call has `most` ticks.
-    tick_seconds: a moving mean; 0: unknown. The first call, which may have been compiled, says nothing.
+    tick: seconds of a tick.
   """
 
   most: int
   seconds: float | None = None
-  tick_seconds: float = 0.0
-  _calls: int = 0
+  tick: MovingMean = dataclasses.field(default_factory=MovingMean)
 
   @property
   def ticks(self) -> int:
     """Of the next call."""
-    if self.seconds is None or not self.tick_seconds:
+    if self.seconds is None or not self.tick.value:
       return self.most
-    return max(min(int(self.seconds / self.tick_seconds), self.most), 1)
+    return max(min(int(self.seconds / self.tick.value), self.most), 1)
 
   def learn(self, ticks: int, seconds: float) -> None:
-    """A call made so many ticks in so many seconds."""
-    if not ticks:
-      return
-    self._calls += 1
-    if self._calls > 1:
-      weight = WEIGHT if self.tick_seconds else 1.0
-      self.tick_seconds += weight * (seconds / ticks - self.tick_seconds)
+    """A call made so many ticks in so many seconds; none, where it drafted."""
+    if ticks:
+      self.tick.add(seconds / ticks)

@@ -6,34 +6,11 @@ are. Both give the same text, so what was measured may decide.
 
 import dataclasses
 
+from mor_jax.inference.means import MovingMean
+
 PATIENCE = 16  # calls after which the slower way is tried again; doubled each time that it is still slower
 MOST_PATIENCE = 1024
 TRIALS = 2  # calls of each way before one is preferred
-WEIGHT = 0.3  # of the latest call in the mean
-
-
-@dataclasses.dataclass
-class _Way:
-  """One of the two ways.
-
-  Attributes:
-    rate: tokens per second, a moving mean.
-    calls: how many were made, of which the first, which may have been compiled, says nothing.
-  """
-
-  rate: float = 0.0
-  calls: int = 0
-
-  @property
-  def is_tried(self) -> bool:
-    """Whether its rate is known."""
-    return self.calls > TRIALS
-
-  def add(self, rate: float) -> None:
-    """Takes the rate of a call into the mean."""
-    self.calls += 1
-    if self.calls > 1:
-      self.rate += (1.0 if self.calls == 2 else WEIGHT) * (rate - self.rate)
 
 
 @dataclasses.dataclass
@@ -41,30 +18,34 @@ class _Crowd:
   """What was measured with about so many sequences.
 
   Attributes:
-    drafts, ticks: the two ways.
+    drafts, ticks: tokens per second of the two ways.
     prefers_drafts: which was faster after the latest call.
     patience: calls after which the slower way is tried again.
     since: calls since it was.
   """
 
-  drafts: _Way = dataclasses.field(default_factory=_Way)
-  ticks: _Way = dataclasses.field(default_factory=_Way)
+  drafts: MovingMean = dataclasses.field(default_factory=MovingMean)
+  ticks: MovingMean = dataclasses.field(default_factory=MovingMean)
   prefers_drafts: bool = False
   patience: int = PATIENCE
   since: int = 0
 
+  @property
+  def _is_known(self) -> bool:
+    return min(self.drafts.calls, self.ticks.calls) > TRIALS
+
   def choose(self) -> bool:
     """Whether to draft."""
-    if not self.drafts.is_tried or not self.ticks.is_tried:
-      return not self.drafts.is_tried
+    if not self._is_known:
+      return self.drafts.calls <= TRIALS
     return self.prefers_drafts != (self.since >= self.patience)
 
   def learn(self, drafted: bool, rate: float) -> None:
     """A call gave so many tokens a second."""
     (self.drafts if drafted else self.ticks).add(rate)
-    if not self.drafts.is_tried or not self.ticks.is_tried:
+    if not self._is_known:
       return
-    before, self.prefers_drafts = self.prefers_drafts, self.drafts.rate > self.ticks.rate
+    before, self.prefers_drafts = self.prefers_drafts, self.drafts.value > self.ticks.value
     if self.prefers_drafts != before:
       self.patience, self.since = PATIENCE, 0
     elif drafted != self.prefers_drafts:  # a trial, which changed nothing

@@ -135,7 +135,7 @@ class Scheduler:
       self.step()
       yield result
 
-  def step(self, meanwhile: Callable[[], None] | None = None) -> list[Result]:
+  def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[Result]:
     """Admits queued requests, runs one engine call and returns the results that have finished.
 
     Args:
@@ -150,8 +150,7 @@ class Scheduler:
       max_finished = 1 if self._queue and self.engine.parts == 1 else None
       drafts_for, called, resident = self._drafts_for(), time.perf_counter(), len(self._resident)
       self._state, tally = self.engine.generate(self._state, self._most_ticks(), max_finished, drafts_for)
-      if meanwhile is not None:
-        meanwhile()
+      meanwhile()
       tally = jax.device_get(tally)
       self.statistics.call_seconds += time.perf_counter() - called
       ended = self._collect()
@@ -159,7 +158,7 @@ class Scheduler:
       seconds = time.perf_counter() - called
       self._pace.learn(resident, drafts_for > 0, int(tally.sampled.sum()), seconds)
       self._length.learn(int(tally.ticks.max()), seconds)
-    elif meanwhile is not None:
+    else:
       meanwhile()
     self.statistics.seconds += time.perf_counter() - begin
     return ended

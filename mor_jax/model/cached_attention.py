@@ -8,7 +8,8 @@ sizes. Three ways, which give the same:
 * 'gather': all lanes at once, as many entries as the longest region has. For GPUs, where lanes must
   not wait for each other;
 * 'groups': some lanes after the others, so many that what they read stays on the chip, and no larger a part of the
-  longest region than they see. For TPUs, which would else write what they read to memory and read it again. Lanes that see about as many should be neighbours (`order`).
+  longest region than they see. For TPUs, which would else write what they read to memory and read it again. Lanes that
+  see about as many should be neighbours (`order`).
 
 Where entries are scattered (kv='hybrid') they are gathered one by one, whichever of them is asked for.
 """
@@ -29,14 +30,8 @@ READS = ('lanes', 'gather', 'groups')
 # What a group reads at most: bytes of keys, and of values as many, well within the 64 to 128 MiB on a TPU's chip; lanes,
 # each of which is a slice of its own in the program.
 GROUP_BYTES, GROUP_LANES = 2**23, 8
-PARTS = (
-  1 / 4,
-  1 / 3,
-  1 / 2,
-  2 / 3,
-  3 / 4,
-  1,
-)  # of the largest region, that a group may read: regions of 2, 3 and 4 recursions
+# Of the largest region, what a group may read: regions of 2, 3 and 4 recursions.
+PARTS = tuple(twelfths / 12 for twelfths in (3, 4, 6, 8, 9, 12))
 
 
 @struct.dataclass
