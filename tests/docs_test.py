@@ -16,7 +16,6 @@ PAGES = sorted(
 )
 README_LINES = 130
 LARGEST_IMAGE = 200_000
-# Modules that a merge of several branches adds or takes away; empty once all are in.
 
 LINK = re.compile(r'\[[^\]]*\]\((?P<target>[^)\s]+)\)|(?:src|href|srcset)="(?P<attribute>[^"]+)"')
 FENCE = re.compile(r'^(```|~~~).*?^\1', re.DOTALL | re.MULTILINE)
@@ -29,6 +28,11 @@ def anchors(page: Path) -> set[str]:
   """What GitHub calls the headings of a page."""
   headings = re.findall(r'^#+ +(.*)$', FENCE.sub('', page.read_text()), re.MULTILINE)
   return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_nothing_is_left_to_be_filled_in(page):
+  assert not re.search(r'@[A-Z]+@|TODO|<<<<<<<|>>>>>>>', FENCE.sub('', page.read_text()))
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
