@@ -43,6 +43,9 @@ SERVER_FLAGS = (
   'ticks_per_call',
   'call_seconds',
   'batch_invariant',
+  'lanes',
+  'boundary_lanes',
+  'measure_batches',
 )
 LATENCIES = ['first piece p50, ms', 'p99, ms', 'between pieces p50, ms', 'p99, ms ']
 

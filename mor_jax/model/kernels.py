@@ -14,8 +14,7 @@ from flax import struct
 
 from mor_jax.model import axes
 
-# Rows up to which a CPU multiplies and adds up the integers themselves, of 8 and of 4 bits.
-FEW_ROWS, FEW_ROWS_PACKED = 32, 4
+FEW_ROWS = 32  # up to which a CPU multiplies integers with integers where each row of a matrix has its scale
 PACKED = jnp.uint8  # two rows in a byte
 LEAVES = ('values', 'scales')
 
@@ -68,8 +67,6 @@ class Quantised:
 
   def product(self, x_NI: jax.Array) -> jax.Array:
     """x @ the matrix, in the dtype of x."""
-    if axes.platform() == 'cpu' and len(x_NI) <= (FEW_ROWS_PACKED if self.is_packed else FEW_ROWS):
-      return _few_rows(x_NI, self)
     if self.scales.shape[-2] > 1:
       return x_NI @ self.whole().astype(x_NI.dtype)
     y_NO = jnp.dot(x_NI, self.integers().astype(x_NI.dtype), preferred_element_type=jnp.float32)
@@ -206,23 +203,3 @@ def _in_integers(x_NO: jax.Array, kernel: Quantised) -> jax.Array:
   sums = jax.lax.dot_general(both, kernel.values, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
   first, second = jnp.split(sums.astype(jnp.float32), 2)
   return ((first + second / 254) * step_N1 * kernel.scales.T).astype(x_NO.dtype)
-
-
-def _few_rows(x_NI: jax.Array, kernel: Quantised) -> jax.Array:
-  """The product as one loop over the integers, which a CPU reads from memory as they are.
-
-  XLA would write the whole kernel to memory in float32 first if it were an operand of a matrix product.
-  """
-  groups, inputs = kernel.scales.shape[-2], x_NI.shape[-1]
-  x = x_NI.astype(jnp.float32)
-  if kernel.is_packed:  # row 2i and row 2i + 1 meet in a byte
-    x = x.reshape(len(x), groups, -1, 2)
-    low, high = (half.reshape(groups, -1, half.shape[-1]) for half in _halves(kernel.values))
-    terms = x[..., 0, None] * low.astype(jnp.float32) + x[..., 1, None] * high.astype(jnp.float32)
-  else:
-    values = kernel.values.reshape(groups, inputs // groups, -1).astype(jnp.float32)
-    terms = x.reshape(len(x), groups, -1, 1) * values
-  if len(x) == 1:  # else XLA sees that the sum of such terms is a matrix product; this changes no number
-    terms = jax.lax.reduce_precision(terms, exponent_bits=8, mantissa_bits=23)
-  y_NGO = terms.sum(axis=2) * kernel.scales.astype(jnp.float32)
-  return y_NGO.sum(axis=1).astype(x_NI.dtype)
