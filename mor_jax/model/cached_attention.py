@@ -22,8 +22,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax.experimental import layout as layouts
 
+from mor_jax.model import axes
 from mor_jax.model.attention_xla import MASKED_SCORE
-from mor_jax.model.cache import TILE, Layout, Pool, numbers
+from mor_jax.model.cache import POOL_AXES, TILE, Layout, Pool, numbers
 
 SMALLEST_EXTENT = 64
 READS = ('lanes', 'gather', 'groups')
@@ -32,6 +33,7 @@ READS = ('lanes', 'gather', 'groups')
 GROUP_BYTES, GROUP_LANES = 2**23, 8
 # Of the largest region, what a group may read: regions of 2, 3 and 4 recursions.
 PARTS = tuple(twelfths / 12 for twelfths in (3, 4, 6, 8, 9, 12))
+READ_AXES = (None, *POOL_AXES[2:])  # of what lanes read of a layer: lanes, entries, heads
 
 
 @struct.dataclass
@@ -157,7 +159,9 @@ def _slices(pool, layer, view, region):
   """As `_gathered`, a slice for each lane: for a gather of some a TPU brings the whole pool into another order."""
   lanes = [_slice(pool, layer, *lane, region) for lane in zip(view.slots_B, view.base_B, strict=True)]
   found, before_B = jax.tree.map(lambda *leaves: jnp.stack(leaves), *lanes)
-  return jax.tree.map(_as_it_lies, found), before_B
+  # On each device for its heads: to the compiler the constraint is a program that it cannot split.
+  as_it_lies = axes.per_shard(_as_it_lies, READ_AXES, READ_AXES)
+  return jax.tree.map(as_it_lies, found), before_B
 
 
 def _as_it_lies(leaf):
