@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import os
 import pickle
 import resource
 import shutil
@@ -236,26 +237,34 @@ def test_a_file_system_that_takes_no_more_bytes(state, folder, run, caplog):
     chex.assert_trees_all_equal(checkpoints.restore(10, run.abstract), state)
 
 
-def test_a_half_written_checkpoint_that_still_grows_is_cleared_away_later(state, folder, run, monkeypatch):
-  """Threads of a save that failed may add files while they are removed: the folder is not empty then."""
-  opened, attempts = Checkpoints._open, []
+def test_a_half_written_checkpoint_that_still_grows_is_in_nobodys_way(state, folder, run, monkeypatch):
+  """Threads of a save that failed may add files while they are removed: under its name the folder is not empty then."""
+  half, removed = folder / '9.orbax-checkpoint-tmp', os.rmdir
 
-  def grows(checkpoints):
-    attempts.append(1)
-    if len(attempts) < 3:
+  def rmdir(path, **options):
+    if str(path).endswith(half.name):
       raise OSError(errno.ENOTEMPTY, 'Directory not empty')
-    opened(checkpoints)
+    removed(path, **options)
 
   with Checkpoints(folder, SETTINGS, report=lambda text: None) as checkpoints:
     with monkeypatch.context() as full:
       full.setattr(integrity, 'publish', _full_disk)
       checkpoints.save(9, state)
       checkpoints.await_finished(9)
-    monkeypatch.setattr(Checkpoints, '_open', grows)
+    half.mkdir()
+    monkeypatch.setattr(os, 'rmdir', rmdir)
     checkpoints.save(10, state)
     checkpoints.wait()
-    assert len(attempts) == 3
+    assert not half.exists()
     chex.assert_trees_all_equal(checkpoints.restore(10, run.abstract), state)
+
+
+def test_what_could_not_be_removed_is_removed_later(folder):
+  for name in ('9.orbax-checkpoint-tmp', '9.orbax-checkpoint-tmp.removed', '3.removed'):
+    (folder / name).mkdir()
+    (folder / name / 'file').write_text('')
+  with Checkpoints(folder, SETTINGS, report=lambda text: None):
+    assert sorted(path.name for path in folder.iterdir()) == ['3', '6', 'finished']
 
 
 def _full_disk(*_, **__):

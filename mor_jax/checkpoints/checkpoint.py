@@ -22,8 +22,8 @@ from mor_jax.errors import RunError
 from mor_jax.parallel import runtime
 
 RETRY_SECONDS = 60.0  # after a save that failed
-OPENING_ATTEMPTS = 5  # of a new checkpointer then, within 3 s
 _REMOVED, _DAMAGED = '.removed', '.damaged'
+_HALF_WRITTEN = '.orbax-checkpoint-tmp'  # in the names of Orbax's folders until they are complete
 _FINISHED = 'finished'  # file in the folder: it says that there once was a finished checkpoint
 
 
@@ -87,8 +87,9 @@ class Checkpoints:
     self._open()
 
   def _open(self) -> None:
-    clean = not self._read_only
-    self._checkpointer = ocp.training.Checkpointer(self._folder, cleanup_tmp_directories=clean)
+    if not self._read_only:
+      self._clear_away()
+    self._checkpointer = ocp.training.Checkpointer(self._folder)
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -300,25 +301,28 @@ class Checkpoints:
       self._finishing.join()
       self._finishing = None
     if self._holds_failure:
-      # Replaced once and no more: a new one clears away what is half-written, and two would do so at a time.
       with contextlib.suppress(Exception):
         self._checkpointer.close()
-      self._holds_failure = not self._reopened()
-
-  def _reopened(self) -> bool:
-    """Whether there is a new checkpointer; without one the next call tries again.
-
-    What is half-written cannot be cleared away while threads of the save that failed still add files to it, nor,
-    perhaps, on a disk that is still full.
-    """
-    for attempt in range(OPENING_ATTEMPTS):
-      try:
+      with contextlib.suppress(Exception):  # a disk that is still full, perhaps: the next call tries again
         self._open()
-      except Exception:
-        time.sleep(0.1 * 2**attempt)
-      else:
-        return True
-    return False
+        self._holds_failure = False
+
+  def _clear_away(self) -> None:
+    """Removes what was half-written or half-removed, as far as it can be.
+
+    Threads of a save that failed may still add files to its folder, which is not empty then: so it loses its name first.
+    Orbax would do without, and fail the next save with it.
+    """
+    if not (runtime.is_main() and self._folder.is_dir()):
+      return
+    there = list(self._folder.iterdir())
+    removed = [path for path in there if path.name.endswith(_REMOVED)]
+    half_written = [path for path in there if _HALF_WRITTEN in path.name and path not in removed]
+    for path in removed + half_written:  # in this order: a name must be free before it is taken
+      with contextlib.suppress(OSError):
+        if path not in removed:
+          path = path.rename(path.with_name(f'{path.name}{_REMOVED}'))
+        path.rmtree()
 
   def wait(self) -> None:
     """Returns when everything saved is complete on disk.
