@@ -235,6 +235,7 @@ def products(
   forms = {
     'float32': (lambda x, kernel: x @ kernel, jnp.asarray),
     'int8, as the engine has it': (kernels.product, lambda kernel: rounding.quantise(kernel, 8)),
+    'int8, made floats': (lambda x, kernel: x @ kernel.whole(), lambda kernel: rounding.quantise(kernel, 8)),
     'int8 x int8, inputs rounded to 8 bits': (dynamic, lambda kernel: rounding.quantise(kernel, 8)),
     'int4, as the engine has it': (kernels.product, lambda kernel: rounding.quantise(kernel, 4)),
   }

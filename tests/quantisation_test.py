@@ -10,6 +10,7 @@ import pytest
 import tiny_run
 
 from mor_jax.config import ConfigError, with_changes
+from mor_jax.inference import ticks
 from mor_jax.interop import sources
 from mor_jax.model import kernels
 from mor_jax.model.transformer import Transformer
@@ -75,6 +76,18 @@ def test_integers_are_kept_to_their_range(bits):
   assert np.square(found.whole() - kernel).sum() <= np.square(plain.whole() - kernel).sum()
   few = integers.clip(-8, 7)
   np.testing.assert_array_equal(kernels.unpack(kernels.pack(jnp.asarray(few))), few)
+
+
+@pytest.mark.parametrize(('kind', 'slots'), [('int8', 1), ('int8', kernels.FEW_ROWS + 1), ('int4', 1)])
+def test_a_call_holds_no_kernels_as_floats(kind, slots):
+  """A compiler may make floats of what does not change before the loop over ticks, and hold them until it ends."""
+  made, variables = tiny.model(kind='vanilla', num_layers=8, mlp_dim=2048)
+  floats = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+  small = weights.quantised(made.config, variables, kind)
+  engine = tiny_engine.engine(made, small, slots=slots, max_len=8, unroll=True)
+  call = engine.cached, engine.batches, None, engine.params, engine.init_state(), np.int32(2), np.int32(2)
+  held = ticks.run.lower(*call).compile().memory_analysis().temp_size_in_bytes
+  assert held < floats / 4
 
 
 # ---- scales ----

@@ -14,7 +14,9 @@ from flax import struct
 
 from mor_jax.model import axes
 
-FEW_ROWS = 32  # up to which a CPU multiplies integers with integers where each row of a matrix has its scale
+FEW_ROWS = (
+  32  # from 2 to so many a CPU multiplies integers with integers where each row of a matrix has its scale
+)
 PACKED = jnp.uint8  # two rows in a byte
 LEAVES = ('values', 'scales')
 
@@ -67,16 +69,25 @@ class Quantised:
 
   def product(self, x_NI: jax.Array) -> jax.Array:
     """x @ the matrix, in the dtype of x."""
+    kernel = self._after(x_NI)
     if self.scales.shape[-2] > 1:
-      return x_NI @ self.whole().astype(x_NI.dtype)
-    y_NO = jnp.dot(x_NI, self.integers().astype(x_NI.dtype), preferred_element_type=jnp.float32)
+      return x_NI @ kernel.whole().astype(x_NI.dtype)
+    y_NO = jnp.dot(x_NI, kernel.integers().astype(x_NI.dtype), preferred_element_type=jnp.float32)
     return (y_NO * self.scales).astype(x_NI.dtype)
 
   def product_with_rows(self, x_NO: jax.Array) -> jax.Array:
     """x @ the transposed matrix, of 8 bits with a scale for each row, in the dtype of x."""
-    if axes.platform() == 'cpu' and len(x_NO) <= FEW_ROWS:
+    if axes.platform() == 'cpu' and 1 < len(x_NO) <= FEW_ROWS:
       return _in_integers(x_NO, self)
     return self.T.product(x_NO)
+
+  def _after(self, x: jax.Array) -> 'Quantised':
+    """The same, that can be had only when x is there.
+
+    Else a compiler makes floats of all kernels at the beginning of a call and holds them until it ends. It takes an
+    optimization barrier away before it decides when; that integers grow by one where x is no number it must compute.
+    """
+    return self.replace(values=self.values + jnp.isnan(x.ravel()[0]).astype(self.values.dtype))
 
   def plus(self, change: jax.Array) -> jax.Array:
     """The sum, which has no few integers any more."""
