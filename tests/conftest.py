@@ -14,6 +14,14 @@ import pytest
 FAST_COMPILATION = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 
 MANY_MAPPINGS = 30_000
+# Files with the longest tests begin, so that no process works on one alone at the end.
+FIRST = (
+  'configs_tiny_test',
+  'train_processes_test',
+  'sweep_test',
+  'inference_shards_test',
+  'compile_aot_test',
+)
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = f'{FAST_COMPILATION} {os.environ.get("XLA_FLAGS", "")}'.strip()
@@ -24,6 +32,10 @@ def pytest_configure(config: pytest.Config) -> None:
   cache = config.cache.mkdir('jax')  # .pytest_cache/d/jax; environment variables reach subprocesses too
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(cache))
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  items.sort(key=lambda item: item.path.stem not in FIRST)
 
 
 @pytest.fixture(scope='session', autouse=True)

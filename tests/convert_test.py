@@ -233,6 +233,7 @@ def test_low_rank_changes_are_merged_into_another_run_folder(
   assert model.config.lora_rank == 4
 
 
+@pytest.mark.slow
 def test_low_rank_changes_are_merged_into_exported_weights(run_convert, tokenizer, tmp_path):
   _, expected = as_run(tmp_path / 'vanilla', tokenizer, kind='vanilla', **ADAPTED)
   run_convert(checkpoint=tmp_path / 'vanilla', output=tmp_path / 'llama')

@@ -62,6 +62,7 @@ def test_splits_share_no_file_and_have_the_asked_sizes(splits):
   assert 0.02 < share < 0.09
 
 
+@pytest.mark.slow
 def test_raising_validation_fraction_only_moves_documents_over(splits):
   more = {d.name for d in corpus.documents(DataConfig(validation_fraction=0.2), 'validation')}
   assert {d.name for d in splits['validation']} < more

@@ -79,7 +79,7 @@ CASES = {
     {'kind': 'recursive', 'sharing': 'middle_sequence', 'kv': 'shared', **RELAXED}, options=GATHER
   ),
   'expert': Case(EXPERT, 9, 0.8, UNROLL),
-  'expert relaxed': Case({**EXPERT, **RELAXED, 'recursion_encoding': True}, 3, 1.0, LANES, is_slow=False),
+  'expert relaxed': Case({**EXPERT, **RELAXED, 'recursion_encoding': True}, 3, 1.0, LANES),
   'expert adapted': Case({**EXPERT, **RELAXED, **ADAPTED}, 4, 1.0, UNROLL),
   'expert adapted ends': Case({**EXPERT, **RELAXED, 'lora_layers': 'all'}, 3, 1.0, LANES),
   'expert cycle additive': Case(
@@ -92,7 +92,7 @@ CASES = {
   'expert hybrid': Case({**EXPERT, 'kv': 'hybrid'}, 6, 0.8, UNROLL),
   'auxiliary': Case(AUXILIARY, 37, 0.8, GROUPS),
   'auxiliary shared': Case({**AUXILIARY, 'kv': 'shared'}, 37, 0.8, GATHER),
-  'auxiliary hybrid': Case({**AUXILIARY, 'kv': 'hybrid'}, 37, 0.8, is_slow=False),
+  'auxiliary hybrid': Case({**AUXILIARY, 'kv': 'hybrid'}, 37, 0.8),
   'moving threshold': Case({**MOVING, **NOT_ALL_ENTER}, 14, 0.65, GROUPS),
   'moving threshold shared': Case({**MOVING, 'kv': 'shared'}, 1, 0.8, LANES),
   'moving threshold hybrid': Case({**MOVING, 'kv': 'hybrid'}, 1, 0.8),
@@ -105,9 +105,7 @@ CASES = {
   'token shared': Case({**TOKEN, 'kv': 'shared'}, 10, 1.0, GROUPS),
   'token limited': Case(LIMITED, 1, 1.0, LANES, is_slow=False),
   'token limited shared': Case({**LIMITED, 'kv': 'shared'}, 3, 1.0, GATHER),
-  'token random': Case(
-    {**LIMITED, 'random_router': True, 'balancing': 'none'}, 1, 1.0, GROUPS, is_slow=False
-  ),
+  'token random': Case({**LIMITED, 'random_router': True, 'balancing': 'none'}, 1, 1.0, GROUPS),
   'token every step': Case(
     {**LIMITED, 'token_gating': 'every_step', 'balancing': 'loss_free', **RELAXED}, 1, 1.0, LANES
   ),

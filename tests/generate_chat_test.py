@@ -84,6 +84,7 @@ def by_hand(model, variables, rows) -> np.ndarray:
   return np.array(losses)
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_count_what_the_assistant_says(tuned):
   """The first loss of the training and the last of the evaluation, from logits and the text of the rows alone."""
   config, folder = tuned

@@ -16,7 +16,7 @@ from mor_jax.model.transformer import Transformer
 from tests import decoding_cases, tiny, tiny_engine
 from tests.decoding_cases import EXPERT, TOKEN
 
-DRAFTED = ('auxiliary hybrid', 'token limited')  # in the default suite
+DRAFTED = ('token limited',)  # in the default suite
 
 
 @pytest.mark.usefixtures('room_after_test')

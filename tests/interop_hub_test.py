@@ -237,6 +237,7 @@ def test_a_card_names_the_command_for_what_was_not_measured(run_folder, tmp_path
   assert str(tmp_path) not in card
 
 
+@pytest.mark.slow
 def test_a_card_is_about_the_weights_that_are_published(tmp_path):
   """Low-rank changes merged, in another dtype."""
   config, _, variables = build('vanilla adapted')

@@ -86,10 +86,9 @@ def assert_gather_equals_mask(**settings):
   'change',
   [
     EXPERT[1],
-    {**TOKEN[0], **LIMITED},
     *(
       pytest.param(change, marks=pytest.mark.slow)
-      for change in [*EXPERT[2:], *({**change, **LIMITED} for change in TOKEN[1:])]
+      for change in [*EXPERT[2:], *({**change, **LIMITED} for change in TOKEN)]
     ),
   ],
 )

@@ -106,7 +106,7 @@ def compile_gradient(config, batch, length):
 @pytest.mark.parametrize(
   ('steps', 'kv'),
   [
-    (2, 'recursion_wise'),
+    pytest.param(2, 'recursion_wise', marks=pytest.mark.slow),
     pytest.param(3, 'recursion_wise', marks=pytest.mark.slow),
     (3, 'shared'),
     pytest.param(3, 'hybrid', marks=pytest.mark.slow),

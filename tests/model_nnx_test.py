@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import tiny
 from flax import nnx, traverse_util
 
@@ -15,6 +16,7 @@ def nll(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
   return optax.softmax_cross_entropy_with_integer_labels(logits_BTV[:, :-1], tokens_BT[:, 1:]).mean()
 
 
+@pytest.mark.slow
 def test_a_step_of_nnx_is_the_step_of_linen():
   """One update of SGD through `nnx.bridge.ToNNX` and `nnx.Optimizer`, against `jax.grad` of the Linen module."""
   linen, tokens_BT = Transformer(tiny.config(num_layers=4, num_recursions=2)), tiny.tokens(2, 12)

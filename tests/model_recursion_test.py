@@ -20,11 +20,20 @@ RAGGED = {
   4: [(1.0, 0.75, 0.5, 0.25), (1.0, 1.0, 0.37, 0.37)],
 }
 CASES = [
-  # Four recursions take longest to compile and add nothing to three that the slow tests would not find.
-  pytest.param(steps, capacities, {'gating': gating}, marks=pytest.mark.slow if steps == 4 else ())
+  # Four recursions take longest to compile and add nothing to three that the slow tests would not find; both gatings
+  # are tried with three.
+  pytest.param(
+    steps,
+    capacities,
+    {'gating': gating},
+    marks=pytest.mark.slow if steps == 4 or (gating == 'residual' and steps < 3) else (),
+  )
   for steps, options in RAGGED.items()
   for capacities, gating in zip(options, ('weighted', 'residual'), strict=True)
-] + [(3, RAGGED[3][0], {'kv': kv}) for kv in ('shared', 'hybrid')]
+] + [
+  (3, RAGGED[3][0], {'kv': 'shared'}),
+  pytest.param(3, RAGGED[3][0], {'kv': 'hybrid'}, marks=pytest.mark.slow),
+]
 ON_OTHER_BACKENDS = [
   pytest.param(3, RAGGED[3][0], {'attention': backend, 'kv': kv}, marks=pytest.mark.slow)
   for backend, kv in zip(backends.OTHERS, itertools.cycle(('shared', 'recursion_wise')), strict=False)

@@ -251,6 +251,7 @@ def folder(convert, finished_run, tmp_path_factory):
   return output
 
 
+@pytest.mark.slow
 def test_a_quantised_run_folder_is_a_run(folder, finished_run, tmp_path, convert):
   """It is read as it was written, is smaller, and becomes float32 where another reads it leaf by leaf."""
   run, original = load_run(folder), load_run(finished_run[1])

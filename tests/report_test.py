@@ -276,6 +276,7 @@ def test_wall_time_of_an_unfinished_run_is_shown(copied_run, tmp_path):
   assert 'aria-label="goodput"' in write(tmp_path / 'page.html', str(copied_run), tokens=0)
 
 
+@pytest.mark.slow
 def test_gap_of_an_evaluation_is_shown_and_a_broken_one_told(copied_run, tmp_path):
   modes = {'topk': {'nll': 2.0, 'bits_per_byte': 3.0}, 'threshold': {'nll': 2.25, 'bits_per_byte': 3.5}}
   (copied_run / 'evaluation.json').write_text(json.dumps({'step': 20, 'routing': modes}))

@@ -109,7 +109,11 @@ def test_tells_the_user_what_runs_and_what_came_out(config, finished):
 
 
 @pytest.mark.parametrize(
-  ('number', 'code', 'saves'), [(signal.SIGKILL, -signal.SIGKILL, (6, 12)), (signal.SIGTERM, 143, (16,))]
+  ('number', 'code', 'saves'),
+  [
+    (signal.SIGKILL, -signal.SIGKILL, (6, 12)),
+    pytest.param(signal.SIGTERM, 143, (16,), marks=pytest.mark.slow),
+  ],
 )
 def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(
   config, finished, tmp_path, monkeypatch, number, code, saves

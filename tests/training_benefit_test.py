@@ -128,6 +128,7 @@ def test_labels_teach_the_routers_alone_and_the_text_everything_else():
   assert min(jax.tree.leaves({name: from_text[name] for name in ('block', 'embed')})) > 1e-6
 
 
+@pytest.mark.slow
 def test_noise_moves_the_choice_in_training_and_nowhere_else():
   made, variables = model()
   tokens_BT = tiny.tokens(4, 24)

@@ -253,6 +253,7 @@ def staged() -> list:
   return uninterrupted(STAGED)
 
 
+@pytest.mark.slow
 def test_what_begins_later_begins_with_moments_of_zero_and_the_right_correction(staged):
   begun = [set(moments(state)) for state in staged]
   assert {path.split('/')[0] for path in begun[2]} == {'router', 'last'}
