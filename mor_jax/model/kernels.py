@@ -84,9 +84,12 @@ class Quantised:
   def _after(self, x: jax.Array) -> 'Quantised':
     """The same, that can be had only when x is there.
 
-    Else a compiler makes floats of all kernels at the beginning of a call and holds them until it ends. It takes an
-    optimization barrier away before it decides when; that integers grow by one where x is no number it must compute.
+    Else a compiler makes floats of all kernels at the beginning of a call and holds them until it ends. That of a CPU
+    takes an optimization barrier away before it decides when; that integers grow by one where x is no number it must
+    compute. On meshes this would bring a number of x to all devices.
     """
+    if axes.platform() != 'cpu' or jax.sharding.get_abstract_mesh().size > 1:
+      return self.replace(values=jax.lax.optimization_barrier((self.values, x))[0])
     return self.replace(values=self.values + jnp.isnan(x.ravel()[0]).astype(self.values.dtype))
 
   def plus(self, change: jax.Array) -> jax.Array:
