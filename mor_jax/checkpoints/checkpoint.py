@@ -319,7 +319,7 @@ class Checkpoints:
     removed = [path for path in there if path.name.endswith(_REMOVED)]
     half_written = [path for path in there if _HALF_WRITTEN in path.name and path not in removed]
     for path in removed + half_written:  # in this order: a name must be free before it is taken
-      with contextlib.suppress(OSError):
+      with contextlib.suppress(Exception):
         if path not in removed:
           path = path.rename(path.with_name(f'{path.name}{_REMOVED}'))
         path.rmtree()
