@@ -232,7 +232,7 @@ def test_config_error_of_main(monkeypatch, config_file, capsys):
 
 def test_without_config(monkeypatch, capsys):
   with flagsaver.flagsaver():
-    size = flags.DEFINE_integer('size', 1, 'how large')
+    size = flags.DEFINE_integer('how_large', 1, 'a number')
 
     def exit_code(*args):
       monkeypatch.setattr(sys, 'argv', ['program', *args])
@@ -240,11 +240,11 @@ def test_without_config(monkeypatch, capsys):
         cli.run(lambda: size.value, 'Does nothing.', with_config=False)
       return stop.value.code
 
-    assert exit_code('--size=7') == 7
+    assert exit_code('--how_large=7') == 7
     assert exit_code('--config=some.py') == 2
     assert 'unknown flag --config=some.py' in capsys.readouterr().err
-    assert exit_code('--size=small') == 2
-    assert '--size=small' in capsys.readouterr().err
+    assert exit_code('--how_large=small') == 2
+    assert '--how_large=small' in capsys.readouterr().err
 
 
 # ---- as a process ----
