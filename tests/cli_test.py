@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 
+import entry_points
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -44,6 +45,12 @@ if __name__ == '__main__':
   signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
   cli.run(main, __doc__)
 """
+
+
+@pytest.fixture(scope='module', autouse=True)
+def without_entry_points() -> None:
+  """Others that ran in this process may have left flags of the same names."""
+  entry_points.clear()
 
 
 @pytest.fixture

@@ -10,11 +10,16 @@ from absl.testing import flagsaver
 OURS = ('mor_jax.', 'benchmarks.')
 
 
-def load(name: str) -> ModuleType:
-  """An entry point with its flags at their defaults, in place of those of the one before."""
+def clear() -> None:
+  """Removes the flags of the entry point that was loaded last."""
   for module, defined in flags.FLAGS.flags_by_module_dict().copy().items():
     for flag in defined.copy() if module.startswith(OURS) else ():
       delattr(flags.FLAGS, flag.name)
+
+
+def load(name: str) -> ModuleType:
+  """An entry point with its flags at their defaults, in place of those of the one before."""
+  clear()
   if name.startswith('benchmarks.'):  # a script, which defines its flags when it is imported
     sys.modules.pop(name, None)
   loaded = importlib.import_module(name)
