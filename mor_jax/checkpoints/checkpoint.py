@@ -318,11 +318,12 @@ class Checkpoints:
     there = list(self._folder.iterdir())
     removed = [path for path in there if path.name.endswith(_REMOVED)]
     half_written = [path for path in there if _HALF_WRITTEN in path.name and path not in removed]
-    for path in removed + half_written:  # in this order: a name must be free before it is taken
+    for path in removed:
       with contextlib.suppress(Exception):
-        if path not in removed:
-          path = path.rename(path.with_name(f'{path.name}{_REMOVED}'))
         path.rmtree()
+    for path in half_written:  # second, since the name that one gets may have been taken
+      with contextlib.suppress(Exception):
+        path.rename(path.with_name(f'{path.name}{_REMOVED}')).rmtree()
 
   def wait(self) -> None:
     """Returns when everything saved is complete on disk.

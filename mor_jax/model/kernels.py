@@ -14,9 +14,8 @@ from flax import struct
 
 from mor_jax.model import axes
 
-FEW_ROWS = (
-  32  # from 2 to so many a CPU multiplies integers with integers where each row of a matrix has its scale
-)
+# Rows, if there are several, up to which a CPU multiplies integers with integers where each row of a matrix has its scale.
+FEW_ROWS = 32
 PACKED = jnp.uint8  # two rows in a byte
 LEAVES = ('values', 'scales')
 
